@@ -1,0 +1,336 @@
+"""The bundle: the folder on disk that carries a trained system to where it runs.
+
+This module owns the format; ``docs/bundle-format.md`` states it as promises. ``read`` checks
+everything (schema, digest, names, sizes, SHA-256) before any other code opens a file of it;
+``write`` builds the folder beside its destination and renames it, so a reader never sees half.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from runtime.errors import BundleError
+from runtime.preprocess import PreprocessSpec
+from runtime.tensors import TensorSpec
+
+FORMAT = "engineworks-bundle"
+SCHEMA_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+_CHUNK_BYTES = 1 << 20
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class FileEntry(_Part):
+    """What a file of the bundle must be, byte for byte."""
+
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    size_bytes: int = Field(ge=0)
+
+
+class GraphEntry(_Part):
+    """One net of the system: its tensors, and a file per variant.
+
+    ``variants`` maps a variant name to a file: ``float`` (ONNX, float32), ``int8`` (ONNX, canonical
+    Q/DQ: int8, zero point 0), ``int8-u8`` (the same numbers with unsigned activations, for x86
+    ONNX Runtime).
+    """
+
+    inputs: dict[str, TensorSpec]
+    outputs: dict[str, TensorSpec]
+    variants: dict[str, str]
+
+
+class Threshold(_Part):
+    """A decision border on a score: at or above it, the answer is yes.
+
+    ``source`` says where it came from, e.g. ``false-reject budget 0.01 on 209 training images``.
+    """
+
+    value: float
+    source: str
+
+
+class Manifest(_Part):
+    """Everything that a reader must know before it opens any other file of the bundle."""
+
+    format: Literal["engineworks-bundle"] = "engineworks-bundle"
+    schema_version: Literal[1] = 1
+    system: str
+    graphs: dict[str, GraphEntry]
+    preprocess: PreprocessSpec
+    labels: tuple[str, ...] = ()
+    thresholds: dict[str, Threshold] = {}
+    params: dict[str, Any] = {}
+    assets: dict[str, str] = {}
+    gate: dict[str, float] = {}
+    provenance: dict[str, Any] = {}
+    reports: dict[str, Any] = {}
+    files: dict[str, FileEntry] = {}
+    digest: str = ""
+
+    def canonical_json(self) -> bytes:
+        """The manifest without its digest, in the one spelling that the digest is taken of."""
+        content = self.model_dump(mode="json", exclude={"digest"})
+        return json.dumps(
+            content, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
+        ).encode()
+
+    def sealed(self) -> Manifest:
+        """The same manifest with its digest filled in."""
+        return self.model_copy(update={"digest": hashlib.sha256(self.canonical_json()).hexdigest()})
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A verified bundle: its folder and its manifest."""
+
+    root: Path
+    manifest: Manifest
+
+    def path(self, name: str) -> Path:
+        """Full path of a file that the manifest lists.
+
+        Raises:
+            BundleError: the manifest lists no such file.
+        """
+        if name not in self.manifest.files:
+            raise BundleError(f"bundle {self.root} has no file '{name}'")
+        return self.root / PurePosixPath(name)
+
+    def asset(self, role: str) -> Path:
+        """Path of the file that plays ``role`` (e.g. ``bank``).
+
+        Raises:
+            BundleError: the bundle has no such asset.
+        """
+        if role not in self.manifest.assets:
+            raise BundleError(
+                f"bundle {self.root} has no '{role}'",
+                fix="export it again with this version of engineworks",
+            )
+        return self.path(self.manifest.assets[role])
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's bytes as lower-case hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _check_name(root: Path, name: str) -> None:
+    parts = PurePosixPath(name).parts
+    safe = bool(parts) and all(re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*", p) for p in parts)
+    if not safe or name == MANIFEST_NAME:
+        raise BundleError(
+            f"bundle {root} lists the file name {name!r}, which is not a plain relative path",
+            fix="do not use this bundle: it was not written by engineworks",
+        )
+
+
+def load_manifest(root: Path) -> Manifest:
+    """Read and check ``manifest.json`` alone: schema, digest, names; opens no other file.
+
+    Raises:
+        BundleError: missing, not JSON, another schema version, unknown or ill-typed fields, a
+            digest that does not fit, or a listed path that leaves the folder.
+    """
+    path = root / MANIFEST_NAME
+    if not path.is_file():
+        raise BundleError(
+            f"{root} is no bundle: it has no {MANIFEST_NAME}",
+            fix="give the folder that `cli.py export ... --out` wrote",
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise BundleError(
+            f"{path} is not valid JSON ({error})", fix="export or copy the bundle again"
+        ) from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise BundleError(f"{path} is not the manifest of an engineworks bundle")
+    if content.get("schema_version") != SCHEMA_VERSION:
+        raise BundleError(
+            f"bundle {root} has schema version {content.get('schema_version')!r}, "
+            f"this engineworks reads version {SCHEMA_VERSION}",
+            fix="export it again, or install the engineworks that wrote it",
+        )
+    try:
+        manifest = Manifest.model_validate_json(json.dumps(content))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise BundleError(
+            f"{path} does not follow the bundle format: {where}: {first['msg']}",
+            fix="export the bundle again",
+        ) from error
+    if manifest.sealed().digest != manifest.digest:
+        raise BundleError(
+            f"{path} was changed after it was written: its digest does not fit",
+            fix="export or copy the bundle again; move thresholds with "
+            "`cli.py bundle set-threshold`",
+        )
+    for name in manifest.files:
+        _check_name(root, name)
+    listed = [v for g in manifest.graphs.values() for v in g.variants.values()]
+    for name in [*listed, *manifest.assets.values()]:
+        if name not in manifest.files:
+            raise BundleError(f"{path} refers to '{name}' but does not list that file")
+    return manifest
+
+
+def verify(root: Path, manifest: Manifest) -> None:
+    """Check that the folder holds exactly the files of the manifest, with their hashes.
+
+    Raises:
+        BundleError: a file is missing, extra, a link, of another size or of another SHA-256.
+    """
+    present = {
+        path.relative_to(root).as_posix()
+        for path in root.rglob("*")
+        if path.is_symlink() or not path.is_dir()
+    } - {MANIFEST_NAME}
+    missing, extra = sorted(set(manifest.files) - present), sorted(present - set(manifest.files))
+    if missing or extra:
+        raise BundleError(
+            f"bundle {root} does not hold the files of its manifest: "
+            f"missing {missing}, extra {extra}",
+            fix="copy the whole folder again, and keep other files out of it",
+        )
+    for name, entry in manifest.files.items():
+        path = root / PurePosixPath(name)
+        if path.is_symlink():
+            raise BundleError(f"{path} is a link; a bundle holds plain files only")
+        size = path.stat().st_size
+        if size != entry.size_bytes:
+            raise BundleError(
+                f"{path} has {size} bytes, the manifest says {entry.size_bytes}",
+                fix="copy or export the bundle again",
+            )
+        if sha256_file(path) != entry.sha256:
+            raise BundleError(
+                f"{path} is corrupt: its SHA-256 is not that of the manifest",
+                fix="copy or export the bundle again",
+            )
+
+
+def read(root: Path) -> Bundle:
+    """Open a bundle after checking all of it.
+
+    Raises:
+        BundleError: see ``load_manifest`` and ``verify``.
+    """
+    manifest = load_manifest(root)
+    verify(root, manifest)
+    return Bundle(root=root, manifest=manifest)
+
+
+def write(out: Path, manifest: Manifest, files: Mapping[str, Path], *, replace: bool = False) -> Bundle:
+    """Write a bundle atomically: all files are copied, hashed and synced before it appears.
+
+    Args:
+        out: the folder to make.
+        manifest: everything but ``files`` and ``digest``, which are filled in here.
+        files: name in the bundle -> file to copy.
+        replace: put it in the place of a bundle that is already there; never of another folder.
+
+    Raises:
+        BundleError: ``out`` exists and may not be replaced, or a name is not a plain path.
+    """
+    if out.exists() and not (replace and (out / MANIFEST_NAME).is_file()):
+        raise BundleError(
+            f"{out} already exists",
+            fix="choose another --out, or pass --exist-ok to replace a bundle",
+        )
+    for name in files:
+        _check_name(out, name)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        staging.chmod(0o755)
+        entries = {}
+        for name, source in sorted(files.items()):
+            target = staging / PurePosixPath(name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
+            _sync(target)
+            entries[name] = FileEntry(
+                sha256=sha256_file(target), size_bytes=target.stat().st_size
+            )
+        sealed = manifest.model_copy(update={"files": entries}).sealed()
+        write_atomic(staging / MANIFEST_NAME, _manifest_text(sealed))
+        if out.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+            out.rename(old / out.name)
+            staging.rename(out)
+            shutil.rmtree(old)
+        else:
+            staging.rename(out)
+        _sync(out.parent)
+    finally:
+        if staging.exists():
+            shutil.rmtree(staging)
+    return Bundle(root=out, manifest=load_manifest(out))
+
+
+def set_threshold(bundle: Bundle, name: str, value: float) -> Bundle:
+    """Move a decision border without exporting again; only ``manifest.json`` changes.
+
+    Raises:
+        BundleError: the bundle has no threshold of that name.
+    """
+    thresholds = bundle.manifest.thresholds
+    if name not in thresholds:
+        raise BundleError(
+            f"bundle {bundle.root} has no threshold '{name}'",
+            fix=f"choose one of {', '.join(sorted(thresholds)) or '(it has none)'}",
+        )
+    moved = {**thresholds, name: Threshold(value=value, source="set by hand")}
+    manifest = bundle.manifest.model_copy(update={"thresholds": moved}).sealed()
+    write_atomic(bundle.root / MANIFEST_NAME, _manifest_text(manifest))
+    return Bundle(root=bundle.root, manifest=manifest)
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Replace a file in one step: temporary file beside it, fsync, rename."""
+    data = content.encode() if isinstance(content, str) else content
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def _manifest_text(manifest: Manifest) -> str:
+    return json.dumps(manifest.model_dump(mode="json"), indent=2, allow_nan=False) + "\n"
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,137 @@
+"""Engines: one loaded graph each, behind one protocol, whatever runs it.
+
+``BACKENDS`` is the whole registry. A backend that was asked for and is not there is an error with
+the line that installs it; ``auto`` takes the first usable one of the table and its name can be
+read from the engine.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from runtime.errors import BackendError, UsageError
+from runtime.tensors import Array, Feeds, TensorSpec
+
+
+class Engine(Protocol):
+    """A loaded graph: named tensors in, named tensors out, no state kept between runs."""
+
+    backend: str
+    inputs: Mapping[str, TensorSpec]
+    outputs: Mapping[str, TensorSpec]
+
+    def run(self, feeds: Feeds, *, stream: int | None = None) -> dict[str, Array]:
+        """Host feeds give host arrays and block; device feeds give device arrays.
+
+        Outputs belong to the caller: a later run does not change them. With ``stream`` (a CUDA
+        stream handle) the work is only queued there; without it, it has finished when ``run``
+        returns. May be called from several threads.
+
+        Raises:
+            InputError: a feed that is missing, unknown or does not fit its spec.
+            EngineError: the backend failed; its message is kept.
+        """
+        ...
+
+    def close(self) -> None:
+        """Release the graph. Closing twice is allowed; running afterwards is an EngineError."""
+        ...
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One row of the table: who can open which graph variants.
+
+    Attributes:
+        module: module with ``open(path, *, precision, threads) -> Engine``.
+        package: the import that must be there.
+        install: the line that brings it.
+        variants: precision -> names of graph variants in a bundle that serve it, best first.
+    """
+
+    module: str
+    package: str
+    install: str
+    variants: Mapping[str, tuple[str, ...]]
+
+    def why_not(self) -> str | None:
+        """None where the backend can be used here, else the reason in words."""
+        if importlib.util.find_spec(self.package) is None:
+            return f"the package '{self.package}' is not installed"
+        if importlib.util.find_spec(self.module) is None:
+            return "this version of engineworks has no such backend yet"
+        return None
+
+
+# Order is preference for ``auto``. Variant names are those of docs/bundle-format.md.
+BACKENDS: dict[str, Backend] = {
+    "tensorrt": Backend(
+        module="runtime.engines.trt",
+        package="tensorrt",
+        install='pip install "engineworks[gpu]"',
+        variants={"int8": ("int8-plan",), "float": ("float-plan",)},
+    ),
+    "openvino": Backend(
+        module="runtime.engines.openvino",
+        package="openvino",
+        install='pip install "engineworks[cpu]"',
+        variants={"int8": ("int8",), "float": ("float",), "bf16": ("float",)},
+    ),
+    "ort": Backend(
+        module="runtime.engines.ort",
+        package="onnxruntime",
+        install='pip install "engineworks[cpu]"  (or [gpu])',
+        variants={"int8": ("int8-u8", "int8"), "float": ("float",)},
+    ),
+}
+
+
+def check_backend(name: str) -> Backend:
+    """The table's row for ``name``.
+
+    Raises:
+        UsageError: no such backend.
+        BackendError: it cannot be used here; the fix is the install line.
+    """
+    if name not in BACKENDS:
+        raise UsageError(
+            f"there is no backend '{name}'", fix=f"choose one of {', '.join(BACKENDS)}"
+        )
+    backend = BACKENDS[name]
+    if reason := backend.why_not():
+        raise BackendError(f"backend '{name}' cannot be used: {reason}", fix=backend.install)
+    return backend
+
+
+def open_engine(
+    path: Path, backend: str, *, precision: str = "float", threads: int | None = None
+) -> Engine:
+    """Load one graph file with one backend.
+
+    Args:
+        path: an ONNX file (or a plan for ``tensorrt``) of the variant that fits the backend.
+        backend: a name in ``BACKENDS``.
+        precision: ``float`` (float32 arithmetic), ``bf16`` (float graph, bfloat16 arithmetic where
+            the backend can) or ``int8`` (a Q/DQ graph, the rest in float32).
+        threads: number of CPU threads; None takes all cores that this process may use.
+
+    Raises:
+        UsageError: no such backend, or it does not offer that precision.
+        BackendError: the backend is not installed here.
+        EngineError: the graph cannot be loaded; the backend's message is kept.
+    """
+    row = check_backend(backend)
+    if precision not in row.variants:
+        raise UsageError(
+            f"backend '{backend}' does not run precision '{precision}'",
+            fix=f"choose one of {', '.join(row.variants)}, or another backend",
+        )
+    engine: Engine = importlib.import_module(row.module).open(
+        path, precision=precision, threads=threads
+    )
+    return engine

@@ -1,0 +1,165 @@
+"""Pixels to tensors: the only such code in the project.
+
+Training's evaluation, calibration, the INT8 gate and inference all call ``apply`` with the
+``PreprocessSpec`` that travels in the bundle, so what a network sees cannot differ between them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import cv2
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from runtime.errors import InputError
+from runtime.tensors import Array
+
+_INTERPOLATION = {"bilinear": cv2.INTER_LINEAR, "area": cv2.INTER_AREA, "cubic": cv2.INTER_CUBIC}
+
+
+class PreprocessSpec(BaseModel):
+    """How an image becomes a network input.
+
+    Attributes:
+        size: (height, width) of the network input in pixels.
+        resize: ``squash`` (both sides, aspect ratio lost), ``crop`` (shorter side, then centre
+            crop) or ``letterbox`` (longer side, then padding with ``pad_value``).
+        interpolation: ``bilinear``, ``area`` (averages when shrinking, so no aliasing; bilinear
+            when growing) or ``cubic``.
+        mean, std: per channel, of pixels scaled to [0, 1]; output = (pixel / 255 - mean) / std.
+        pad_value: grey level in [0, 255] around a letterboxed image.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    size: tuple[int, int]
+    resize: Literal["squash", "crop", "letterbox"] = "squash"
+    interpolation: Literal["bilinear", "area", "cubic"] = "area"
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    pad_value: int = Field(default=114, ge=0, le=255)
+
+
+def check_image(image: Array, channels: int = 3) -> None:
+    """Refuse what is not an (H, W, channels) uint8 image.
+
+    Raises:
+        InputError: another dtype, rank or channel count, or no pixels.
+    """
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != channels:
+        raise InputError(
+            f"an image must be (H, W, {channels}) uint8, got {image.shape} {image.dtype}",
+            fix="read it with runtime.images.read, or convert it",
+        )
+    if image.size == 0:
+        raise InputError(f"an image of shape {image.shape} has no pixels")
+
+
+def placement(spec: PreprocessSpec, height: int, width: int) -> Array:
+    """Affine map from original to network pixel coordinates (pixel centres at integer + 0.5).
+
+    Args:
+        height, width: of the original image in pixels.
+
+    Returns:
+        (2, 3) float64 ``[[sx, 0, tx], [0, sy, ty]]``: x_network = sx * x + tx.
+    """
+    out_height, out_width = spec.size
+    if spec.resize == "squash":
+        return np.array([[out_width / width, 0, 0], [0, out_height / height, 0]])
+    ratios = (out_height / height, out_width / width)
+    scale = max(ratios) if spec.resize == "crop" else min(ratios)
+    new_height, new_width = _scaled(height, scale), _scaled(width, scale)
+    top, left = _offset(out_height - new_height), _offset(out_width - new_width)
+    return np.array([[new_width / width, 0, left], [0, new_height / height, top]])
+
+
+def _scaled(length: int, scale: float) -> int:
+    return max(1, round(length * scale))
+
+
+def _offset(space: int) -> int:
+    """Half of the free (or, negative, of the surplus) pixels, rounded towards the top left."""
+    return space // 2 if space >= 0 else -(-space // 2)
+
+
+def place(spec: PreprocessSpec, image: Array, *, nearest: bool = False) -> Array:
+    """Resize, crop or pad to the network's size; still uint8 (or whatever dtype came in).
+
+    Args:
+        image: (H, W) or (H, W, C).
+        nearest: for masks and label maps: no new values appear.
+
+    Returns:
+        (height, width) or (height, width, C) with ``spec.size``.
+    """
+    height, width = image.shape[:2]
+    affine = placement(spec, height, width)
+    new_width, new_height = round(affine[0, 0] * width), round(affine[1, 1] * height)
+    interpolation = cv2.INTER_NEAREST_EXACT if nearest else _INTERPOLATION[spec.interpolation]
+    if (height, width) != (new_height, new_width):
+        image = cv2.resize(image, (new_width, new_height), interpolation=interpolation)
+    if spec.resize == "squash":
+        return image
+    top, left = int(affine[1, 2]), int(affine[0, 2])
+    out_height, out_width = spec.size
+    if spec.resize == "crop":
+        return np.ascontiguousarray(image[-top : -top + out_height, -left : -left + out_width])
+    canvas_shape = (out_height, out_width, *image.shape[2:])
+    canvas = np.full(canvas_shape, 0 if nearest else spec.pad_value, image.dtype)
+    canvas[top : top + new_height, left : left + new_width] = image
+    return canvas
+
+
+def apply(spec: PreprocessSpec, images: Sequence[Array]) -> Array:
+    """Turn images into one network batch.
+
+    Args:
+        images: (H, W, C) uint8 RGB each, of any sizes; C is ``len(spec.mean)``.
+
+    Returns:
+        (B, C, height, width) float32, normalised as ``PreprocessSpec`` says.
+
+    Raises:
+        InputError: an image of another dtype or layout.
+    """
+    channels = len(spec.mean)
+    scale = (1.0 / (255.0 * np.asarray(spec.std))).astype(np.float32)
+    shift = (-np.asarray(spec.mean) / np.asarray(spec.std)).astype(np.float32)
+    batch = np.empty((len(images), channels, *spec.size), np.float32)
+    for planes, image in zip(batch, images, strict=True):
+        check_image(image, channels)
+        placed = place(spec, image)
+        for c in range(channels):
+            np.multiply(placed[..., c], scale[c], out=planes[c])
+            planes[c] += shift[c]
+    return batch
+
+
+def restore(spec: PreprocessSpec, map_HW: Array, height: int, width: int) -> Array:
+    """Bring a map at network size back onto the original image.
+
+    Args:
+        map_HW: (h, w) float32 at ``spec.size``.
+        height, width: of the original image.
+
+    Returns:
+        (height, width) float32, bilinear; what a centre crop cut away takes the nearest edge value.
+    """
+    affine = placement(spec, height, width)
+    if spec.resize == "squash":
+        return np.asarray(cv2.resize(map_HW, (width, height), interpolation=cv2.INTER_LINEAR))
+    # warpAffine counts from pixel centres at integers: shift by half a pixel on both sides
+    centred = affine.copy()
+    centred[:, 2] += 0.5 * np.diag(affine[:, :2]) - 0.5
+    return np.asarray(
+        cv2.warpAffine(
+            map_HW,
+            centred,
+            (width, height),
+            flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
+            borderMode=cv2.BORDER_REPLICATE,
+        )
+    )

@@ -1,0 +1,161 @@
+"""The systems that a bundle can hold, behind one protocol: samples in, results out."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from runtime.bundle import Bundle
+from runtime.engines import BACKENDS, Engine, check_backend, open_engine
+from runtime.errors import BackendError, BundleError, UsageError
+from runtime.tensors import Array
+
+PRECISIONS = ("auto", "int8", "float", "bf16")
+
+# name -> module with a class ``System``
+SYSTEMS: dict[str, str] = {
+    "noising": "runtime.systems.noising",
+}
+
+
+class Result(Protocol):
+    """What ``infer`` answers for one sample; the concrete types live in ``runtime.results``."""
+
+    def to_json(self) -> dict[str, Any]: ...
+
+
+class System(Protocol):
+    """An opened bundle.
+
+    Attributes:
+        bundle: what it was opened from.
+        engines: graph name -> engine; replaced by tests and by calibration's ``Tap``.
+        backend, precision: what really runs, never ``auto``.
+    """
+
+    bundle: Bundle
+    engines: Mapping[str, Engine]
+    backend: str
+    precision: str
+
+    def infer(self, images: Sequence[Array]) -> Sequence[Result]:
+        """One result per image; images are (H, W, 3) uint8 RGB of any size.
+
+        Raises:
+            InputError: an image of another dtype or layout, or an empty one.
+        """
+        ...
+
+    def draw(self, image: Array, result: Any) -> Array:
+        """Overlay of a result on its image: (H, W', 3) uint8 RGB."""
+        ...
+
+    def evaluate(self, data: Path, *, progress: Callable[[int, int], None] | None = None) -> dict[str, float]:
+        """The task's metrics on a labelled folder.
+
+        Raises:
+            DatasetError: the folder does not have the layout or the labels that it takes.
+        """
+        ...
+
+    def close(self) -> None: ...
+
+
+def system_module(name: str) -> Any:
+    """The module of a system.
+
+    Raises:
+        UsageError: there is no such system.
+    """
+    if name not in SYSTEMS:
+        raise UsageError(
+            f"there is no system '{name}'", fix=f"choose one of {', '.join(SYSTEMS)}"
+        )
+    return importlib.import_module(SYSTEMS[name])
+
+
+def choose(bundle: Bundle, backend: str = "auto", precision: str = "auto") -> tuple[str, str]:
+    """Resolve ``auto``: the precision that the bundle's verdict ships, the first usable backend.
+
+    Returns:
+        (backend, precision), neither of them ``auto``.
+
+    Raises:
+        UsageError: an unknown name.
+        BackendError: the backend asked for cannot be used, or none can.
+        BundleError: the bundle holds no variant for what was asked.
+    """
+    if precision not in PRECISIONS:
+        raise UsageError(
+            f"there is no precision '{precision}'", fix=f"choose one of {', '.join(PRECISIONS)}"
+        )
+    manifest = bundle.manifest
+    if precision == "auto":
+        precision = str(manifest.reports.get("verdict", {}).get("ship", "float"))
+    if backend != "auto":
+        check_backend(backend)
+        candidates = [backend]
+    else:
+        candidates = [name for name in BACKENDS if BACKENDS[name].why_not() is None]
+        if not candidates:
+            raise BackendError(
+                "no backend is installed here", fix='pip install "engineworks[cpu]"'
+            )
+    for name in candidates:
+        if all(_variant(graph.variants, name, precision) for graph in manifest.graphs.values()):
+            return name, precision
+    raise BundleError(
+        f"bundle {bundle.root} has no '{precision}' graphs for backend "
+        f"{' or '.join(candidates)}",
+        fix="export with --int8 --samples DIR"
+        if precision == "int8"
+        else "choose another --precision or --backend",
+    )
+
+
+def _variant(variants: Mapping[str, str], backend: str, precision: str) -> str | None:
+    for variant in BACKENDS[backend].variants.get(precision, ()):
+        if variant in variants:
+            return variants[variant]
+    return None
+
+
+def open_engines(
+    bundle: Bundle, backend: str, precision: str, *, threads: int | None = None
+) -> dict[str, Engine]:
+    """Open every graph of a bundle; ``backend`` and ``precision`` as ``choose`` resolved them."""
+    engines: dict[str, Engine] = {}
+    for name, graph in bundle.manifest.graphs.items():
+        file = _variant(graph.variants, backend, precision)
+        if file is None:
+            raise BundleError(f"graph '{name}' has no '{precision}' variant for '{backend}'")
+        engines[name] = open_engine(
+            bundle.path(file), backend, precision=precision, threads=threads
+        )
+    return engines
+
+
+def open_system(
+    bundle: Bundle,
+    *,
+    backend: str = "auto",
+    precision: str = "auto",
+    threads: int | None = None,
+    engines: Mapping[str, Engine] | None = None,
+) -> System:
+    """Open a verified bundle for inference.
+
+    Args:
+        engines: use these instead of opening the bundle's graphs (tests, calibration).
+
+    Raises:
+        UsageError, BackendError, BundleError, EngineError: see ``choose`` and ``open_engine``.
+    """
+    module = system_module(bundle.manifest.system)
+    backend, precision = choose(bundle, backend, precision)
+    if engines is None:
+        engines = open_engines(bundle, backend, precision, threads=threads)
+    system: System = module.System(bundle, engines, backend=backend, precision=precision, threads=threads)
+    return system

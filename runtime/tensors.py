@@ -1,0 +1,94 @@
+"""What crosses an engine's border: named arrays, and the specs that they must fit.
+
+Legend of shape suffixes used in the whole project: B batch, C channels, H height, W width,
+N items (patches, boxes, rows), D feature width, K neighbours. ``images_BCHW`` is an array of
+that layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol, TypeAlias, runtime_checkable
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from runtime.errors import InputError
+
+Array: TypeAlias = np.ndarray[Any, Any]
+
+
+@runtime_checkable
+class DeviceArray(Protocol):
+    """An array in CUDA memory, known by its structure: torch, CuPy and pycuda arrays all fit.
+
+    Source: Numba's CUDA Array Interface, version 3.
+    """
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]: ...
+
+
+Feeds: TypeAlias = Mapping[str, "Array | DeviceArray"]
+
+
+class TensorSpec(BaseModel):
+    """Dtype and shape of one named input or output of a graph.
+
+    ``shape`` holds an int for a fixed axis and the axis' name for a free one, e.g.
+    ``("batch", 3, 256, 256)``. ``dtype`` is NumPy's name of it, e.g. ``"float32"``.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    dtype: str
+    shape: tuple[int | str, ...]
+
+    def check(self, name: str, array: Array | DeviceArray) -> None:
+        """Refuse an array that the graph cannot take.
+
+        Raises:
+            InputError: another dtype, rank or fixed axis; both shapes are named.
+        """
+        if isinstance(array, np.ndarray):
+            shape: tuple[int, ...] = array.shape
+            dtype = array.dtype
+        else:
+            interface = array.__cuda_array_interface__
+            shape, dtype = tuple(interface["shape"]), np.dtype(interface["typestr"])
+        fits = len(shape) == len(self.shape) and all(
+            isinstance(want, str) or want == got
+            for want, got in zip(self.shape, shape, strict=True)
+        )
+        if not fits:
+            raise InputError(
+                f"input '{name}' has shape {shape}, the graph takes {self.describe()}",
+                fix="prepare the input with the bundle's PreprocessSpec, or export again with "
+                "that axis free",
+            )
+        if dtype != np.dtype(self.dtype):
+            raise InputError(
+                f"input '{name}' has dtype {dtype}, the graph takes {self.dtype}",
+                fix=f"convert it with .astype('{self.dtype}')",
+            )
+
+    def describe(self) -> str:
+        """The shape as text, e.g. ``(batch, 3, 256, 256)``."""
+        return "(" + ", ".join(str(axis) for axis in self.shape) + ")"
+
+
+def check_feeds(specs: Mapping[str, TensorSpec], feeds: Feeds) -> None:
+    """Refuse feeds with a missing or unknown name, or an array that does not fit its spec.
+
+    Raises:
+        InputError: names what is missing, unknown or of the wrong shape or dtype.
+    """
+    missing, unknown = sorted(set(specs) - set(feeds)), sorted(set(feeds) - set(specs))
+    if missing or unknown:
+        raise InputError(
+            f"feeds do not match the graph's inputs {sorted(specs)}: "
+            f"missing {missing}, unknown {unknown}",
+            fix="feed exactly the named inputs",
+        )
+    for name, spec in specs.items():
+        spec.check(name, feeds[name])
