@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from runtime.errors import InputError
+from runtime.errors import EngineError, InputError
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
@@ -92,3 +92,18 @@ def check_feeds(specs: Mapping[str, TensorSpec], feeds: Feeds) -> None:
         )
     for name, spec in specs.items():
         spec.check(name, feeds[name])
+
+
+def check_host(feeds: Feeds, stream: int | None, backend: str) -> None:
+    """Refuse what only a CUDA backend takes.
+
+    Raises:
+        EngineError: a stream or a device array was given.
+    """
+    on_device = [name for name, feed in feeds.items() if hasattr(feed, "__cuda_array_interface__")]
+    if stream is not None or on_device:
+        raise EngineError(
+            f"backend '{backend}' runs on the CPU: it takes no CUDA stream and no device arrays "
+            f"{on_device}",
+            fix="feed NumPy arrays, or open the bundle with --backend tensorrt",
+        )

@@ -48,7 +48,7 @@ class Backend:
     """One row of the table: who can open which graph variants.
 
     Attributes:
-        module: module with ``open(path, *, precision, threads) -> Engine``.
+        module: module with ``open(model, *, precision, threads) -> Engine``.
         package: the import that must be there.
         install: the line that brings it.
         variants: precision -> names of graph variants in a bundle that serve it, best first.
@@ -109,12 +109,13 @@ def check_backend(name: str) -> Backend:
 
 
 def open_engine(
-    path: Path, backend: str, *, precision: str = "float", threads: int | None = None
+    model: Path | bytes, backend: str, *, precision: str = "float", threads: int | None = None
 ) -> Engine:
-    """Load one graph file with one backend.
+    """Load one graph with one backend.
 
     Args:
-        path: an ONNX file (or a plan for ``tensorrt``) of the variant that fits the backend.
+        model: an ONNX file (or a plan for ``tensorrt``) of the variant that fits the backend, or
+            its bytes.
         backend: a name in ``BACKENDS``.
         precision: ``float`` (float32 arithmetic), ``bf16`` (float graph, bfloat16 arithmetic where
             the backend can) or ``int8`` (a Q/DQ graph, the rest in float32).
@@ -132,6 +133,6 @@ def open_engine(
             fix=f"choose one of {', '.join(row.variants)}, or another backend",
         )
     engine: Engine = importlib.import_module(row.module).open(
-        path, precision=precision, threads=threads
+        model, precision=precision, threads=threads
     )
     return engine

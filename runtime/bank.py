@@ -1,0 +1,168 @@
+"""The memory bank: rows of normal features and the exact search for the nearest of them.
+
+FAISS' flat index is the reference for every other search of the project and the file format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import faiss
+import numpy as np
+
+from runtime.bundle import write_atomic
+from runtime.coreset import Progress, greedy_k_centre
+from runtime.errors import BankError
+from runtime.tensors import Array
+
+_QUERY_BLOCK = 4096
+_FEW_QUERIES = 64  # FAISS repacks the whole bank for a matrix product: not worth it for so few
+
+
+class Bank:
+    """(M, D) float32 rows behind a FAISS flat L2 index.
+
+    Raises:
+        BankError: no rows, or a value that is not finite.
+    """
+
+    def __init__(self, rows_MD: Array) -> None:
+        rows = np.ascontiguousarray(rows_MD, np.float32)
+        if rows.ndim != 2 or len(rows) == 0:
+            raise BankError(f"a bank needs (M, D) rows, got shape {rows.shape}")
+        if not np.isfinite(rows).all():
+            raise BankError("the bank holds values that are not finite")
+        self.rows_MD = rows
+        self._index = faiss.IndexFlatL2(rows.shape[1])
+        self._index.add(rows)
+
+    def __len__(self) -> int:
+        return len(self.rows_MD)
+
+    @property
+    def width(self) -> int:
+        return int(self.rows_MD.shape[1])
+
+    def search(
+        self, queries_ND: Array, k: int, *, without: Sequence[int] | Array = ()
+    ) -> tuple[Array, Array]:
+        """The exact K nearest rows of each query.
+
+        Args:
+            queries_ND: (N, D) float32.
+            k: how many; at most M are returned.
+            without: rows that may not be found (a training image's own rows).
+
+        Returns:
+            Distances (N, K) float32, Euclidean, ascending, each computed from the difference of
+            the two vectors (the product form of the index loses digits near zero), and row indices
+            (N, K) int64.
+
+        Raises:
+            BankError: queries of another width, or nothing left to find.
+        """
+        queries = self._check(queries_ND)
+        k = min(k, len(self) - len(without))
+        if k < 1:
+            raise BankError("every row of the bank is excluded from the search")
+        if len(queries) < _FEW_QUERIES and not len(without):
+            everything = np.broadcast_to(np.arange(len(self)), (len(queries), len(self)))
+            squared = self.squared_distances(queries, everything)
+            indices = np.argpartition(squared, k - 1, axis=1)[:, :k]
+            return ascending(np.take_along_axis(squared, indices, axis=1), indices)
+        parameters = None
+        if len(without):
+            own = faiss.IDSelectorBatch(np.asarray(without, np.int64))
+            parameters = faiss.SearchParameters(sel=faiss.IDSelectorNot(own))
+        indices = np.concatenate(
+            [
+                self._index.search(queries[i : i + _QUERY_BLOCK], k, params=parameters)[1]
+                for i in range(0, max(len(queries), 1), _QUERY_BLOCK)
+            ]
+        )
+        return ascending(self.squared_distances(queries, indices), indices)
+
+    def squared_distances(self, queries_ND: Array, indices_NC: Array) -> Array:
+        """Squared Euclidean distances to chosen rows, straight from the differences.
+
+        Args:
+            queries_ND: (N, D) float32.
+            indices_NC: (N, C) int64 rows of the bank.
+
+        Returns:
+            (N, C) float32.
+        """
+        queries = self._check(queries_ND)
+        indices = np.ascontiguousarray(indices_NC, np.int64)
+        squared = np.empty(indices.shape, np.float32)
+        self._index.compute_distance_subset(
+            len(queries),
+            faiss.swig_ptr(queries),
+            indices.shape[1],
+            faiss.swig_ptr(squared),
+            faiss.swig_ptr(indices),
+        )
+        return squared
+
+    def extended(
+        self,
+        features_ND: Array,
+        max_new: int,
+        *,
+        min_radius: float = 0.0,
+        progress: Progress | None = None,
+    ) -> Bank:
+        """A bank with more rows: those new features that lie farthest from it.
+
+        Args:
+            features_ND: (N, D) float32 features of new normal images.
+            max_new: at most so many rows are added.
+            min_radius: features nearer than this to the bank are taken as known already.
+        """
+        picks = greedy_k_centre(
+            self._check(features_ND),
+            max_new,
+            centres_MD=self.rows_MD,
+            min_radius=min_radius,
+            progress=progress,
+        )
+        return Bank(np.concatenate([self.rows_MD, features_ND[picks.indices]]))
+
+    def save(self, path: Path) -> None:
+        """Write a FAISS index file, atomically."""
+        write_atomic(path, faiss.serialize_index(self._index).tobytes())
+
+    @staticmethod
+    def load(path: Path) -> Bank:
+        """Read a FAISS flat L2 index file.
+
+        Raises:
+            BankError: missing, corrupt, or an index of another kind.
+        """
+        if not path.is_file():
+            raise BankError(f"there is no bank at {path}")
+        try:
+            index = faiss.deserialize_index(np.fromfile(path, np.uint8))
+        except (RuntimeError, ValueError) as error:
+            raise BankError(
+                f"{path} is not a FAISS index ({error})", fix="export the bundle again"
+            ) from error
+        if not isinstance(index, faiss.IndexFlat) or index.metric_type != faiss.METRIC_L2:
+            raise BankError(f"{path} holds a {type(index).__name__}, not a flat L2 index")
+        return Bank(index.reconstruct_n(0, index.ntotal))
+
+    def _check(self, queries_ND: Array) -> Array:
+        if queries_ND.ndim != 2 or queries_ND.shape[1] != self.width:
+            raise BankError(
+                f"queries have shape {queries_ND.shape}, the bank's rows have width {self.width}",
+                fix="use the bank with the graph that it was built with",
+            )
+        return np.ascontiguousarray(queries_ND, np.float32)
+
+
+def ascending(squared_NK: Array, indices_NK: Array) -> tuple[Array, Array]:
+    """Distances from squared ones, nearest first, with their rows."""
+    order = np.argsort(squared_NK, axis=1, kind="stable")
+    distances = np.sqrt(np.take_along_axis(squared_NK, order, axis=1))
+    return distances, np.take_along_axis(indices_NK, order, axis=1)

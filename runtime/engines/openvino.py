@@ -1,0 +1,103 @@
+"""OpenVINO on the CPU."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import openvino as ov
+
+from runtime.errors import EngineError
+from runtime.tensors import Array, Feeds, TensorSpec, check_feeds, check_host
+from runtime.threads import available_threads
+
+
+class OpenVinoEngine:
+    """One ONNX graph compiled by OpenVINO for latency; one infer request per calling thread."""
+
+    backend = "openvino"
+
+    def __init__(
+        self, model: Path | bytes, *, precision: str = "float", threads: int | None = None
+    ) -> None:
+        """Compile a graph.
+
+        Args:
+            model: an ONNX file or its bytes.
+            precision: ``bf16`` lets float layers run in bfloat16; otherwise they are float32
+                (OpenVINO's own default would silently take bfloat16 where the CPU has it).
+            threads: None takes all cores that this process may use.
+
+        Raises:
+            EngineError: not a graph that OpenVINO can compile.
+        """
+        core = ov.Core()
+        try:
+            graph = core.read_model(model if isinstance(model, bytes) else str(model))
+            names = _tensor_names(graph)
+            self._compiled: ov.CompiledModel | None = core.compile_model(
+                graph,
+                "CPU",
+                {
+                    "PERFORMANCE_HINT": "LATENCY",
+                    "INFERENCE_NUM_THREADS": str(threads or available_threads()),
+                    "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
+                },
+            )
+        except Exception as error:  # OpenVINO raises RuntimeError and pybind11's own types
+            raise EngineError(
+                f"OpenVINO cannot load {model if isinstance(model, Path) else 'the graph'}: "
+                f"{error}",
+                fix="export the bundle again, or try --backend ort",
+            ) from error
+        self.inputs: Mapping[str, TensorSpec] = names[0]
+        self.outputs: Mapping[str, TensorSpec] = names[1]
+        self._local = threading.local()
+
+    def run(self, feeds: Feeds, *, stream: int | None = None) -> dict[str, Array]:
+        """See ``runtime.engines.Engine.run``; device feeds and streams are refused."""
+        compiled = self._compiled
+        if compiled is None:
+            raise EngineError("this engine is closed", fix="open it again")
+        check_host(feeds, stream, self.backend)
+        check_feeds(self.inputs, feeds)
+        request = getattr(self._local, "request", None)
+        if request is None:
+            request = self._local.request = compiled.create_infer_request()
+        try:
+            # the request keeps its output buffers: copy, because outputs belong to the caller
+            results = request.infer(
+                [np.ascontiguousarray(feeds[name]) for name in self.inputs], share_inputs=True
+            )
+        except Exception as error:  # as above
+            raise EngineError(f"OpenVINO failed: {error}") from error
+        return {name: np.array(results[i]) for i, name in enumerate(self.outputs)}
+
+    def close(self) -> None:
+        self._compiled = None
+        self._local = threading.local()
+
+
+def _tensor_names(
+    graph: ov.Model,
+) -> tuple[dict[str, TensorSpec], dict[str, TensorSpec]]:
+    def specs(ports: list[ov.Output]) -> dict[str, TensorSpec]:
+        return {
+            port.get_any_name(): TensorSpec(
+                dtype=np.dtype(port.get_element_type().to_dtype()).name,
+                shape=tuple(
+                    axis.get_length() if axis.is_static else f"axis{i}"
+                    for i, axis in enumerate(port.get_partial_shape())
+                ),
+            )
+            for port in ports
+        }
+
+    return specs(graph.inputs), specs(graph.outputs)
+
+
+def open(model: Path | bytes, *, precision: str, threads: int | None) -> OpenVinoEngine:
+    """Backend table's entry."""
+    return OpenVinoEngine(model, precision=precision, threads=threads)

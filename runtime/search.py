@@ -1,0 +1,249 @@
+"""Exact nearest rows of a memory bank at the speed of INT8.
+
+A product of all queries with all rows in float32 costs more than an INT8 network. Here an INT8
+product, run by the same backend as the network, only *bounds* each row's similarity from above; the
+rows are sorted into blocks of similar ones, the blocks with the highest bounds are measured exactly
+by FAISS, and a query is searched again in full whenever a row outside its blocks might still belong
+to the answer. So the result is that of the flat search, and only the cost depends on the data.
+
+For a query x and a row m, both relative to the bank's mean, the similarity
+
+    s = x·m - |m|²/2        (|x - m|² = |x|² - 2 s)
+
+is computed from x̂ = round(x / a / q) q and m̂ = round(m a / w) w, where the equaliser a (one factor
+per dimension) moves large values from the queries to the rows (Xiao et al., "SmoothQuant", 2023).
+Rounding errors are uniform in half a step, so the error of a product of D terms has the standard
+deviation sqrt(q² |m a|² + w² |x / a|²) / sqrt(12), and ``_SIGMAS`` of it bound the row.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from onnx import TensorProto, helper, numpy_helper
+
+from runtime.bank import Bank, ascending
+from runtime.engines import Engine, open_engine
+from runtime.tensors import Array
+
+_BLOCK = 8  # rows that share one bound
+_SPARE_BLOCKS = 5  # measured beyond one block per neighbour
+_SIGMAS = 6.0
+_PADDING = -1e30  # similarity of rows that only fill up the last block
+_SCORES_BYTES = 32 << 20  # size of one product; more queries go in several calls
+_WORTHWHILE_BLOCKS = 16  # times the blocks measured: below, the flat search is as fast
+
+
+class FastSearch:
+    """K nearest rows, equal to ``Bank.search``.
+
+    Attributes:
+        searched: queries answered so far.
+        repeated: those of them that needed the flat search.
+    """
+
+    def __init__(self, bank: Bank, k: int, *, backend: str, threads: int | None = None) -> None:
+        """Prepare the bank for one backend.
+
+        Args:
+            bank: rows; not copied in float.
+            k: neighbours per query; at most the bank's rows are returned.
+            backend: ``openvino`` or ``ort``: runs the INT8 product.
+            threads: None takes all cores that this process may use.
+        """
+        self.bank = bank
+        self.k = min(k, len(bank))
+        self.searched = self.repeated = 0
+        self._blocks = self.k + _SPARE_BLOCKS
+        self._engine: Engine | None = None
+        if len(bank) >= _BLOCK * _WORTHWHILE_BLOCKS * self._blocks:
+            self._prepare(backend, threads)
+
+    def _prepare(self, backend: str, threads: int | None) -> None:
+        bank = self.bank
+        self._mean = bank.rows_MD.mean(axis=0)
+        centred = bank.rows_MD - self._mean
+        norms_M = np.einsum("md,md->m", centred, centred)
+        largest_D = np.abs(centred).max(axis=0)
+        equaliser = np.sqrt(np.maximum(largest_D, largest_D.max() * 1e-6) + 1e-30)
+        rows = centred * equaliser
+        self._inverse = (1.0 / equaliser).astype(np.float32)
+        query_step = np.float32((largest_D * self._inverse).max() / 127)
+        row_steps = np.maximum(np.abs(rows).max(axis=1) / 127, 1e-12).astype(np.float32)
+
+        # a query up to this length has its error inside the bounds; a longer one adds to them
+        self._length = float(np.sqrt(np.square(centred * self._inverse).sum(axis=1).max()))
+        self._excess = _SIGMAS * float(row_steps.max()) / np.sqrt(12)
+        row_part = np.square(row_steps * self._length)
+        query_part = np.square(query_step) * np.square(rows).sum(axis=1)
+        margin = _SIGMAS * np.sqrt((row_part + query_part) / 12)
+        self._reach = 127.5 * float(query_step)  # a larger value saturates: no bound holds
+
+        order = _similar_rows_together(rows, _BLOCK)
+        num_blocks = -(-len(bank) // _BLOCK)
+        padded = np.full(num_blocks * _BLOCK, -1, np.int64)
+        padded[: len(bank)] = order
+        # the members of block b are columns b, b + num_blocks, ...: the maximum over a block then
+        # runs over whole vectors
+        self._members = padded.reshape(num_blocks, _BLOCK)
+        columns = self._members.T.ravel()
+        filled = columns >= 0
+        weights = np.zeros((len(columns), bank.width), np.int8)
+        weights[filled] = np.rint(rows / row_steps[:, None]).astype(np.int8)[columns[filled]]
+        steps = np.full(len(columns), 1e-12, np.float32)
+        steps[filled] = row_steps[columns[filled]]
+        bias = np.full(len(columns), _PADDING, np.float32)
+        bias[filled] = (margin - norms_M / 2)[columns[filled]]
+        # padding is measured as row 0: a duplicate is removed by the minimum, see search()
+        self._candidates = np.maximum(self._members, 0)
+        self._tile = max(64, _SCORES_BYTES // (4 * len(columns)))
+        self._engine = open_engine(
+            _bounds_graph(
+                weights, steps, bias, float(query_step), self._blocks + 1, integer=backend == "ort"
+            ),
+            backend,
+            precision="int8",
+            threads=threads,
+        )
+
+    def search(self, queries_ND: Array) -> tuple[Array, Array]:
+        """The K nearest rows of each query.
+
+        Args:
+            queries_ND: (N, D) float32.
+
+        Returns:
+            Distances (N, K) float32, ascending, and row indices (N, K) int64, as ``Bank.search``.
+        """
+        self.searched += len(queries_ND)
+        if self._engine is None:
+            return self.bank.search(queries_ND, self.k)
+        parts = [
+            self._search_tile(queries_ND[i : i + self._tile])
+            for i in range(0, len(queries_ND), self._tile)
+        ]
+        if len(parts) == 1:
+            return parts[0]
+        return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
+
+    def _search_tile(self, queries: Array) -> tuple[Array, Array]:
+        assert self._engine is not None
+        count, k = len(queries), self.k
+        centred = queries - self._mean
+        scaled = centred * self._inverse
+        answer = self._engine.run({"queries": scaled})
+        # the last bound belongs to the best block that is not measured
+        bounds, blocks = answer["bounds"], answer["blocks"][:, : self._blocks]
+        indices = self._candidates[blocks].reshape(count, -1)
+        squared = self.bank.squared_distances(queries, indices)
+        squared[(self._members[blocks] < 0).reshape(count, -1)] = np.inf
+        best = np.argpartition(squared, k - 1, axis=1)[:, :k]
+        distances, indices = ascending(
+            np.take_along_axis(squared, best, axis=1), np.take_along_axis(indices, best, axis=1)
+        )
+
+        lengths_N = np.sqrt(np.einsum("nd,nd->n", scaled, scaled))
+        outside_N = bounds[:, -1] + self._excess * np.maximum(lengths_N - self._length, 0)
+        similarity_N = (np.einsum("nd,nd->n", centred, centred) - distances[:, -1] ** 2) / 2
+        unsure = (similarity_N < outside_N) | (np.abs(scaled).max(axis=1) > self._reach)
+        if unsure.any():
+            self.repeated += int(unsure.sum())
+            distances[unsure], indices[unsure] = self.bank.search(queries[unsure], k)
+        return distances, indices
+
+    def close(self) -> None:
+        """Release the engine of the INT8 product."""
+        if self._engine is not None:
+            self._engine.close()
+
+
+def _similar_rows_together(rows_MD: Array, block: int) -> Array:
+    """An order of the rows in which runs of ``block`` are alike.
+
+    Halves along the direction of the largest spread, again and again; halves are whole blocks.
+
+    Returns:
+        (M,) int64 permutation.
+    """
+    start = np.random.default_rng(0).standard_normal(rows_MD.shape[1]).astype(np.float32)
+    leaves: list[Array] = []
+    pending = [np.arange(len(rows_MD))]
+    while pending:
+        ids = pending.pop()
+        if len(ids) <= block:
+            leaves.append(ids)
+            continue
+        part = rows_MD[ids] - rows_MD[ids].mean(axis=0)
+        direction = start
+        for _ in range(8):  # power iteration
+            direction = part.T @ (part @ direction)
+            direction = direction / (np.linalg.norm(direction) + 1e-30)
+        ids = ids[np.argsort(part @ direction, kind="stable")]
+        half = max(1, round(len(ids) / block / 2)) * block
+        pending += [ids[half:], ids[:half]]
+    return np.concatenate(sorted(leaves, key=lambda leaf: len(leaf) < block))
+
+
+def _bounds_graph(
+    weights_MD: Array, steps_M: Array, bias_M: Array, query_step: float, num: int, *, integer: bool
+) -> bytes:
+    """ONNX: queries -> the highest bounds per query, descending, and their blocks.
+
+    Args:
+        weights_MD, steps_M: int8 rows and their scales.
+        bias_M: added to the product of query and row.
+        query_step: scale of the quantised queries.
+        num: how many blocks to return.
+        integer: write MatMulInteger on unsigned queries, ONNX Runtime's fast form; otherwise Q/DQ.
+    """
+    width = weights_MD.shape[1]
+    constants = {
+        "query_step": np.float32(query_step),
+        "weights": np.ascontiguousarray(weights_MD.T),
+        "bias": bias_M,
+        "layout": np.array([-1, _BLOCK, len(weights_MD) // _BLOCK], np.int64),
+        "axis": np.array([1], np.int64),
+        "num": np.array([num], np.int64),
+    }
+    if integer:
+        constants |= {
+            "query_zero": np.uint8(128),
+            "zero": np.int8(0),
+            "scales": steps_M * np.float32(query_step),
+        }
+        product = [
+            helper.make_node("QuantizeLinear", ["queries", "query_step", "query_zero"], ["q"]),
+            helper.make_node("MatMulInteger", ["q", "weights", "query_zero", "zero"], ["whole"]),
+            helper.make_node("Cast", ["whole"], ["real"], to=TensorProto.FLOAT),
+            helper.make_node("Mul", ["real", "scales"], ["product"]),
+        ]
+    else:
+        constants |= {
+            "query_zero": np.int8(0),
+            "zeros": np.zeros(len(weights_MD), np.int8),
+            "steps": steps_M,
+        }
+        product = [
+            helper.make_node("QuantizeLinear", ["queries", "query_step", "query_zero"], ["q"]),
+            helper.make_node("DequantizeLinear", ["q", "query_step", "query_zero"], ["dq"]),
+            helper.make_node("DequantizeLinear", ["weights", "steps", "zeros"], ["rows"], axis=1),
+            helper.make_node("MatMul", ["dq", "rows"], ["product"]),
+        ]
+    nodes = [
+        *product,
+        helper.make_node("Add", ["product", "bias"], ["upper"]),
+        helper.make_node("Reshape", ["upper", "layout"], ["by_block"]),
+        helper.make_node("ReduceMax", ["by_block", "axis"], ["block_bounds"], keepdims=0),
+        helper.make_node("TopK", ["block_bounds", "num"], ["bounds", "blocks"], axis=1),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "bounds",
+        [helper.make_tensor_value_info("queries", TensorProto.FLOAT, ["queries", width])],
+        [
+            helper.make_tensor_value_info("bounds", TensorProto.FLOAT, ["queries", num]),
+            helper.make_tensor_value_info("blocks", TensorProto.INT64, ["queries", num]),
+        ],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    return bytes(model.SerializeToString())
