@@ -5,11 +5,16 @@ FAISS' flat index is the reference for every other search of the project and the
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import faiss
 import numpy as np
+
+# FAISS' OpenMP threads would spin after each call and take the cores from the engine's threads;
+# OpenMP reads this once, when it is loaded
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+import faiss  # noqa: E402
 
 from runtime.bundle import write_atomic
 from runtime.coreset import Progress, greedy_k_centre
@@ -66,22 +71,22 @@ class Bank:
         k = min(k, len(self) - len(without))
         if k < 1:
             raise BankError("every row of the bank is excluded from the search")
-        if len(queries) < _FEW_QUERIES and not len(without):
+        reach = min(k + len(without), len(self))
+        if len(queries) < _FEW_QUERIES:
             everything = np.broadcast_to(np.arange(len(self)), (len(queries), len(self)))
             squared = self.squared_distances(queries, everything)
-            indices = np.argpartition(squared, k - 1, axis=1)[:, :k]
-            return ascending(np.take_along_axis(squared, indices, axis=1), indices)
-        parameters = None
+            indices = np.argpartition(squared, reach - 1, axis=1)[:, :reach]
+            squared = np.take_along_axis(squared, indices, axis=1)
+        else:
+            blocks = range(0, len(queries), _QUERY_BLOCK)
+            indices = np.concatenate(
+                [self._index.search(queries[i : i + _QUERY_BLOCK], reach)[1] for i in blocks]
+            )
+            squared = self.squared_distances(queries, indices)
         if len(without):
-            own = faiss.IDSelectorBatch(np.asarray(without, np.int64))
-            parameters = faiss.SearchParameters(sel=faiss.IDSelectorNot(own))
-        indices = np.concatenate(
-            [
-                self._index.search(queries[i : i + _QUERY_BLOCK], k, params=parameters)[1]
-                for i in range(0, max(len(queries), 1), _QUERY_BLOCK)
-            ]
-        )
-        return ascending(self.squared_distances(queries, indices), indices)
+            squared[np.isin(indices, without)] = np.inf
+        distances, indices = ascending(squared, indices)
+        return distances[:, :k], indices[:, :k]
 
     def squared_distances(self, queries_ND: Array, indices_NC: Array) -> Array:
         """Squared Euclidean distances to chosen rows, straight from the differences.

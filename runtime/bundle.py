@@ -241,7 +241,9 @@ def read(root: Path) -> Bundle:
     return Bundle(root=root, manifest=manifest)
 
 
-def write(out: Path, manifest: Manifest, files: Mapping[str, Path], *, replace: bool = False) -> Bundle:
+def write(
+    out: Path, manifest: Manifest, files: Mapping[str, Path], *, replace: bool = False
+) -> Bundle:
     """Write a bundle atomically: all files are copied, hashed and synced before it appears.
 
     Args:
@@ -270,9 +272,7 @@ def write(out: Path, manifest: Manifest, files: Mapping[str, Path], *, replace: 
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, target)
             _sync(target)
-            entries[name] = FileEntry(
-                sha256=sha256_file(target), size_bytes=target.stat().st_size
-            )
+            entries[name] = FileEntry(sha256=sha256_file(target), size_bytes=target.stat().st_size)
         sealed = manifest.model_copy(update={"files": entries}).sealed()
         write_atomic(staging / MANIFEST_NAME, _manifest_text(sealed))
         if out.exists():

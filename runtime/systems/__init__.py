@@ -52,7 +52,9 @@ class System(Protocol):
         """Overlay of a result on its image: (H, W', 3) uint8 RGB."""
         ...
 
-    def evaluate(self, data: Path, *, progress: Callable[[int, int], None] | None = None) -> dict[str, float]:
+    def evaluate(
+        self, data: Path, *, progress: Callable[[int, int], None] | None = None
+    ) -> dict[str, float]:
         """The task's metrics on a labelled folder.
 
         Raises:
@@ -70,9 +72,7 @@ def system_module(name: str) -> Any:
         UsageError: there is no such system.
     """
     if name not in SYSTEMS:
-        raise UsageError(
-            f"there is no system '{name}'", fix=f"choose one of {', '.join(SYSTEMS)}"
-        )
+        raise UsageError(f"there is no system '{name}'", fix=f"choose one of {', '.join(SYSTEMS)}")
     return importlib.import_module(SYSTEMS[name])
 
 
@@ -100,15 +100,12 @@ def choose(bundle: Bundle, backend: str = "auto", precision: str = "auto") -> tu
     else:
         candidates = [name for name in BACKENDS if BACKENDS[name].why_not() is None]
         if not candidates:
-            raise BackendError(
-                "no backend is installed here", fix='pip install "engineworks[cpu]"'
-            )
+            raise BackendError("no backend is installed here", fix='pip install "engineworks[cpu]"')
     for name in candidates:
         if all(_variant(graph.variants, name, precision) for graph in manifest.graphs.values()):
             return name, precision
     raise BundleError(
-        f"bundle {bundle.root} has no '{precision}' graphs for backend "
-        f"{' or '.join(candidates)}",
+        f"bundle {bundle.root} has no '{precision}' graphs for backend {' or '.join(candidates)}",
         fix="export with --int8 --samples DIR"
         if precision == "int8"
         else "choose another --precision or --backend",
@@ -157,5 +154,7 @@ def open_system(
     backend, precision = choose(bundle, backend, precision)
     if engines is None:
         engines = open_engines(bundle, backend, precision, threads=threads)
-    system: System = module.System(bundle, engines, backend=backend, precision=precision, threads=threads)
+    system: System = module.System(
+        bundle, engines, backend=backend, precision=precision, threads=threads
+    )
     return system
