@@ -1,0 +1,61 @@
+"""Which images calibrate: chosen by a seed, listed with their hashes."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from runtime import images
+from runtime.bundle import sha256_file
+from runtime.errors import DatasetError
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image file.
+
+    Attributes:
+        path: where it is now.
+        name: its path relative to the folder it was chosen from, with ``/``.
+        sha256: of its bytes, lower-case hex.
+    """
+
+    path: Path
+    name: str
+    sha256: str
+
+
+def choose(folder: Path, num: int, seed: int = 0) -> list[Sample]:
+    """Draw images from a folder and its sub-folders: the same ones for the same files and seed.
+
+    Args:
+        folder: with at least ``num`` images.
+        num: how many, at least 1.
+        seed: of the draw.
+
+    Returns:
+        ``num`` samples, sorted by name.
+
+    Raises:
+        DatasetError: no such folder, no image in it, or fewer than ``num``.
+    """
+    if not folder.is_dir():
+        raise DatasetError(f"there is no folder {folder}", fix="give the folder of sample images")
+    names = sorted(
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.suffix.lower() in images.SUFFIXES and path.is_file()
+    )
+    if not names:
+        raise DatasetError(
+            f"there are no images in {folder}",
+            fix=f"give a folder with files of {', '.join(sorted(images.SUFFIXES))}",
+        )
+    if not 1 <= num <= len(names):
+        raise DatasetError(
+            f"{folder} has {len(names)} images, {num} were asked for",
+            fix=f"ask for 1 to {len(names)}, or add images",
+        )
+    chosen = sorted(random.Random(seed).sample(names, num))
+    return [Sample(folder / name, name, sha256_file(folder / name)) for name in chosen]

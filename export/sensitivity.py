@@ -1,0 +1,141 @@
+"""What each quantized node costs: which ones are worth putting back to float."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+
+from export.quantize import NOTHING, KeepFloat, quantizable, quantize, to_unsigned
+from runtime.engines.ort import OrtEngine
+from runtime.errors import QuantizationError
+from runtime.tensors import Array
+
+TAIL = 0.01  # the share of vectors that counts as the worst
+
+
+@dataclass(frozen=True)
+class OutputError:
+    """How far one output is from the float graph's, over all feeds.
+
+    Attributes:
+        relative: L2 norm of the difference over the L2 norm of the float output.
+        cosine: mean cosine between vectors along the channel axis (axis 1; the last of a (B, D)).
+        tail_cosine: mean cosine of the worst 1 % of these vectors, the ones that decide an anomaly.
+    """
+
+    relative: float
+    cosine: float
+    tail_cosine: float
+
+
+@dataclass(frozen=True)
+class NodeCost:
+    """One node's part in the error.
+
+    Attributes:
+        node: its name.
+        op_type: its ONNX operator.
+        alone: graph output -> error when only this node is quantized.
+        without: graph output -> error when all nodes but this one are.
+    """
+
+    node: str
+    op_type: str
+    alone: Mapping[str, OutputError]
+    without: Mapping[str, OutputError]
+
+    @property
+    def worst(self) -> float:
+        """The largest relative error that it causes alone in any output."""
+        return max(error.relative for error in self.alone.values())
+
+
+def sensitivity(
+    model: onnx.ModelProto,
+    ranges: Mapping[str, float],
+    feeds: Sequence[Mapping[str, Array]],
+    keep_float: KeepFloat = NOTHING,
+    *,
+    threads: int | None = None,
+) -> list[NodeCost]:
+    """Quantize one node at a time, and all but one, and compare the outputs with the float graph's.
+
+    Takes two graph loads and two runs per node and feed: a few feeds are enough.
+
+    Args:
+        model: the float graph.
+        ranges: tensor -> amax.
+        feeds: host arrays for the graph's inputs, at least one set.
+        keep_float: nodes that stay float in any case.
+        threads: None takes all cores that this process may use.
+
+    Returns:
+        One cost per node that ``quantizable`` lists, worst first.
+
+    Raises:
+        QuantizationError: no feeds, or see ``quantize``.
+        InputError, EngineError: a feed does not fit, or a graph cannot be run.
+    """
+    if not feeds:
+        raise QuantizationError("there are no feeds to measure with", fix="give at least one image")
+    names = quantizable(model, keep_float)
+    op_types = {node.name: node.op_type for node in model.graph.node}
+    want = _run(model, feeds, threads)
+
+    def errors(quantized: set[str]) -> dict[str, OutputError]:
+        rest = keep_float.plus(set(names) - quantized)
+        got = _run(to_unsigned(quantize(model, ranges, rest)), feeds, threads)
+        return {name: compare(want[name], got[name]) for name in want}
+
+    costs = [
+        NodeCost(name, op_types[name], errors({name}), errors(set(names) - {name}))
+        for name in names
+    ]
+    return sorted(costs, key=lambda cost: cost.worst, reverse=True)
+
+
+def compare(want: Sequence[Array], got: Sequence[Array]) -> OutputError:
+    """Errors of one output.
+
+    Args:
+        want: per feed, (B, C, ...) or (B, D) float32.
+        got: likewise.
+
+    Returns:
+        Errors over all feeds together; a vector that is 0 in both has cosine 1, in one cosine 0.
+    """
+    a, b = (np.concatenate([_vectors(value) for value in values]) for values in (want, got))
+    norm = float(np.linalg.norm(a))
+    difference = float(np.linalg.norm(a - b))
+    lengths = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)
+    product = lengths[0] * lengths[1]
+    cosine = np.divide(
+        (a * b).sum(axis=1),
+        product,
+        out=(lengths[0] == lengths[1]).astype(float),
+        where=product > 0,
+    )
+    num_tail = max(1, round(TAIL * cosine.size))
+    return OutputError(
+        relative=difference / norm if norm > 0 else (0.0 if difference == 0 else np.inf),
+        cosine=float(cosine.mean()),
+        tail_cosine=float(np.partition(cosine, num_tail - 1)[:num_tail].mean()),
+    )
+
+
+def _vectors(value: Array) -> Array:
+    """(B, C, ...) -> (N, C) float64, one row per position."""
+    channels_last = np.moveaxis(value, 1, -1) if value.ndim > 1 else value[:, None]
+    return channels_last.reshape(-1, channels_last.shape[-1]).astype(np.float64)
+
+
+def _run(
+    model: onnx.ModelProto, feeds: Sequence[Mapping[str, Array]], threads: int | None
+) -> dict[str, list[Array]]:
+    engine = OrtEngine(model.SerializeToString(), threads=threads)
+    results = [engine.run(feed) for feed in feeds]
+    engine.close()
+    return {name: [result[name] for result in results] for name in engine.outputs}

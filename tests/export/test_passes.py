@@ -1,0 +1,255 @@
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import helper, numpy_helper
+from residual_net import images, residual_net
+
+from export import passes
+from runtime.errors import ExportError
+
+
+def run(model: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads = 1
+    return ort.InferenceSession(model.SerializeToString(), options).run(None, feeds)
+
+
+def op_types(model: onnx.ModelProto) -> Counter[str]:
+    return Counter(node.op_type for node in model.graph.node)
+
+
+def parse(text: str, **constants: np.ndarray) -> onnx.ModelProto:
+    model = onnx.parser.parse_model(text)
+    for name, value in constants.items():
+        model.graph.initializer.append(numpy_helper.from_array(value, name))
+    return model
+
+
+class TestPrepare:
+    def test_leaves_a_resnet_like_graph_without_any_batch_normalisation(self) -> None:
+        model = passes.prepare(residual_net(bn=True))
+
+        assert "BatchNormalization" not in op_types(model)
+        assert op_types(model)["Conv"] == 8
+
+    def test_does_not_change_what_the_graph_computes(self) -> None:
+        model = residual_net(bn=True)
+        feeds = {"image": images()}
+
+        for before, after in zip(run(model, feeds), run(passes.prepare(model), feeds), strict=True):
+            # folding rescales float32 weights: a few roundings of 2^-24 per layer, eight layers
+            np.testing.assert_allclose(after, before, rtol=1e-4, atol=1e-5 * np.abs(before).max())
+
+    def test_does_not_change_its_argument(self) -> None:
+        model = residual_net(bn=True)
+        before = model.SerializeToString(deterministic=True)
+
+        passes.prepare(model)
+
+        assert model.SerializeToString(deterministic=True) == before
+
+    def test_done_twice_changes_nothing_more(self) -> None:
+        once = passes.prepare(residual_net(bn=True))
+
+        twice = passes.prepare(once)
+
+        assert list(twice.graph.node) == list(once.graph.node)
+
+    def test_keeps_matmul_plus_add_apart_because_gemm_loses_the_int8_kernel(self) -> None:
+        model = parse(
+            """<ir_version: 9, opset_import: ["" : 18]>
+            g (float[2, 4] x) => (float[2, 3] y) { h = MatMul(x, w)  y = Add(h, b) }""",
+            w=np.ones((4, 3), np.float32),
+            b=np.ones(3, np.float32),
+        )
+
+        assert op_types(passes.prepare(model)) == {"MatMul": 1, "Add": 1}
+
+
+class TestInline:
+    def test_a_constant_behind_castlike_and_expand_is_folded_into_the_bias(self) -> None:
+        model = parse(
+            """<ir_version: 9, opset_import: ["" : 18]>
+            g (float[n, 3, 8, 8] x) => (float[n, 4, 8, 8] y) {
+                c = CastLike(zero, x)
+                b = Expand(c, shape)
+                h = Conv(x, w, b)
+                y = BatchNormalization(h, ones, ones, ones, ones)
+            }""",
+            zero=np.array(0.0, np.float64),
+            shape=np.array([4]),
+            w=np.ones((4, 3, 1, 1), np.float32),
+            ones=np.ones(4, np.float32),
+        )
+
+        prepared = passes.prepare(model)
+
+        assert op_types(prepared) == {"Conv": 1}
+
+    def test_local_functions_are_expanded(self) -> None:
+        model = onnx.parser.parse_model(
+            """<ir_version: 9, opset_import: ["" : 18, "local" : 1]>
+            g (float[2] x) => (float[2] y) { y = local.twice(x) }
+            <domain: "local", opset_import: ["" : 18]>
+            twice (a) => (b) { b = Add(a, a) }"""
+        )
+
+        inlined = passes.inline(model)
+
+        assert not inlined.functions
+        assert op_types(inlined) == {"Add": 1}
+
+
+class TestFoldBatchnorm:
+    @pytest.mark.parametrize("group", [1, 2])
+    @pytest.mark.parametrize("op_type", ["Conv", "ConvTranspose"])
+    def test_agrees_with_the_formula_in_float64_for_every_group(
+        self, op_type: str, group: int
+    ) -> None:
+        rng = np.random.default_rng(3)
+        c_in, c_out = 4, 6
+        shape = (c_out, c_in // group) if op_type == "Conv" else (c_in, c_out // group)
+        model = parse(
+            f"""<ir_version: 9, opset_import: ["" : 18]>
+            g (float[2, 4, 5, 5] x) => (float[2, 6, c, d] y) {{
+                h = {op_type} <group = {group}> (x, w, b)
+                y = BatchNormalization(h, gamma, beta, mean, variance)
+            }}""",
+            w=rng.normal(size=(*shape, 3, 3)).astype(np.float32),
+            b=rng.normal(size=6).astype(np.float32),
+            gamma=rng.normal(size=6).astype(np.float32),
+            beta=rng.normal(size=6).astype(np.float32),
+            mean=rng.normal(size=6).astype(np.float32),
+            variance=rng.uniform(0.1, 2, 6).astype(np.float32),
+        )
+        feeds = {"x": rng.normal(size=(2, 4, 5, 5)).astype(np.float32)}
+
+        folded = passes.fold_batchnorm(model)
+
+        assert op_types(folded) == {op_type: 1}
+        # float32 convolution on rescaled weights: 36 products, each rounded to 2^-24 relative
+        np.testing.assert_allclose(
+            run(folded, feeds)[0], run(model, feeds)[0], rtol=1e-4, atol=1e-5
+        )
+
+    def test_weights_keep_their_names(self) -> None:
+        folded = passes.fold_batchnorm(residual_net(bn=True))
+
+        weights = {node.input[1] for node in folded.graph.node if node.op_type == "Conv"}
+
+        assert "layer2.0.downsample.0.weight" in weights
+
+    def test_a_convolution_that_is_read_elsewhere_is_left_alone(self) -> None:
+        model = parse(
+            """<ir_version: 9, opset_import: ["" : 18]>
+            g (float[1, 2, 4, 4] x) => (float[1, 2, 4, 4] h, float[1, 2, 4, 4] y) {
+                h = Conv(x, w)
+                y = BatchNormalization(h, ones, ones, ones, ones)
+            }""",
+            w=np.ones((2, 2, 1, 1), np.float32),
+            ones=np.ones(2, np.float32),
+        )
+
+        assert op_types(passes.prepare(model)) == {"Conv": 1, "BatchNormalization": 1}
+
+    def test_a_weight_that_two_convolutions_share_is_folded_for_each_alone(self) -> None:
+        rng = np.random.default_rng(0)
+        model = parse(
+            """<ir_version: 9, opset_import: ["" : 18]>
+            g (float[1, 2, 4, 4] x) => (float[1, 2, 4, 4] y) {
+                h = Conv(x, w)
+                i = BatchNormalization(h, a, a, a, a)
+                j = Conv(i, w)
+                y = BatchNormalization(j, b, b, b, b)
+            }""",
+            w=rng.normal(size=(2, 2, 1, 1)).astype(np.float32),
+            a=np.array([1.0, 2.0], np.float32),
+            b=np.array([3.0, 0.5], np.float32),
+        )
+        feeds = {"x": rng.normal(size=(1, 2, 4, 4)).astype(np.float32)}
+
+        folded = passes.fold_batchnorm(model)
+
+        assert op_types(folded) == {"Conv": 2}
+        # two float32 layers
+        np.testing.assert_allclose(
+            run(folded, feeds)[0], run(model, feeds)[0], rtol=1e-5, atol=1e-6
+        )
+
+
+class TestNameNodes:
+    def test_nodes_are_called_after_their_weights_and_else_counted_by_type(self) -> None:
+        model = passes.prepare(residual_net(bn=True))
+
+        names = [node.name for node in model.graph.node]
+
+        assert names[:5] == ["conv1", "Relu_0", "MaxPool_0", "layer1.0.conv1", "Relu_1"]
+        assert len(set(names)) == len(names)
+
+    def test_the_exporters_own_names_do_not_matter(self) -> None:
+        model = residual_net()
+        renamed = onnx.ModelProto()
+        renamed.CopyFrom(model)
+        for i, node in enumerate(renamed.graph.node):
+            node.name = f"other_{i}"
+            for j, name in enumerate(node.input):
+                node.input[j] = name.replace("val_", "tensor")
+            node.output[0] = node.output[0].replace("val_", "tensor")
+
+        assert list(passes.name_nodes(renamed).graph.node) == list(
+            passes.name_nodes(model).graph.node
+        )
+
+    def test_inputs_outputs_and_initializers_keep_their_names(self) -> None:
+        model = residual_net()
+
+        named = passes.name_nodes(model)
+
+        assert named.graph.input == model.graph.input
+        assert named.graph.output == model.graph.output
+        assert named.graph.initializer == model.graph.initializer
+
+
+class TestAGraphThatThePassesDoNotTake:
+    def test_an_old_opset_is_refused_with_the_way_out(self) -> None:
+        model = onnx.parser.parse_model(
+            """<ir_version: 8, opset_import: ["" : 13]>
+            g (float[2] x) => (float[2] y) { y = Relu(x) }"""
+        )
+
+        with pytest.raises(ExportError, match=r"opset 13.*\n.*opset_version=18"):
+            passes.prepare(model)
+
+    def test_control_flow_is_refused_by_name(self) -> None:
+        branch = onnx.parser.parse_graph(
+            "b () => (float[1] y) { y = Constant<value_floats=[1.0]>() }"
+        )
+        node = helper.make_node(
+            "If", ["c"], ["y"], name="choice", then_branch=branch, else_branch=branch
+        )
+        graph = helper.make_graph(
+            [node],
+            "g",
+            [helper.make_tensor_value_info("c", onnx.TensorProto.BOOL, [])],
+            [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1])],
+        )
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+
+        with pytest.raises(ExportError, match="'choice'"):
+            passes.check_flat(model)
+
+    def test_a_graph_that_contradicts_itself_is_refused(self) -> None:
+        model = parse(
+            """<ir_version: 9, opset_import: ["" : 18]>
+            g (float[2, 4] x) => (float[2, 3] y) { y = MatMul(x, w) }""",
+            w=np.ones((5, 3), np.float32),
+        )
+
+        with pytest.raises(ExportError, match="not valid ONNX"):
+            passes.infer_shapes(model)
