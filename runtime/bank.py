@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -39,7 +40,7 @@ class Bank:
         if not np.isfinite(rows).all():
             raise BankError("the bank holds values that are not finite")
         self.rows_MD = rows
-        self._index = faiss.IndexFlatL2(rows.shape[1])
+        self._index: Any = faiss.IndexFlatL2(rows.shape[1])
         self._index.add(rows)
 
     def __len__(self) -> int:

@@ -46,12 +46,15 @@ class GraphEntry(_Part):
 
     ``variants`` maps a variant name to a file: ``float`` (ONNX, float32), ``int8`` (ONNX, canonical
     Q/DQ: int8, zero point 0), ``int8-u8`` (the same numbers with unsigned activations, for x86
-    ONNX Runtime).
+    ONNX Runtime). ``keep_float`` is the recipe's rule for nodes that quantisation leaves alone, as
+    ``export.quantize.KeepFloat`` reads it: it travels along, because INT8 graphs may be made on a
+    machine without torch.
     """
 
     inputs: dict[str, TensorSpec]
     outputs: dict[str, TensorSpec]
     variants: dict[str, str]
+    keep_float: dict[str, Any] = {}
 
 
 class Threshold(_Part):

@@ -49,7 +49,7 @@ def projection(width: int, target: int, seed: int) -> Array:
     Source: Johnson and Lindenstrauss, 1984; Gaussian entries of variance 1 / target.
     """
     rng = np.random.default_rng(seed)
-    return (rng.standard_normal((width, target)) / np.sqrt(target)).astype(np.float32)
+    return np.asarray(rng.standard_normal((width, target)) / np.sqrt(target), np.float32)
 
 
 def greedy_k_centre(

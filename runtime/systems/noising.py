@@ -25,6 +25,7 @@ Source: "Propose Noising" (patch influence and noise proposal), with PatchCore's
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from runtime import datasets, draw, images
 from runtime.bank import Bank
-from runtime.bundle import Bundle, Threshold
+from runtime.bundle import Bundle, Threshold, write
 from runtime.coreset import Progress, greedy_k_centre, projection
 from runtime.engines import Engine
 from runtime.errors import BundleError, DatasetError, InputError
@@ -44,6 +45,8 @@ from runtime.metrics import AnomalyMetrics, false_reject_threshold
 from runtime.preprocess import PreprocessSpec, apply, place, restore
 from runtime.results import AnomalyMap
 from runtime.search import FastSearch
+from runtime.sources import open_source
+from runtime.systems import choose, open_engines
 from runtime.tensors import Array
 
 NAME = "noising"
@@ -155,7 +158,7 @@ def influence(queries_ND: Array, neighbours_NKD: Array, distances_NK: Array) -> 
 def _influence(differences_NKD: Array, distances_NK: Array) -> Array:
     """The same from x - m_k."""
     weights = _reciprocal(distances_NK) / distances_NK.shape[1]
-    return np.abs(np.matmul(weights[:, None], differences_NKD)[:, 0])
+    return np.asarray(np.abs(np.matmul(weights[:, None], differences_NKD)[:, 0]))
 
 
 def _reciprocal(distances: Array) -> Array:
@@ -415,7 +418,7 @@ def _coreset(
     progress: Progress | None,
 ) -> tuple[Array, float]:
     """Indices of the bank's rows in the flattened features, and their covering radius."""
-    num_images, num_patches, width = features_IND.shape
+    num_patches, width = features_IND.shape[1:]
     rows_ND = features_IND.reshape(-1, width)
     num = max(1, min(config.max_rows, int(len(rows_ND) * config.coreset_ratio)))
     space = None if config.projection is None else projection(width, config.projection, seed)
@@ -634,3 +637,49 @@ def target_mask(sample: datasets.MvtecSample, spec: PreprocessSpec) -> Array | N
     if sample.mask_path is None:
         return None if sample.label else np.zeros(spec.size, bool)
     return place(spec, images.read_mask(sample.mask_path), nearest=True) > 0
+
+
+def extend(
+    bundle: Bundle,
+    folder: Path,
+    out: Path,
+    *,
+    max_rows: int,
+    backend: str = "auto",
+    threads: int | None = None,
+    exist_ok: bool = False,
+) -> int:
+    """Write a bundle whose bank also knows new normal images.
+
+    The rows farthest from the bank are added, greedily; statistics and thresholds stay, so scores
+    of old and new images remain comparable.
+
+    Args:
+        folder: normal images, read recursively.
+        max_rows: at most so many rows are added.
+
+    Returns:
+        Number of rows added.
+
+    Raises:
+        InputError: no images; BundleError: another system's bundle, or ``out`` exists.
+    """
+    if bundle.manifest.system != NAME:
+        raise BundleError(f"bundle {bundle.root} holds '{bundle.manifest.system}', not '{NAME}'")
+    paths = [path for path in open_source(str(folder)).paths if path.suffix in images.SUFFIXES]
+    # float features: the bank must serve every precision
+    backend, _ = choose(bundle, backend, "float")
+    engines = open_engines(bundle, backend, "float", threads=threads)
+    features = [
+        engines["features"].run({"images": apply(bundle.manifest.preprocess, [images.read(path)])})
+        for path in paths
+    ]
+    old = Bank.load(bundle.asset("bank"))
+    new = old.extended(np.concatenate([f["features"][0] for f in features]), max_rows)
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "bank.faiss"
+        new.save(path)
+        files = {name: bundle.path(name) for name in bundle.manifest.files}
+        files[bundle.manifest.assets["bank"]] = path
+        write(out, bundle.manifest, files, replace=exist_ok)
+    return len(new) - len(old)

@@ -1,0 +1,515 @@
+"""The command line: parse, call one function, print its answer.
+
+Heavy imports live inside the commands, so that ``--help`` is instant and ``infer`` loads no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from runtime.errors import BackendError, EngineworksError, UsageError
+
+if TYPE_CHECKING:
+    from runtime.bench import Row
+
+PATH = click.Path(path_type=Path)
+FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
+OUT = click.option("--out", type=PATH, required=True, help="Folder to write.")
+EXIST_OK = click.option("--exist-ok", is_flag=True, help="Replace what --out already holds.")
+BACKEND = click.option(
+    "--backend",
+    type=click.Choice(["auto", "ort", "openvino", "tensorrt"]),
+    default="auto",
+    show_default=True,
+    help="What runs the graphs; one that is not installed is an error.",
+)
+PRECISION = click.option(
+    "--precision",
+    type=click.Choice(["auto", "int8", "float", "bf16"]),
+    default="auto",
+    show_default=True,
+    help="auto takes what the bundle's verdict ships.",
+)
+THREADS = click.option("--threads", type=click.IntRange(min=1), help="CPU threads [all cores].")
+
+
+class Cli(click.Group):
+    """Turns errors raised on purpose into a message and their exit code."""
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except EngineworksError as error:
+            click.secho(f"error: {error}", fg="red", err=True)
+            context.exit(error.exit_code)
+
+
+@click.group(cls=Cli, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="engineworks")
+@click.option("--quiet", "-q", is_flag=True, help="No progress on stderr.")
+@click.pass_context
+def main(context: click.Context, quiet: bool) -> None:
+    """Train small-data vision systems, export INT8 bundles, run them without PyTorch."""
+    context.obj = {"quiet": quiet}
+
+
+@main.command()
+@click.argument("system")
+@OUT
+@click.option("--seed", type=int, default=0, show_default=True)
+def sample(system: str, out: Path, seed: int) -> None:
+    """Draw a small labelled data set for SYSTEM."""
+    import importlib
+
+    from runtime.systems import system_module
+
+    system_module(system)  # refuses a misspelt name
+    if out.exists() and any(out.iterdir()):
+        raise UsageError(f"{out} is not empty", fix="choose another --out, or delete it")
+    draw = importlib.import_module(f"training.systems.{system}.sample")
+    draw.sample(out, seed=seed)
+    click.echo(out)
+
+
+@main.command()
+@click.argument("system")
+@click.option("--data", type=FOLDER, required=True, help="Folder of training data.")
+@click.option("--out", type=PATH, help="Run folder [runs/SYSTEM/trainN].")
+@click.option("--config", type=PATH, help="YAML file over the system's defaults.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting.")
+@click.option("--resume", is_flag=True, help="Go on with the run in --out.")
+@EXIST_OK
+@click.pass_context
+def train(
+    context: click.Context,
+    system: str,
+    data: Path,
+    out: Path | None,
+    config: Path | None,
+    overrides: tuple[str, ...],
+    resume: bool,
+    exist_ok: bool,
+) -> None:
+    """Train SYSTEM on a folder of data."""
+    _need("torch", "train")
+    from training.config import load_config
+    from training.train import train as train_run
+
+    merged = load_config(system, config, overrides)
+    with _progress(context, "training") as progress:
+        run = train_run(merged, data, out, resume=resume, exist_ok=exist_ok, progress=progress)
+    if run.report:
+        _print_report(run.report)
+    click.echo(run.folder)
+
+
+@main.command()
+@click.argument("source", type=PATH)
+@OUT
+@EXIST_OK
+@click.option("--int8", is_flag=True, help="Add INT8 graphs; needs --samples.")
+@click.option("--samples", type=FOLDER, help="Images that the system will meet, for calibration.")
+@click.option("--num-samples", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option(
+    "--method",
+    type=click.Choice(["auto", "minmax", "percentile", "entropy", "mse"]),
+    default="auto",
+    show_default=True,
+    help="Ranges; auto takes the method with the smallest output error.",
+)
+@click.option("--percentile", type=float, default=99.99, show_default=True)
+@click.option("--eval", "evaluation", type=FOLDER, help="Labelled data for the accuracy gate.")
+@click.option("--fail-on-drop", is_flag=True, help="Exit 1 where the gate fails.")
+@click.option("--sensitivity", is_flag=True, help="Cost of each node; worst back to float.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the choice of samples.")
+@THREADS
+@click.pass_context
+def export(
+    context: click.Context,
+    source: Path,
+    out: Path,
+    exist_ok: bool,
+    int8: bool,
+    samples: Path | None,
+    num_samples: int,
+    method: str,
+    percentile: float,
+    evaluation: Path | None,
+    fail_on_drop: bool,
+    sensitivity: bool,
+    seed: int,
+    threads: int | None,
+) -> None:
+    """Turn a training RUN into a bundle, or a float BUNDLE into one with INT8."""
+    import tempfile
+
+    from runtime import bundle as bundles
+
+    if int8 and samples is None:
+        raise UsageError("--int8 needs sample images", fix="pass --samples DIR")
+    given = {"--samples": samples, "--eval": evaluation, "--fail-on-drop": fail_on_drop}
+    if not int8 and (unused := [name for name, value in given.items() if value]):
+        raise UsageError(f"{', '.join(unused)} has no meaning without --int8", fix="add --int8")
+    if not source.is_dir():
+        raise UsageError(f"there is no run or bundle at {source}")
+    from_bundle = (source / bundles.MANIFEST_NAME).is_file()
+    say = _say(context)
+    with tempfile.TemporaryDirectory() as scratch:
+        if from_bundle:
+            floats = bundles.read(source)
+        else:
+            _need("torch", "train")
+            from export.trace import trace
+
+            target = Path(scratch) / "float" if int8 else out
+            floats = trace(source, target, exist_ok=exist_ok)
+        if int8:
+            from export.build import BuildConfig, build
+
+            config = BuildConfig(
+                samples=samples,
+                num_samples=num_samples,
+                seed=seed,
+                method=method,
+                percentile=percentile,
+                evaluation=evaluation,
+                sensitivity=sensitivity,
+                fail_on_drop=fail_on_drop,
+                threads=threads,
+            )
+            build(floats, out, config, exist_ok=exist_ok, say=say)
+        elif from_bundle:
+            raise UsageError("a bundle is exported already", fix="add --int8 --samples DIR")
+    click.echo(out)
+
+
+@main.command()
+@click.argument("bundle", type=PATH)
+@click.option("--source", required=True, help="File, folder, glob, list.txt, video, 0, rtsp://...")
+@OUT
+@BACKEND
+@PRECISION
+@THREADS
+@click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True)
+@click.option("--jsonl", is_flag=True, help="Write results.jsonl, one line per image.")
+@click.option("--save-overlays", is_flag=True, help="Write pictures (a video: annotated).")
+@click.option("--frame-step", type=click.IntRange(min=1), default=1, help="Every n-th frame.")
+@EXIST_OK
+@click.pass_context
+def infer(
+    context: click.Context,
+    bundle: Path,
+    source: str,
+    out: Path,
+    backend: str,
+    precision: str,
+    threads: int | None,
+    batch: int,
+    jsonl: bool,
+    save_overlays: bool,
+    frame_step: int,
+    exist_ok: bool,
+) -> None:
+    """Run a BUNDLE on images or video, without PyTorch."""
+    from runtime.infer import infer as run_infer
+    from runtime.sources import open_source
+
+    from runtime.bundle import read
+    from runtime.systems import open_system
+
+    if out.exists() and any(out.iterdir()) and not exist_ok:
+        raise UsageError(f"{out} is not empty", fix="choose another --out, or pass --exist-ok")
+    opened = open_source(source)
+    system = open_system(read(bundle), backend=backend, precision=precision, threads=threads)
+    try:
+        _say(context)(f"{system.backend}, {system.precision}")
+        with _progress(context, "inference") as progress:
+            summary = run_infer(
+                system,
+                opened,
+                out,
+                batch=batch,
+                jsonl=jsonl,
+                overlays=save_overlays,
+                frame_step=frame_step,
+                progress=progress,
+            )
+    finally:
+        system.close()
+    for name, message in summary.failures:
+        click.secho(f"skipped {name}: {message}", fg="yellow", err=True)
+    click.echo(
+        f"{summary.num_done} done, {summary.num_failed} failed, "
+        f"{summary.images_per_second:.1f} images/s, results in {out}"
+    )
+    if summary.num_failed:
+        context.exit(1)
+
+
+@main.command(name="eval")
+@click.argument("bundle", type=PATH)
+@click.option("--data", type=FOLDER, required=True, help="Labelled folder.")
+@BACKEND
+@PRECISION
+@THREADS
+@click.option("--json", "json_file", type=PATH, help="Also write the metrics here.")
+@click.pass_context
+def evaluate(
+    context: click.Context,
+    bundle: Path,
+    data: Path,
+    backend: str,
+    precision: str,
+    threads: int | None,
+    json_file: Path | None,
+) -> None:
+    """The task's metrics of a BUNDLE on labelled data."""
+    from runtime.bundle import read, write_atomic
+    from runtime.systems import open_system
+
+    system = open_system(read(bundle), backend=backend, precision=precision, threads=threads)
+    try:
+        with _progress(context, "evaluation") as progress:
+            metrics = system.evaluate(data, progress=progress)
+    finally:
+        system.close()
+    _print_table(
+        f"{bundle} on {data}: {system.backend}, {system.precision}",
+        ("metric", "value"),
+        [(name, f"{value:.4f}") for name, value in metrics.items()],
+    )
+    if json_file:
+        content = {"backend": system.backend, "precision": system.precision, "metrics": metrics}
+        write_atomic(json_file, json.dumps(content, indent=2) + "\n")
+
+
+@main.command()
+@click.argument("bundle", type=PATH)
+@click.option("--run", type=FOLDER, help="Its training run: adds eager PyTorch rows.")
+@click.option("--eval", "evaluation", type=FOLDER, help="Labelled data: accuracy beside speed.")
+@click.option("--source", help="Images to time on [noise].")
+@BACKEND
+@click.option("--batch", "batches", default="1", show_default=True, help="Sizes, e.g. 1,8.")
+@THREADS
+@click.option("--seconds", type=float, default=3.0, show_default=True, help="Per row.")
+@click.option("--json", "json_file", type=PATH, help="Also write the rows here.")
+@click.pass_context
+def bench(
+    context: click.Context,
+    bundle: Path,
+    run: Path | None,
+    evaluation: Path | None,
+    source: str | None,
+    backend: str,
+    batches: str,
+    threads: int | None,
+    seconds: float,
+    json_file: Path | None,
+) -> None:
+    """Time a BUNDLE on every backend and precision, against eager PyTorch with --run."""
+    from runtime.bench import environment, render
+
+    from runtime import contenders
+    from runtime.bundle import read, write_atomic
+    from runtime.threads import available_threads
+
+    try:
+        sizes = [int(size) for size in batches.split(",")]
+    except ValueError as error:
+        raise UsageError(f"--batch takes sizes such as 1,8, got {batches!r}") from error
+    if min(sizes) < 1:
+        raise UsageError(f"--batch takes sizes of at least 1, got {batches!r}")
+    if run is not None:
+        _need("torch", "train")
+    threads = threads or available_threads()
+    opened = read(bundle)
+    images = contenders.images_for(opened, source)
+    say = _say(context)
+    rows: list[Row] = contenders.measure(
+        opened,
+        images,
+        run=run,
+        backend=backend,
+        batches=sizes,
+        threads=threads,
+        seconds=seconds,
+        evaluation=evaluation,
+        say=say,
+    )
+    click.echo(render(rows))
+    if json_file:
+        content = {
+            "environment": environment(threads=threads),
+            "bundle": str(bundle),
+            "bundle_digest": opened.manifest.digest,
+            "inputs": contenders.describe_images(images),
+            "rows": [row.to_json() for row in rows],
+        }
+        write_atomic(json_file, json.dumps(content, indent=2) + "\n")
+
+
+@main.command()
+def doctor() -> None:
+    """Versions, processor, and which backends can be used here."""
+    from runtime.doctor import examine
+
+    problems = 0
+    for finding in examine():
+        colour = {"ok": "green", "missing": "yellow", "problem": "red"}[finding.level]
+        click.echo(f"{click.style(finding.level.ljust(8), fg=colour)}{finding.text}")
+        if finding.fix:
+            click.echo(f"        {finding.fix}")
+        problems += finding.level == "problem"
+    if problems:
+        sys.exit(1)
+
+
+@main.group()
+def bundle() -> None:
+    """Look at a bundle, check it, move its thresholds."""
+
+
+@bundle.command()
+@click.argument("folder", type=PATH)
+def show(folder: Path) -> None:
+    """What a bundle is, after checking all of it."""
+    from runtime.bundle import read
+
+    manifest = read(folder).manifest
+    click.echo(f"{manifest.system}, schema {manifest.schema_version}, {manifest.digest[:12]}")
+    for name, graph in manifest.graphs.items():
+        tensors = [f"{n} {spec.describe()}" for n, spec in graph.inputs.items()]
+        click.echo(f"graph {name}: {', '.join(tensors)}; {', '.join(graph.variants)}")
+    for name, threshold in manifest.thresholds.items():
+        click.echo(f"threshold {name}: {threshold.value:.4f} ({threshold.source})")
+    if verdict := manifest.reports.get("verdict"):
+        from export.build import describe_verdict
+
+        for line in describe_verdict(verdict):
+            click.echo(line)
+
+
+@bundle.command(name="set-threshold")
+@click.argument("folder", type=PATH)
+@click.argument("name")
+@click.argument("value", type=float)
+def set_threshold(folder: Path, name: str, value: float) -> None:
+    """Move a decision border without exporting again."""
+    from runtime import bundle as bundles
+
+    bundles.set_threshold(bundles.read(folder), name, value)
+    click.echo(f"{name} = {value:g}")
+
+
+@main.group()
+def bank() -> None:
+    """Change the memory bank of a trained bundle."""
+
+
+@bank.command()
+@click.argument("source", type=PATH)
+@click.option("--images", type=FOLDER, required=True, help="New normal images.")
+@OUT
+@click.option("--max-rows", type=click.IntRange(min=1), default=1000, show_default=True)
+@EXIST_OK
+@BACKEND
+@THREADS
+def add(
+    source: Path,
+    images: Path,
+    out: Path,
+    max_rows: int,
+    exist_ok: bool,
+    backend: str,
+    threads: int | None,
+) -> None:
+    """Extend the bank of bundle SOURCE with new normal images."""
+    from runtime.bundle import read
+    from runtime.systems.noising import extend
+
+    count = extend(
+        read(source),
+        images,
+        out,
+        max_rows=max_rows,
+        backend=backend,
+        threads=threads,
+        exist_ok=exist_ok,
+    )
+    click.echo(f"{count} rows added, {out}")
+
+
+def _need(package: str, extra: str) -> None:
+    import importlib.util
+
+    if importlib.util.find_spec(package) is None:
+        raise BackendError(
+            f"this command needs '{package}', which is not installed",
+            fix=f'pip install "engineworks[{extra}]"',
+        )
+
+
+def _say(context: click.Context) -> Callable[[str], None]:
+    quiet = context.find_root().obj["quiet"]
+    return (lambda _text: None) if quiet else (lambda text: click.echo(text, err=True))
+
+
+class _progress:  # noqa: N801  a context manager that reads like a function
+    """A progress bar on stderr; none where stderr is no terminal or with --quiet."""
+
+    def __init__(self, context: click.Context, label: str) -> None:
+        self._label = label
+        self._show = sys.stderr.isatty() and not context.find_root().obj["quiet"]
+
+    def __enter__(self) -> Callable[[int, int], None]:
+        if not self._show:
+            return lambda _done, _total: None
+        from rich.console import Console
+        from rich.progress import Progress
+
+        self._bar = Progress(console=Console(stderr=True), transient=True)
+        self._bar.start()
+        task = self._bar.add_task(self._label)
+        return lambda done, total: self._bar.update(task, completed=done, total=total or None)
+
+    def __exit__(self, *_error: object) -> None:
+        if self._show:
+            self._bar.stop()
+
+
+def _print_table(title: str, header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*header, title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def _print_report(report: dict[str, Any]) -> None:
+    """A run's closing report: plain values first, then its tables (name -> row -> column)."""
+    tables = {name: value for name, value in report.items() if isinstance(value, dict)}
+    for name, value in report.items():
+        if name not in tables:
+            click.echo(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
+    for name, table in tables.items():
+        columns = list(dict.fromkeys(column for row in table.values() for column in row))
+        _print_table(
+            name,
+            ("", *columns),
+            [
+                (key, *(f"{row[c]:.4f}" if c in row else "" for c in columns))
+                for key, row in table.items()
+            ],
+        )
+
+
+if __name__ == "__main__":
+    main()

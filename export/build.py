@@ -1,0 +1,408 @@
+"""Float bundle -> bundle with INT8 graphs, checked and measured. Needs no torch.
+
+The stage top to bottom: choose samples, measure ranges through the deployed system, pick a range
+method, write the canonical Q/DQ graph and its unsigned dialect, check legality and parity, hold the
+task's metric against the float system's, time both, say what should ship, write the bundle.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from runtime.images import read as read_image
+
+from calibration import calibrate, ranges
+from calibration.samples import Sample, choose
+from calibration.table import Table
+from export.legality import check_legal
+from export.parity import Parity, compare
+from export.quantize import KeepFloat, activations, quantize, to_unsigned
+from export.sensitivity import NodeCost, sensitivity
+from runtime import bench
+from runtime.bundle import Bundle, Manifest, read, write
+from runtime.engines import BACKENDS, Engine
+from runtime.engines.ort import OrtEngine
+from runtime.errors import BackendError, ExportError, GateError
+from runtime.systems import open_engines, open_system
+from runtime.tensors import Array, TensorSpec
+from runtime.tensors import Feeds as EngineFeeds
+
+# what `--method auto` tries; the one whose INT8 outputs lie nearest to the float ones is taken
+_CANDIDATES: tuple[tuple[str, float], ...] = (
+    ("minmax", 0.0),
+    ("percentile", 99.99),
+    ("percentile", 99.999),
+    ("entropy", 0.0),
+    ("mse", 0.0),
+)
+METHODS = ("auto", *ranges.METHODS)
+_PARITY_SAMPLES = 8
+_MAX_RELAXED = 16
+_WORTH = 1.05  # a speed-up below this is not worth a second set of numbers
+
+Say = Callable[[str], None]
+Feeds = Mapping[str, Sequence[Mapping[str, Array]]]
+
+
+@dataclass(frozen=True)
+class BuildConfig:
+    """What ``build`` is asked for.
+
+    Attributes:
+        samples: folder of images that the system will meet; None makes no INT8 graphs.
+        num_samples: how many of them are shown.
+        seed: of their choice.
+        method: one of ``METHODS``.
+        percentile: of method ``percentile``.
+        evaluation: labelled folder for the gate; None leaves the gate unmeasured.
+        sensitivity: measure each node's cost, and put the worst back to float while the gate fails.
+        fail_on_drop: raise where the gate fails.
+        threads: CPU threads; None takes all cores that this process may use.
+    """
+
+    samples: Path | None = None
+    num_samples: int = 64
+    seed: int = 0
+    method: str = "auto"
+    percentile: float = ranges.DEFAULT_PERCENTILE
+    evaluation: Path | None = None
+    sensitivity: bool = False
+    fail_on_drop: bool = False
+    threads: int | None = None
+
+
+def build(
+    bundle: Bundle, out: Path, config: BuildConfig, *, exist_ok: bool = False, say: Say = print
+) -> Bundle:
+    """Write ``out``: the bundle's float graphs with INT8 variants, reports and a verdict.
+
+    Args:
+        say: called with a line of text per step.
+
+    Raises:
+        CalibrationError, QuantizationError: ranges or a graph that INT8 cannot take.
+        BackendError: no backend that can run INT8 graphs.
+        GateError: the metric dropped by more than allowed and ``fail_on_drop``; ``out`` is written
+            all the same, and its verdict ships float.
+        BundleError: ``out`` exists.
+    """
+    if config.samples is None:
+        raise ExportError("INT8 needs sample images", fix="pass --samples DIR")
+    samples = choose(config.samples, config.num_samples, config.seed)
+    floats = {
+        name: onnx.load(bundle.path(graph.variants["float"]))
+        for name, graph in bundle.manifest.graphs.items()
+    }
+    keep = {
+        name: KeepFloat.model_validate_json(json.dumps(graph.keep_float))
+        for name, graph in bundle.manifest.graphs.items()
+    }
+    tensors = {name: activations(model, keep[name]) for name, model in floats.items()}
+    say(f"calibrating on {len(samples)} images, {sum(map(len, tensors.values()))} tensors")
+    histograms = calibrate.measure(bundle, samples, tensors, threads=config.threads)
+    feeds = _record(bundle, samples[:_PARITY_SAMPLES], config.threads)
+
+    table, errors = _choose_table(histograms, floats, keep, feeds, config, bundle, say)
+    costs: dict[str, list[NodeCost]] = {}
+    if config.sensitivity:
+        for name, model in floats.items():
+            say(f"sensitivity of graph '{name}': one node at a time")
+            costs[name] = sensitivity(
+                model, table.amax(name), feeds[name][:2], keep[name], threads=config.threads
+            )
+    with tempfile.TemporaryDirectory() as scratch:
+        trial = Path(scratch)
+        candidate = _assemble(bundle, floats, table, keep, trial / "0")
+        gate = _gate(candidate, config, say)
+        relaxed: list[str] = []
+        count = 1
+        while costs and gate and not gate["passed"] and count <= _MAX_RELAXED:
+            keep, relaxed = _relax(keep, costs, count)
+            say(f"gate failed: back to float: {', '.join(relaxed)}")
+            candidate = _assemble(bundle, floats, table, keep, trial / str(count))
+            gate = _gate(candidate, config, say)
+            count *= 2
+        parity = _parity(candidate, feeds, config.threads)
+        say("timing float against INT8")
+        speed = _speed(candidate, feeds, config.threads)
+        verdict = _verdict(gate, speed)
+        reports: dict[str, Any] = {
+            **bundle.manifest.reports,
+            "calibration": {
+                "method": table.method,
+                "percentile": table.percentile,
+                "num_samples": len(samples),
+                "seed": config.seed,
+                "output_error": errors,
+            },
+            "kept_float": {name: sorted(rule.nodes) for name, rule in keep.items() if rule.nodes},
+            "parity_int8": parity,
+            "gate": gate,
+            "speed": speed,
+            "verdict": verdict,
+        }
+        if costs:
+            reports["sensitivity"] = {
+                name: [asdict(cost) for cost in found] for name, found in costs.items()
+            }
+        manifest = candidate.manifest.model_copy(update={"reports": reports})
+        files = {name: candidate.path(name) for name in candidate.manifest.files}
+        built = write(out, manifest, files, replace=exist_ok)
+    for line in describe_verdict(verdict):
+        say(line)
+    if config.fail_on_drop and gate and not gate["passed"]:
+        raise GateError(
+            f"INT8 lost more than allowed: {gate['failed']}",
+            fix="try --sensitivity, another --method, more --samples, or ship float "
+            f"(the bundle {out} does)",
+        )
+    return built
+
+
+class _Recorder:
+    """An engine that remembers what it was fed."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.backend = engine.backend
+        self.inputs: Mapping[str, TensorSpec] = engine.inputs
+        self.outputs: Mapping[str, TensorSpec] = engine.outputs
+        self.feeds: list[dict[str, Array]] = []
+
+    def run(self, feeds: EngineFeeds, *, stream: int | None = None) -> dict[str, Array]:
+        self.feeds.append({name: np.array(feed) for name, feed in feeds.items()})
+        return self._engine.run(feeds, stream=stream)
+
+    def close(self) -> None:
+        self._engine.close()
+
+
+def describe_verdict(verdict: Mapping[str, Any]) -> list[str]:
+    """The verdict as lines of text."""
+    return [f"verdict: ship {verdict['ship']}", *(f"  {reason}" for reason in verdict["reasons"])]
+
+
+def _record(bundle: Bundle, samples: Sequence[Sample], threads: int | None) -> Feeds:
+    """What the deployed system feeds its graphs, one sample at a time."""
+    engines = open_engines(bundle, "ort", "float", threads=threads)
+    recorders = {name: _Recorder(engine) for name, engine in engines.items()}
+    system = open_system(
+        bundle, backend="ort", precision="float", engines=recorders, threads=threads
+    )
+    try:
+        for sample in samples:
+            system.infer([read_image(sample.path)])
+    finally:
+        system.close()
+    return {name: recorder.feeds for name, recorder in recorders.items()}
+
+
+def _choose_table(
+    histograms: calibrate.Histograms,
+    floats: Mapping[str, onnx.ModelProto],
+    keep: Mapping[str, KeepFloat],
+    feeds: Feeds,
+    config: BuildConfig,
+    bundle: Bundle,
+    say: Say,
+) -> tuple[Table, dict[str, float]]:
+    """The table of the method asked for, or of the one with the smallest output error."""
+    if config.method != "auto":
+        return histograms.table(config.method, percentile=config.percentile), {}
+    want = {
+        name: _outputs(engine, feeds[name])
+        for name, engine in open_engines(bundle, "ort", "float", threads=config.threads).items()
+    }
+    errors: dict[str, float] = {}
+    tables: dict[str, Table] = {}
+    for method, percentile in _CANDIDATES:
+        label = f"{method} {percentile:g}" if method == "percentile" else method
+        tables[label] = histograms.table(method, percentile=percentile or config.percentile)
+        worst = 0.0
+        for name, model in floats.items():
+            graph = to_unsigned(quantize(model, tables[label].amax(name), keep[name]))
+            engine = OrtEngine(graph.SerializeToString(), threads=config.threads)
+            found = compare(_outputs(engine, feeds[name]), want[name])
+            worst = max(worst, *(1 - parity.cosine_worst1pct for parity in found.values()))
+        errors[label] = worst
+        say(f"  {label}: cosine of the worst 1 % of vectors {1 - worst:.4f}")
+    best = min(errors, key=errors.__getitem__)
+    say(f"ranges by {best}")
+    return tables[best], errors
+
+
+def _outputs(engine: Engine, feeds: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
+    """Outputs over several feeds, joined along the batch."""
+    answers = [engine.run(feed) for feed in feeds]
+    return {name: np.concatenate([answer[name] for answer in answers]) for name in engine.outputs}
+
+
+def _assemble(
+    bundle: Bundle,
+    floats: Mapping[str, onnx.ModelProto],
+    table: Table,
+    keep: Mapping[str, KeepFloat],
+    folder: Path,
+) -> Bundle:
+    """The bundle with INT8 variants, as a bundle on disk that can be opened and tried."""
+    manifest = bundle.manifest
+    work = folder / "files"
+    work.mkdir(parents=True)
+    stale = {
+        file
+        for graph in manifest.graphs.values()
+        for variant, file in graph.variants.items()
+        if variant != "float"
+    }
+    files = {name: bundle.path(name) for name in manifest.files if name not in stale}
+    graphs = {}
+    for name, model in floats.items():
+        canonical = quantize(model, table.amax(name), keep[name])
+        check_legal(canonical)
+        variants = {"float": manifest.graphs[name].variants["float"]}
+        for variant, graph in (("int8", canonical), ("int8-u8", to_unsigned(canonical))):
+            file = f"{name}.{variant}.onnx"
+            onnx.save(graph, work / file)
+            files[file] = work / file
+            variants[variant] = file
+        graphs[name] = manifest.graphs[name].model_copy(update={"variants": variants})
+    table.save(work / "calibration.json")
+    files["calibration.json"] = work / "calibration.json"
+    changed: Manifest = manifest.model_copy(
+        update={
+            "graphs": graphs,
+            "assets": {**manifest.assets, "calibration": "calibration.json"},
+        }
+    )
+    write(folder / "bundle", changed, files)
+    return read(folder / "bundle")
+
+
+def _int8_backends() -> list[str]:
+    """Usable backends that run INT8 ONNX graphs, the preferred one first."""
+    names = [
+        name
+        for name, row in BACKENDS.items()
+        if row.why_not() is None and {"int8", "int8-u8"} & set(row.variants.get("int8", ()))
+    ]
+    if not names:
+        raise BackendError(
+            "no backend here can run INT8 graphs", fix='pip install "engineworks[cpu]"'
+        )
+    return names
+
+
+def _gate(candidate: Bundle, config: BuildConfig, say: Say) -> dict[str, Any]:
+    """The task's metrics, float against INT8, through the same backend; {} where not asked for."""
+    if config.evaluation is None:
+        return {}
+    backend = _int8_backends()[0]
+    metrics = {}
+    for precision in ("float", "int8"):
+        system = open_system(
+            candidate, backend=backend, precision=precision, threads=config.threads
+        )
+        try:
+            metrics[precision] = system.evaluate(config.evaluation)
+        finally:
+            system.close()
+    allowed = candidate.manifest.gate
+    drops = {
+        name: metrics["float"][name] - metrics["int8"][name]
+        for name in allowed
+        if name in metrics["float"]
+    }
+    failed = {name: drop for name, drop in drops.items() if drop > allowed[name]}
+    for name, drop in drops.items():
+        say(
+            f"gate {name}: float {metrics['float'][name]:.4f}, INT8 {metrics['int8'][name]:.4f}, "
+            f"drop {drop:+.4f}, allowed {allowed[name]:.4f}: {'FAIL' if name in failed else 'ok'}"
+        )
+    return {
+        "backend": backend,
+        "float": metrics["float"],
+        "int8": metrics["int8"],
+        "drop": drops,
+        "allowed": dict(allowed),
+        "failed": failed,
+        "passed": not failed,
+    }
+
+
+def _relax(
+    keep: Mapping[str, KeepFloat], costs: Mapping[str, Sequence[NodeCost]], count: int
+) -> tuple[dict[str, KeepFloat], list[str]]:
+    """The rule with the ``count`` most expensive nodes of each graph left float."""
+    worst = {name: [cost.node for cost in found[:count]] for name, found in costs.items()}
+    rules = {name: rule.plus(worst.get(name, ())) for name, rule in keep.items()}
+    return rules, [node for nodes in worst.values() for node in nodes]
+
+
+def _parity(candidate: Bundle, feeds: Feeds, threads: int | None) -> dict[str, Any]:
+    """INT8 against float outputs of every graph, per backend."""
+    report: dict[str, Any] = {}
+    for backend in _int8_backends():
+        floats = open_engines(candidate, backend, "float", threads=threads)
+        int8s = open_engines(candidate, backend, "int8", threads=threads)
+        for name in floats:
+            found: Mapping[str, Parity] = compare(
+                _outputs(int8s[name], feeds[name]), _outputs(floats[name], feeds[name])
+            )
+            report.setdefault(backend, {})[name] = {k: asdict(v) for k, v in found.items()}
+        for engine in (*floats.values(), *int8s.values()):
+            engine.close()
+    return report
+
+
+def _speed(candidate: Bundle, feeds: Feeds, threads: int | None) -> dict[str, Any]:
+    """Float against INT8 network time on one sample, contenders taking turns, per backend."""
+    report: dict[str, Any] = {}
+    for backend in _int8_backends():
+        contenders = {}
+        for precision in [p for p in ("float", "bf16", "int8") if p in BACKENDS[backend].variants]:
+            engines = open_engines(candidate, backend, precision, threads=threads)
+
+            def call(engines: Mapping[str, Engine] = engines) -> None:
+                for name, engine in engines.items():
+                    engine.run(feeds[name][0])
+
+            contenders[precision] = call
+        timings = bench.interleave(contenders)
+        ratio = bench.ratio(timings["float"], timings["int8"])
+        report[backend] = {
+            "p50_ms": {name: timing.p50_ms for name, timing in timings.items()},
+            "int8_speedup": ratio.median,
+            "int8_speedup_low": ratio.low,
+            "int8_speedup_high": ratio.high,
+        }
+    return report
+
+
+def _verdict(gate: Mapping[str, Any], speed: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``--precision auto`` takes, and why."""
+    best = min(speed, key=lambda name: speed[name]["p50_ms"]["int8"])
+    found = speed[best]
+    reasons = [
+        f"{best}: INT8 is {found['int8_speedup']:.2f}x as fast as float "
+        f"(95 % interval {found['int8_speedup_low']:.2f} to {found['int8_speedup_high']:.2f})"
+    ]
+    pays = found["int8_speedup_low"] >= _WORTH
+    if not pays:
+        reasons.append("INT8 does not pay here")
+    if bf16 := found["p50_ms"].get("bf16"):
+        reasons.append(f"{best}: bf16 takes {bf16:.2f} ms, INT8 {found['p50_ms']['int8']:.2f} ms")
+    if not gate:
+        reasons.append("accuracy was not measured: pass --eval DIR")
+    elif gate["passed"]:
+        reasons.append("the task's metrics stayed within the allowed drop")
+    else:
+        reasons.append(f"the task's metrics dropped too much: {gate['failed']}")
+    ship = "int8" if pays and (not gate or gate["passed"]) else "float"
+    return {"ship": ship, "backend": best, "pays": pays, "reasons": reasons}

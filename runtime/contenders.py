@@ -1,0 +1,166 @@
+"""What a benchmark compares: one bundle on every backend and precision, and eager PyTorch.
+
+Each contender is timed twice: its network alone, and the whole path from decoded images to results.
+All contenders of a batch size take turns in one run, so a slow spell of the machine hits all alike.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runtime import bench, images
+from runtime.bundle import Bundle
+from runtime.engines import BACKENDS
+from runtime.errors import BundleError, UsageError
+from runtime.preprocess import apply
+from runtime.sources import open_source
+from runtime.systems import choose, open_system
+from runtime.tensors import Array
+
+NETWORK = "network"
+PATH = "images to results"
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Something that can be timed.
+
+    Attributes:
+        name: e.g. ``openvino`` or ``eager channels_last``.
+        precision: of its arithmetic.
+        network: runs the graphs on a prepared batch (B, C, H, W) float32.
+        path: from B images (H, W, 3) uint8 RGB to B results.
+        evaluate: the task's metrics on a folder, or None where that is not offered.
+        close: releases what it holds.
+    """
+
+    name: str
+    precision: str
+    network: Callable[[Array], object]
+    path: Callable[[Sequence[Array]], object]
+    evaluate: Callable[[Path], dict[str, float]] | None
+    close: Callable[[], None]
+
+
+def images_for(bundle: Bundle, source: str | None) -> list[Array]:
+    """Images to time on: those of ``source``, or seeded noise at the network's size."""
+    if source is None:
+        height, width = bundle.manifest.preprocess.size
+        rng = np.random.default_rng(0)
+        return [rng.integers(0, 256, (height, width, 3), np.uint8) for _ in range(8)]
+    opened = open_source(source)
+    if opened.kind != "images":
+        raise UsageError("bench takes pictures, not video", fix="give a folder of pictures")
+    return [images.read(path) for path in opened.paths[:32]]
+
+
+def describe_images(samples: Sequence[Array]) -> dict[str, Any]:
+    """Count, sizes and hash of the images that were timed."""
+    return {
+        "count": len(samples),
+        "shapes": sorted({str(image.shape) for image in samples}),
+        "sha256": bench.inputs_hash(samples),
+    }
+
+
+def of_bundle(bundle: Bundle, backend: str, threads: int) -> list[Contender]:
+    """One contender per usable backend and precision that the bundle has graphs for."""
+    names = [backend] if backend != "auto" else [n for n in BACKENDS if not BACKENDS[n].why_not()]
+    found = []
+    for name in names:
+        for precision in ("float", "bf16", "int8"):
+            if precision not in BACKENDS[name].variants:
+                continue
+            try:
+                choose(bundle, name, precision)
+            except BundleError:
+                continue  # the bundle was exported without that precision
+            system = open_system(bundle, backend=name, precision=precision, threads=threads)
+
+            def network(batch: Array, system: Any = system) -> object:
+                return [
+                    engine.run(dict.fromkeys(engine.inputs, batch))
+                    for engine in system.engines.values()
+                ]
+
+            found.append(
+                Contender(name, precision, network, system.infer, system.evaluate, system.close)
+            )
+    return found
+
+
+def measure(
+    bundle: Bundle,
+    samples: Sequence[Array],
+    *,
+    run: Path | None,
+    backend: str,
+    batches: Sequence[int],
+    threads: int,
+    seconds: float,
+    evaluation: Path | None,
+    say: Say,
+) -> list[bench.Row]:
+    """Time all contenders.
+
+    Args:
+        samples: images to cycle through.
+        run: training run of the bundle; adds eager PyTorch.
+        seconds: spent on each row, warm-up not counted.
+        evaluation: labelled folder; adds accuracy to each row that offers it.
+
+    Returns:
+        Rows by batch size and what the clock covers, in the order of the contenders.
+    """
+    contenders: list[Contender] = []
+    if run is not None:
+        eager = importlib.import_module(f"training.systems.{bundle.manifest.system}.eager")
+        contenders += eager.contenders(run, bundle, threads=threads, say=say)
+    contenders += of_bundle(bundle, backend, threads)
+    accuracy = {}
+    if evaluation is not None:
+        for contender in contenders:
+            if contender.evaluate is not None:
+                say(f"accuracy of {contender.name} {contender.precision}")
+                accuracy[contender.name, contender.precision] = contender.evaluate(evaluation)
+    rows = []
+    for size in batches:
+        batch = [samples[i % len(samples)] for i in range(size)]
+        prepared = apply(bundle.manifest.preprocess, batch)
+        for covers in (NETWORK, PATH):
+            say(f"batch {size}, {covers}: {len(contenders)} contenders take turns")
+            calls: dict[str, Callable[[], object]] = {}
+            for contender in contenders:
+                if covers == NETWORK:
+                    call = _bind(contender.network, prepared)
+                else:
+                    call = _bind(contender.path, batch)
+                calls[f"{contender.name} {contender.precision}"] = call
+            timings = bench.interleave(calls, max_seconds=seconds * len(calls))
+            rows += [
+                bench.Row(
+                    name=contender.name,
+                    precision=contender.precision,
+                    batch=size,
+                    threads=threads,
+                    covers=covers,
+                    timing=timings[f"{contender.name} {contender.precision}"],
+                    accuracy=accuracy.get((contender.name, contender.precision)),
+                )
+                for contender in contenders
+            ]
+    for contender in contenders:
+        contender.close()
+    return rows
+
+
+def _bind(call: Callable[[Any], object], argument: Any) -> Callable[[], object]:
+    return lambda: call(argument)

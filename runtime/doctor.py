@@ -1,0 +1,102 @@
+"""What is installed here, what can run, and what to install for the rest."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal
+
+import runtime
+from runtime.engines import BACKENDS
+from runtime.threads import available_threads
+
+# pairs of packages that install the same files over each other
+_CLASHES = (("onnxruntime", "onnxruntime-gpu"), ("faiss-cpu", "faiss-gpu-cu12"))
+_PACKAGES = {
+    "base": ("numpy", "opencv-python-headless", "av", "onnx", "pydantic", "click"),
+    "cpu": ("onnxruntime", "openvino", "faiss-cpu", "scikit-learn"),
+    "gpu": ("onnxruntime-gpu", "tensorrt", "pycuda", "faiss-gpu-cu12"),
+    "train": ("torch", "torchvision", "timm", "accelerate", "onnxscript", "onnxslim"),
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report.
+
+    Attributes:
+        level: ``ok``, ``missing`` (something optional is not there) or ``problem``.
+        text: what was found.
+        fix: what to do about it.
+    """
+
+    level: Literal["ok", "missing", "problem"]
+    text: str
+    fix: str | None = None
+
+
+def installed(package: str) -> str | None:
+    """Version of an installed distribution, or None."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def examine() -> Iterator[Finding]:
+    """Look at this machine, most important things first."""
+    yield Finding("ok", f"engineworks {runtime.__version__}, Python {platform.python_version()}")
+    yield Finding(
+        "ok",
+        f"{cpu_model()}, {available_threads()} cores, INT8 instructions: "
+        f"{', '.join(int8_features()) or 'none known'}",
+    )
+    for name, backend in BACKENDS.items():
+        reason = backend.why_not()
+        if reason is None:
+            yield Finding("ok", f"backend {name}: usable ({', '.join(backend.variants)})")
+        else:
+            yield Finding("missing", f"backend {name}: {reason}", backend.install)
+    for extra, packages in _PACKAGES.items():
+        found = {package: installed(package) for package in packages}
+        there = [f"{package} {number}" for package, number in found.items() if number]
+        absent = [package for package, number in found.items() if not number]
+        if there:
+            yield Finding("ok", f"{extra}: {', '.join(there)}")
+        if absent:
+            line = f'pip install "engineworks[{extra}]"' if extra != "base" else "pip install ."
+            level: Literal["missing", "problem"] = "problem" if extra == "base" else "missing"
+            yield Finding(level, f"{extra}: without {', '.join(absent)}", line)
+    for first, second in _CLASHES:
+        if installed(first) and installed(second):
+            yield Finding(
+                "problem",
+                f"{first} and {second} are both installed; they overwrite each other's files",
+                f"pip uninstall -y {first} {second}, then install one of them",
+            )
+
+
+def cpu_model() -> str:
+    """The processor's name, as the system tells it."""
+    info = _cpuinfo()
+    return info.get("model name") or platform.processor() or platform.machine()
+
+
+def int8_features() -> list[str]:
+    """Instruction sets that speed up INT8 and bfloat16 networks on this processor."""
+    known = ("avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimddp", "i8mm")
+    flags = _cpuinfo()
+    have = set((flags.get("flags") or flags.get("Features") or "").split())
+    return [flag for flag in known if flag in have]
+
+
+def _cpuinfo() -> dict[str, str]:
+    path = Path("/proc/cpuinfo")
+    if not path.is_file():
+        return {}
+    first = path.read_text().split("\n\n")[0]
+    pairs = (line.split(":", 1) for line in first.splitlines() if ":" in line)
+    return {key.strip(): value.strip() for key, value in pairs}
