@@ -15,7 +15,7 @@ import numpy as np
 # FAISS' OpenMP threads would spin after each call and take the cores from the engine's threads;
 # OpenMP reads this once, when it is loaded
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-import faiss  # noqa: E402
+import faiss
 
 from runtime.bundle import write_atomic
 from runtime.coreset import Progress, greedy_k_centre

@@ -313,18 +313,18 @@ def set_threshold(bundle: Bundle, name: str, value: float) -> Bundle:
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Replace a file in one step: temporary file beside it, fsync, rename."""
     data = content.encode() if isinstance(content, str) else content
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    temporary = Path(name)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        temporary.chmod(0o644)
+        temporary.replace(path)
         _sync(path.parent)
     finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
 
 
 def _manifest_text(manifest: Manifest) -> str:

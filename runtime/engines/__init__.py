@@ -48,7 +48,7 @@ class Backend:
     """One row of the table: who can open which graph variants.
 
     Attributes:
-        module: module with ``open(model, *, precision, threads) -> Engine``.
+        module: module with ``open_graph(model, *, precision, threads)``.
         package: the import that must be there.
         install: the line that brings it.
         variants: precision -> names of graph variants in a bundle that serve it, best first.
@@ -132,7 +132,7 @@ def open_engine(
             f"backend '{backend}' does not run precision '{precision}'",
             fix=f"choose one of {', '.join(row.variants)}, or another backend",
         )
-    engine: Engine = importlib.import_module(row.module).open(
+    engine: Engine = importlib.import_module(row.module).open_graph(
         model, precision=precision, threads=threads
     )
     return engine

@@ -98,6 +98,6 @@ def _tensor_names(
     return specs(graph.inputs), specs(graph.outputs)
 
 
-def open(model: Path | bytes, *, precision: str, threads: int | None) -> OpenVinoEngine:
+def open_graph(model: Path | bytes, *, precision: str, threads: int | None) -> OpenVinoEngine:
     """Backend table's entry."""
     return OpenVinoEngine(model, precision=precision, threads=threads)

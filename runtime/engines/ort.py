@@ -88,6 +88,6 @@ def _specs(values: list[ort.NodeArg]) -> dict[str, TensorSpec]:
     }
 
 
-def open(model: Path | bytes, *, precision: str, threads: int | None) -> OrtEngine:
+def open_graph(model: Path | bytes, *, precision: str, threads: int | None) -> OrtEngine:
     """Backend table's entry; the graph variant already is of the precision asked for."""
     return OrtEngine(model, threads=threads)
