@@ -1,0 +1,103 @@
+"""Parity: do two engines answer the same to the same feeds? Torch-free.
+
+The relative error of an output is |got - want|_max / |want|_max: errors of a tensor are measured
+against its largest value, because that is what the next layer adds them to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from runtime.errors import ParityError
+from runtime.tensors import Array
+
+
+class Parity(BaseModel):
+    """How far one output is from what it should be.
+
+    Attributes:
+        max_rel: |got - want|_max / |want|_max.
+        mean_rel: mean |got - want| / mean |want|.
+        cosine: mean cosine between the rows (last axis) of both.
+        cosine_worst1pct: mean cosine of the worst 1 % of the rows, at least one; the tail decides
+            where a mean looks well.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    max_rel: float
+    mean_rel: float
+    cosine: float
+    cosine_worst1pct: float
+
+
+def compare(got: Mapping[str, Array], want: Mapping[str, Array]) -> dict[str, Parity]:
+    """Measure every output of ``want``.
+
+    Args:
+        got, want: output name -> array; equal shapes.
+
+    Raises:
+        ParityError: an output is missing, of another shape, or not finite.
+    """
+    return {name: _compare(name, got.get(name), wanted) for name, wanted in want.items()}
+
+
+def check(
+    got: Mapping[str, Array], want: Mapping[str, Array], *, tolerance: float
+) -> dict[str, Parity]:
+    """``compare``, and refuse what is farther off than ``tolerance``.
+
+    Args:
+        tolerance: largest ``max_rel`` of any output.
+
+    Raises:
+        ParityError: see ``compare``; or beyond the tolerance: every output at fault is named.
+    """
+    parities = compare(got, want)
+    faults = [f"'{n}' by {p.max_rel:.2e}" for n, p in parities.items() if p.max_rel > tolerance]
+    if faults:
+        raise ParityError(
+            f"outputs differ by more than {tolerance:.0e} of their largest value: "
+            f"{', '.join(faults)}",
+            fix="compare layer by layer; a lower precision needs a wider tolerance",
+        )
+    return parities
+
+
+def _compare(name: str, got: Array | None, want: Array) -> Parity:
+    if got is None or got.shape != want.shape:
+        raise ParityError(
+            f"output '{name}' is {'missing' if got is None else f'of shape {got.shape}'}, "
+            f"it should be of shape {want.shape}"
+        )
+    a, b = got.astype(np.float64), want.astype(np.float64)
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        raise ParityError(
+            f"output '{name}' holds values that are not finite",
+            fix="check the weights, and keep overflowing layers in float32",
+        )
+    error, size = np.abs(a - b), np.abs(b)
+    tiny = float(np.finfo(np.float32).tiny)  # where all that is wanted is zero
+    cosines = np.sort(_cosines(a, b))
+    worst = max(1, len(cosines) // 100)
+    return Parity(
+        max_rel=float(error.max() / max(size.max(), tiny)),
+        mean_rel=float(error.mean() / max(size.mean(), tiny)),
+        cosine=float(cosines.mean()),
+        cosine_worst1pct=float(cosines[:worst].mean()),
+    )
+
+
+def _cosines(a: Array, b: Array) -> Array:
+    """Cosine of each pair of rows; two zero rows agree, a zero row and another do not."""
+    width = a.shape[-1] if a.ndim else 1
+    a, b = a.reshape(-1, width), b.reshape(-1, width)
+    norms = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)
+    product = norms[0] * norms[1]
+    both_zero = (norms[0] == 0) & (norms[1] == 0)
+    dots = np.einsum("nd,nd->n", a, b)
+    return np.where(both_zero, 1.0, np.divide(dots, product, out=0 * dots, where=product > 0))

@@ -1,0 +1,91 @@
+"""Recipes: what of a run becomes which graph of a bundle, and what INT8 must leave alone.
+
+A recipe's module can be imported without torch, because ``build`` reads its rules where there is
+none; only calling ``graphs`` needs it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from export.quantize import NOTHING, KeepFloat
+from runtime.bundle import Threshold
+from runtime.errors import UsageError
+from runtime.preprocess import PreprocessSpec
+
+# name -> module with a ``RECIPE``
+RECIPES: dict[str, str] = {
+    "noising": "export.systems.noising",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """One graph before it is traced.
+
+    Attributes:
+        module: a torch module in eval mode on the CPU.
+        inputs: names of ``forward``'s arguments in the graph.
+        outputs: names of what it returns.
+        examples: tuples of argument tensors; the first is traced, all are compared. A free axis
+            is larger than 1 in the first.
+        free: input name -> axis -> name of that axis, for axes that are not fixed.
+    """
+
+    module: Any
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    examples: tuple[tuple[Any, ...], ...]
+    free: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a bundle holds beside its graphs; see ``runtime.bundle.Manifest``.
+
+    Attributes:
+        assets: role -> file of the run, copied under its own name.
+    """
+
+    preprocess: PreprocessSpec
+    params: Mapping[str, Any]
+    thresholds: Mapping[str, Threshold]
+    assets: Mapping[str, Path]
+    labels: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a system is exported.
+
+    Attributes:
+        graphs: run folder -> graph name -> source; imports torch when it is called.
+        contents: run folder -> the rest of the bundle.
+        gate: metric -> by how much INT8 may be worse than float.
+        keep_float: what INT8 leaves alone in every graph.
+        tolerance: largest relative error of ONNX against torch, both in float32.
+    """
+
+    graphs: Callable[[Path], Mapping[str, Source]]
+    contents: Callable[[Path], Contents]
+    gate: Mapping[str, float]
+    keep_float: KeepFloat = NOTHING
+    tolerance: float = 1e-4
+
+
+def recipe(system: str) -> Recipe:
+    """The recipe of a system.
+
+    Raises:
+        UsageError: there is no such system.
+    """
+    if system not in RECIPES:
+        raise UsageError(
+            f"there is no system '{system}'", fix=f"choose one of {', '.join(RECIPES)}"
+        )
+    found: Recipe = importlib.import_module(RECIPES[system]).RECIPE
+    return found

@@ -1,0 +1,74 @@
+"""``noising``: one graph, ``features``, and the memory bank beside it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from export.systems import Contents, Recipe, Source
+from runtime.bundle import Threshold
+from runtime.errors import RunError
+
+
+def graphs(run: Path) -> dict[str, Source]:
+    """``features``: images (batch, 3, H, W) -> features (batch, N, D), both float32."""
+    import torch
+
+    from training.backbones import read_weights
+    from training.run import open_run
+    from training.systems.noising.config import TaskConfig
+    from training.systems.noising.task import build_model
+
+    opened = open_run(run)
+    assert isinstance(opened.config, TaskConfig)
+    model, _ = build_model(opened.config, weights=False)
+    model.load_state_dict(read_weights(opened.weights()))
+    generator = torch.Generator().manual_seed(0)
+    height, width = opened.config.preprocess.size
+    examples = torch.randn(3, 3, height, width, generator=generator)
+    return {
+        "features": Source(
+            module=model,
+            inputs=("images",),
+            outputs=("features",),
+            examples=((examples[:2],), (examples[2:],)),
+            free={"images": {0: "batch"}},
+        )
+    }
+
+
+def contents(run: Path) -> Contents:
+    """Bank, statistics and thresholds that ``finish`` left in the run."""
+    from training.run import open_run
+    from training.systems.noising.config import TaskConfig
+
+    opened = open_run(run)
+    assert isinstance(opened.config, TaskConfig)
+    thresholds = {
+        name: Threshold.model_validate(value) for name, value in _read(run, "thresholds").items()
+    }
+    return Contents(
+        preprocess=opened.config.preprocess,
+        params=_read(run, "params"),
+        thresholds=thresholds,
+        assets={"bank": run / "bank.faiss"},
+    )
+
+
+def _read(run: Path, name: str) -> dict[str, Any]:
+    path = run / f"{name}.json"
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"{path} cannot be read ({error})", fix="copy the run again, or train anew"
+        ) from error
+
+
+# Resize, pooling and the neighbourhood mean have no weights: the quantizer leaves them in float.
+RECIPE = Recipe(
+    graphs=graphs,
+    contents=contents,
+    gate={"image_auroc": 0.005, "pixel_auroc": 0.005},
+)

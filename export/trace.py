@@ -1,0 +1,162 @@
+"""A training run becomes a float ONNX bundle: the last place that needs torch.
+
+The only call of ``torch.onnx`` in the project. What leaves here has been compared with torch.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+
+from export import passes
+from export.parity import Parity, check
+from export.systems import Source, recipe
+from runtime import bundle
+from runtime.bundle import Bundle, GraphEntry, Manifest
+from runtime.engines import open_engine
+from runtime.errors import ExportError, RunError
+from runtime.tensors import Array, TensorSpec
+from training.run import open_run
+from training.task import Progress
+
+_PACKAGES = ("engineworks", "torch", "timm", "onnx", "onnxscript", "onnxslim", "onnxruntime")
+
+
+def trace(
+    run: Path, out: Path, *, progress: Progress | None = None, exist_ok: bool = False
+) -> Bundle:
+    """Export a finished run.
+
+    Args:
+        run: folder that ``training.train`` wrote.
+        out: the bundle to make.
+        progress: called with (what, done, of).
+        exist_ok: replace a bundle that is already there.
+
+    Returns:
+        The bundle, with variant ``float`` of every graph.
+
+    Raises:
+        RunError: no run, or one that is not finished.
+        ExportError: torch cannot express the model as ONNX.
+        ParityError: ONNX Runtime answers otherwise than torch.
+        BundleError: ``out`` is in the way.
+    """
+    report: Progress = progress or (lambda what, done, of: None)
+    opened = open_run(run)
+    info = opened.info
+    if info.status != "finished":
+        raise RunError(f"run {run} is not finished", fix="finish it with `cli.py train --resume`")
+    rules = recipe(info.system)
+    contents = rules.contents(run)
+    sources = rules.graphs(run)
+    with tempfile.TemporaryDirectory(prefix="engineworks-") as folder:
+        files = {path.name: path for path in contents.assets.values()}
+        entries: dict[str, GraphEntry] = {}
+        parities: dict[str, Any] = {}
+        for i, (name, source) in enumerate(sources.items()):
+            report(f"tracing {name}", i, len(sources))
+            model = passes.prepare(to_onnx(source))
+            path = Path(folder) / f"{name}.onnx"
+            onnx.save(model, path)
+            worst = compare_with_torch(source, path, tolerance=rules.tolerance)
+            parities[name] = {output: p.model_dump() for output, p in worst.items()}
+            files[path.name] = path
+            entries[name] = GraphEntry(
+                inputs=_specs(model.graph.input),
+                outputs=_specs(model.graph.output),
+                variants={"float": path.name},
+            )
+            report(f"tracing {name}", i + 1, len(sources))
+        manifest = Manifest(
+            system=info.system,
+            graphs=entries,
+            preprocess=contents.preprocess,
+            labels=contents.labels,
+            thresholds=dict(contents.thresholds),
+            params=dict(contents.params),
+            assets={role: path.name for role, path in contents.assets.items()},
+            gate=dict(rules.gate),
+            provenance={
+                "run": info.model_dump(mode="json", exclude={"results", "status"}),
+                "versions": {package: metadata.version(package) for package in _PACKAGES},
+            },
+            reports={"parity": {"torch-float": parities}},
+        )
+        return bundle.write(out, manifest, files, replace=exist_ok)
+
+
+def to_onnx(source: Source) -> onnx.ModelProto:
+    """One traced graph, as torch writes it.
+
+    Raises:
+        ExportError: torch cannot express the module as ONNX; its first line is kept.
+    """
+    axes = [
+        {axis: torch.export.Dim(free) for axis, free in source.free.get(name, {}).items()}
+        for name in source.inputs
+    ]
+    try:
+        with torch.no_grad():
+            program = torch.onnx.export(
+                source.module,
+                source.examples[0],
+                dynamo=True,
+                verbose=False,
+                opset_version=passes.MIN_OPSET,
+                input_names=source.inputs,
+                output_names=source.outputs,
+                dynamic_shapes=tuple(axes),
+                external_data=False,
+            )
+    except torch.onnx.errors.OnnxExporterError as error:
+        raise ExportError(
+            f"torch cannot express the model as ONNX: {str(error).strip().splitlines()[0]}",
+            fix="replace the operation that its traceback names",
+        ) from error
+    assert program is not None
+    return program.model_proto
+
+
+def compare_with_torch(source: Source, path: Path, *, tolerance: float) -> dict[str, Parity]:
+    """The worst of all examples, per output.
+
+    Raises:
+        ParityError: beyond the tolerance.
+    """
+    engine = open_engine(path, "ort")
+    worst: dict[str, Parity] = {}
+    try:
+        for example in source.examples:
+            feeds = {n: t.numpy() for n, t in zip(source.inputs, example, strict=True)}
+            parities = check(engine.run(feeds), _run_torch(source, example), tolerance=tolerance)
+            for name, parity in parities.items():
+                if name not in worst or parity.max_rel > worst[name].max_rel:
+                    worst[name] = parity
+    finally:
+        engine.close()
+    return worst
+
+
+def _run_torch(source: Source, example: tuple[torch.Tensor, ...]) -> dict[str, Array]:
+    with torch.no_grad():
+        result = source.module(*example)
+    values = (result,) if isinstance(result, torch.Tensor) else result
+    return {name: value.numpy() for name, value in zip(source.outputs, values, strict=True)}
+
+
+def _specs(values: Iterable[onnx.ValueInfoProto]) -> dict[str, TensorSpec]:
+    """Tensor specs of a graph's inputs or outputs; free axes keep their names."""
+    specs = {}
+    for value in values:
+        tensor = value.type.tensor_type
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)
+        shape = tuple(axis.dim_param or axis.dim_value for axis in tensor.shape.dim)
+        specs[value.name] = TensorSpec(dtype=dtype.name, shape=shape)
+    return specs

@@ -1,0 +1,222 @@
+"""Backbones: any timm CNN by name, cut at chosen stages, with weights from a stated place.
+
+There is no silent fallback between the places: the hub, a local file and random numbers are each
+asked for by name, and what was loaded is recorded with its hash.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from runtime.bundle import sha256_file
+from runtime.errors import ConfigError, WeightsError
+from training.config import BackboneConfig
+
+# where timm keeps the rest of a net inside its own feature wrappers
+_WRAPPERS = ("", "model.", "body.")
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A feature extractor and where its weights came from.
+
+    Attributes:
+        net: images (B, 3, H, W) -> one map (B, C, H / reduction, W / reduction) per stage.
+        channels: C of each map.
+        reductions: stride of each map in pixels.
+        provenance: plain values for the run's record.
+    """
+
+    net: nn.Module
+    channels: tuple[int, ...]
+    reductions: tuple[int, ...]
+    provenance: dict[str, str]
+
+
+def create(config: BackboneConfig, *, seed: int = 0, weights: bool = True) -> Backbone:
+    """Build a backbone.
+
+    Args:
+        seed: of the random weights where ``config.weights`` is ``none``.
+        weights: False builds the net alone, to load a checkpoint into it.
+
+    Raises:
+        ConfigError: timm has no such net, stage or argument.
+        WeightsError: the weights cannot be had, are corrupt or do not fit; names what is missing.
+    """
+    pretrained = weights and config.weights == "hub"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net: Any = _create(config, pretrained)
+    provenance = {"backbone": config.name, "weights": config.weights}
+    if pretrained:
+        pretrained_cfg = net.pretrained_cfg
+        provenance["weights"] = f"hub: {pretrained_cfg.get('hf_hub_id') or pretrained_cfg['url']}"
+    elif weights and config.weights == "none":
+        provenance["weights"] = f"random, seed {seed}"
+    elif weights:
+        path = Path(config.weights)
+        load_weights(net, read_weights(path), source=str(path))
+        provenance |= {"weights": path.name, "sha256": sha256_file(path)}
+    if weights:
+        provenance["tensors_sha256"] = tensors_sha256(net.state_dict())
+    return Backbone(
+        net=net,
+        channels=tuple(net.feature_info.channels()),
+        reductions=tuple(net.feature_info.reduction()),
+        provenance=provenance,
+    )
+
+
+def _create(config: BackboneConfig, pretrained: bool) -> Any:
+    if not timm.is_model(config.name):
+        near = timm.list_models(f"*{config.name.split('_')[0]}*")[:5]
+        raise ConfigError(
+            f"timm has no net '{config.name}'",
+            fix=f"choose one of {', '.join(near)}, ..."
+            if near
+            else "see timm.list_models() for the names",
+        )
+    try:
+        net: Any = timm.create_model(
+            config.name,
+            pretrained=pretrained,
+            features_only=True,
+            out_indices=config.stages,
+            **config.args,
+        )
+    except (AssertionError, IndexError, TypeError) as error:
+        raise ConfigError(
+            f"'{config.name}' cannot be cut at stages {list(config.stages)} with arguments "
+            f"{dict(config.args)}: {error}",
+            fix="stages count from 0 at the stem; layer2 and layer3 of a ResNet are [2, 3]",
+        ) from error
+    except (OSError, RuntimeError) as error:
+        if not pretrained:
+            raise
+        raise WeightsError(
+            f"the pretrained weights of '{config.name}' cannot be fetched: "
+            f"{str(error).splitlines()[0]}",
+            fix="connect to the hub once, or give a local file with "
+            "--set backbone.weights=FILE.safetensors",
+        ) from error
+    _trim(net)
+    return net
+
+
+def _trim(net: Any) -> None:
+    """Cut off what comes after the last chosen stage, where timm runs it for nothing."""
+    *container, last = net.feature_info.module_name()[-1].split(".")
+    blocks = getattr(net, ".".join(container), None)
+    if isinstance(blocks, nn.Sequential) and last.isdecimal():
+        del blocks[int(last) + 1 :]
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file.
+
+    Raises:
+        WeightsError: no such file, or not a whole safetensors file.
+    """
+    if not path.is_file():
+        raise WeightsError(
+            f"there is no weights file {path}",
+            fix="check --set backbone.weights=FILE, or use `hub` or `none`",
+        )
+    try:
+        return dict(load_file(path))
+    except SafetensorError as error:
+        raise WeightsError(
+            f"{path} is not a whole safetensors file ({error})", fix="copy or download it again"
+        ) from error
+
+
+def load_weights(net: nn.Module, tensors: Mapping[str, Tensor], *, source: str) -> None:
+    """Fill a timm feature net from the tensors of the whole net, by timm's names.
+
+    A file whose BatchNorms are folded into the convolutions (biases on the convolutions, the
+    norms absent) is taken as well: the bias moves into a norm that is otherwise the identity.
+    What the net does not have, such as the classifier, is left out.
+
+    Args:
+        source: the file's name, for messages.
+
+    Raises:
+        WeightsError: something that the net needs is missing or of another shape.
+    """
+    tensors = _unfolded(net, tensors)
+    chosen, missing, misfits = {}, [], []
+    for name, value in net.state_dict().items():
+        found = _find(tensors, name)
+        if found is not None and found.shape != value.shape:
+            misfits.append(f"{name} {tuple(found.shape)} instead of {tuple(value.shape)}")
+        elif found is not None:
+            chosen[name] = found
+        elif not name.endswith("num_batches_tracked"):  # a counter that only training reads
+            missing.append(name)
+    if missing or misfits:
+        what = [*misfits, *(f"{name} is missing" for name in missing)]
+        more = f" and {len(what) - 4} more" if len(what) > 4 else ""
+        raise WeightsError(
+            f"{source} does not fit the chosen stages: {'; '.join(what[:4])}{more}",
+            fix="give the weights of this net under timm's names, or choose other stages",
+        )
+    net.load_state_dict(chosen, strict=False)
+
+
+def _find(tensors: Mapping[str, Tensor], name: str) -> Tensor | None:
+    """A tensor of the whole net by its name in timm's feature wrapper.
+
+    Source: timm, ``FeatureDictNet``: `features.1` becomes `features_1` when a Sequential is
+    flattened into the wrapper.
+    """
+    for wrapper in _WRAPPERS:
+        if name.startswith(wrapper):
+            inner = name.removeprefix(wrapper)
+            if inner in tensors:
+                return tensors[inner]
+            head, dot, tail = inner.partition(".")
+            nested = ".".join(head.rsplit("_", 1)) + dot + tail
+            if nested in tensors:
+                return tensors[nested]
+    return None
+
+
+def _unfolded(net: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Give back the norms that were folded away: y = conv(x) + bias = norm(conv(x))."""
+    unfolded = dict(tensors)
+    bias: Tensor | None = None  # of the convolution just before, where the net has none
+    for name, module in net.named_modules():
+        if isinstance(module, nn.Conv2d):
+            bias = None if module.bias is not None else _find(tensors, f"{name}.bias")
+        elif isinstance(module, nn.BatchNorm2d):
+            if bias is not None:
+                one = torch.ones_like(bias)
+                unfolded |= {
+                    f"{name}.weight": one,
+                    f"{name}.bias": bias,
+                    f"{name}.running_mean": torch.zeros_like(bias),
+                    f"{name}.running_var": one - module.eps,
+                }
+            bias = None
+    return unfolded
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes, in the order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.numpy().tobytes())
+    return digest.hexdigest()

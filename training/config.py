@@ -1,0 +1,295 @@
+"""Configurations: strict, frozen, one YAML file per system, a file and ``--set`` on top.
+
+``load_config`` merges default.yaml of the system <- file <- overrides and validates the result
+once. A misspelt key, a value of the wrong type and broken YAML are errors that name the key.
+Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
+
+from runtime.errors import ConfigError
+from training.systems import system_package
+
+
+class Config(BaseModel):
+    """Base of every part of a configuration: no unknown keys, no conversions, no changes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class OptimizerConfig(Config):
+    """How parameters move.
+
+    Attributes:
+        name: ``adamw`` or ``sgd`` (Nesterov momentum).
+        lr: peak learning rate, at the batch size of the configuration.
+        momentum: of ``sgd``; ``adamw`` keeps its usual (0.9, 0.999).
+        schedule: ``cosine`` (to zero at the last step) or ``constant``, after the warm-up.
+        warmup_epochs: the rate grows linearly from 0 over these epochs; may be a fraction.
+        clip_norm: largest norm of the whole gradient; null does not clip.
+    """
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    lr: float = Field(default=1e-3, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup_epochs: float = Field(default=0.0, ge=0)
+    clip_norm: float | None = Field(default=None, gt=0)
+
+
+class TrainConfig(Config):
+    """What the one loop of ``training.train`` uses.
+
+    Attributes:
+        device: ``auto`` takes CUDA where there is one and the run records what it was.
+        precision: arithmetic of the forward pass; ``fp16`` scales the loss.
+        batch_size: images per process and step.
+        accumulate: batches per optimizer step.
+        workers: loader processes; 0 loads in the training process.
+        checkpoint_steps: also save every so many batches; null saves at the end of each epoch.
+        ema_decay: evaluate and keep an exponential moving average of the weights; null does not.
+        optimizer: unused by a system without trainable parameters.
+    """
+
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    epochs: int = Field(default=1, ge=1)
+    batch_size: int = Field(default=8, ge=1)
+    accumulate: int = Field(default=1, ge=1)
+    workers: int = Field(default=0, ge=0)
+    checkpoint_steps: int | None = Field(default=None, ge=1)
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)
+    optimizer: OptimizerConfig = OptimizerConfig()
+
+
+class BackboneConfig(Config):
+    """A timm CNN cut at chosen stages.
+
+    Attributes:
+        name: timm's name, e.g. ``resnet18``.
+        stages: indices of its feature maps, from 0 at the stem: layer2 and layer3 of a ResNet are
+            2 and 3.
+        weights: ``hub`` (timm's pretrained weights), ``none`` (random, from the run's seed) or the
+            path of a safetensors file with timm's names.
+        args: further arguments of ``timm.create_model``, e.g. ``{pad_type: same}``.
+    """
+
+    name: str
+    stages: tuple[int, ...] = Field(min_length=1)
+    weights: str = "hub"
+    args: dict[str, JsonValue] = {}
+
+    @field_validator("stages")
+    @classmethod
+    def _ascending(cls, stages: tuple[int, ...]) -> tuple[int, ...]:
+        if stages[0] < 0 or any(a >= b for a, b in pairwise(stages)):
+            raise ValueError("stages must ascend from 0")
+        return stages
+
+
+class SystemConfig(Config):
+    """What the configurations of all systems have in common.
+
+    Attributes:
+        system: the name in ``training.systems.TASKS``; not to be overridden.
+        train: the loop's part.
+    """
+
+    system: str
+    train: TrainConfig = TrainConfig()
+
+
+AnyConfig = TypeVar("AnyConfig", bound=Config)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose floats may be written ``1e-3``, as everybody does (YAML 1.1 wants ``1.0e-3``)."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def load_config(
+    system: str, file: Path | None = None, overrides: Sequence[str] = ()
+) -> SystemConfig:
+    """The configuration of a run: default.yaml of the system <- ``file`` <- ``overrides``.
+
+    Args:
+        system: a name in ``training.systems.TASKS``.
+        file: YAML with any part of the tree, e.g. the config.yaml of an earlier run.
+        overrides: ``key=value`` each, with dots into the tree; values are YAML, e.g.
+            ``backbone.stages=[1, 2]``.
+
+    Raises:
+        UsageError: there is no such system.
+        ConfigError: a file that cannot be read, an unknown key, a value of another type.
+    """
+    package = system_package(system)
+    default = resources.files(package).joinpath("default.yaml").read_text(encoding="utf-8")
+    merged = _parse(default, f"default.yaml of '{system}'")
+    if file is not None:
+        merged = _merge(merged, _parse(read_text(file), str(file)))
+    for override in overrides:
+        merged = _merge(merged, _parse_override(override))
+    if merged["system"] != system:
+        raise ConfigError(
+            f"the configuration is of system '{merged['system']}', not '{system}'",
+            fix=f"give a configuration of '{system}', or train '{merged['system']}'",
+        )
+    return validate(schema_of(system), merged)
+
+
+def schema_of(system: str) -> type[SystemConfig]:
+    """The configuration class of a system.
+
+    Raises:
+        UsageError: there is no such system.
+    """
+    schema: type[SystemConfig] = importlib.import_module(
+        f"{system_package(system)}.config"
+    ).TaskConfig
+    return schema
+
+
+def parse(text: str, schema: type[AnyConfig], source: str = "the text") -> AnyConfig:
+    """A configuration from the YAML that ``dump`` wrote.
+
+    Raises:
+        ConfigError: not YAML, an unknown key, a value of another type.
+    """
+    return validate(schema, _parse(text, source))
+
+
+def dump(config: Config) -> str:
+    """YAML text of a whole configuration; ``parse`` gives the same configuration back."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def validate(schema: type[AnyConfig], tree: Mapping[str, Any]) -> AnyConfig:
+    """Check a tree of plain values against its schema.
+
+    Raises:
+        ConfigError: the first fault: its key, what is wrong and, for an unknown key, the nearest
+            valid ones.
+    """
+    try:
+        # by way of JSON, where a list may become a tuple although everything else is strict
+        return schema.model_validate_json(json.dumps(tree))
+    except (TypeError, ValueError) as error:
+        if not isinstance(error, ValidationError):
+            raise ConfigError(
+                f"the configuration holds a value that is no number, text, list or null ({error})",
+                fix="put quotes around texts that look like dates",
+            ) from error
+        faults = error.errors()
+    fault = next((f for f in faults if f["type"] == "extra_forbidden"), faults[0])
+    key = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        raise ConfigError(f"there is no configuration key '{key}'", fix=_nearest(schema, key))
+    raise ConfigError(
+        f"configuration key '{key}': {fault['msg'].lower()}"
+        + ("" if fault["type"] == "missing" else f", got {fault['input']!r}"),
+        fix=f"set it in the file, or with --set {key}=VALUE",
+    )
+
+
+def keys(schema: type[BaseModel], prefix: str = "") -> list[str]:
+    """All keys of a schema that hold a value, with dots, in the order of definition."""
+    found: list[str] = []
+    for name, field in schema.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            found += keys(kind, f"{prefix}{name}.")
+        else:
+            found.append(prefix + name)
+    return found
+
+
+def _nearest(schema: type[BaseModel], key: str) -> str:
+    valid = keys(schema)
+    near = difflib.get_close_matches(key, valid, n=3, cutoff=0.6)
+    leaf = key.rpartition(".")[2]
+    near += [name for name in valid if name.rpartition(".")[2] == leaf and name not in near]
+    return f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(valid)}"
+
+
+def read_text(file: Path) -> str:
+    """Text of a configuration file.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"configuration file {file} cannot be read ({error})", fix="check the path of --config"
+        ) from error
+
+
+def _parse(text: str, source: str) -> dict[str, Any]:
+    tree = _yaml(text, source)
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
+        raise ConfigError(
+            f"{source} is not a tree of `key: value` lines", fix="see the config.yaml of a run"
+        )
+    return tree
+
+
+def _parse_override(override: str) -> dict[str, Any]:
+    key, equals, text = override.partition("=")
+    if not equals or not all(key.strip().split(".")):
+        raise ConfigError(
+            f"'{override}' is not of the form key=value",
+            fix="write e.g. --set train.seed=1",
+        )
+    value = _yaml(text, f"the value of --set {key}")
+    tree: dict[str, Any] = {}
+    inner = tree
+    *path, leaf = key.strip().split(".")
+    for part in path:
+        inner[part] = inner = {}
+    inner[leaf] = value
+    return tree
+
+
+def _yaml(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader with one more number format
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            f"{source} is not valid YAML: {' '.join(str(error).split())}",
+            fix="check brackets, quotes and indentation",
+        ) from error
+
+
+def _merge(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        if isinstance(old, dict) and isinstance(value, Mapping):
+            merged[key] = _merge(old, value)
+        else:
+            merged[key] = value
+    return merged

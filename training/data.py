@@ -1,0 +1,114 @@
+"""Seeded loaders: what a sample is depends on (seed, epoch, index) and on nothing else.
+
+Not on the number of workers, on what a worker drew before, nor on where a resumed run took up
+again. Pixels of an evaluation pass through ``runtime.preprocess.apply`` and nowhere else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from runtime.bundle import sha256_file
+from runtime.preprocess import PreprocessSpec, apply
+from runtime.tensors import Array
+from training.config import TrainConfig
+
+Key: TypeAlias = tuple[int, int]
+
+
+class Samples(Protocol):
+    """What a task trains on or is evaluated on."""
+
+    def __len__(self) -> int: ...
+
+    def get(self, index: int, rng: np.random.Generator) -> Any:
+        """One sample, ready to be collated; all its randomness from ``rng`` (or from torch's
+        global generator, which is seeded alike).
+        """
+        ...
+
+
+class _Seeded(Dataset[Any]):
+    """Hands every sample its own generator."""
+
+    def __init__(self, samples: Samples, seed: int) -> None:
+        self.samples = samples
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, key: Key) -> Any:
+        epoch, index = key
+        rng = np.random.default_rng((self.seed, epoch, index))
+        with torch.random.fork_rng(devices=[]):  # torchvision's transforms use the global one
+            torch.manual_seed(int(rng.integers(2**63)))
+            return self.samples.get(index, rng)
+
+
+class EpochSampler(Sampler[Key]):
+    """Keys (epoch, index): in order, or in a permutation of (seed, epoch)."""
+
+    def __init__(self, num: int, *, seed: int, shuffle: bool) -> None:
+        self.num = num
+        self.seed = seed
+        self.shuffle = shuffle
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.num
+
+    def __iter__(self) -> Iterator[Key]:
+        order = np.arange(self.num)
+        if self.shuffle:
+            order = np.random.default_rng((self.seed, self.epoch)).permutation(self.num)
+        return ((self.epoch, int(index)) for index in order)
+
+
+def loader(
+    samples: Samples,
+    config: TrainConfig,
+    *,
+    shuffle: bool,
+    drop_last: bool = False,
+) -> DataLoader[Any]:
+    """Batches of samples, collated by torch's default rules (arrays stack along a new axis)."""
+    return DataLoader(
+        _Seeded(samples, config.seed),
+        batch_size=config.batch_size,
+        sampler=EpochSampler(len(samples), seed=config.seed, shuffle=shuffle),
+        num_workers=config.workers,
+        persistent_workers=config.workers > 0,
+        worker_init_fn=_start_worker,
+        generator=torch.Generator().manual_seed(config.seed),
+        drop_last=drop_last,
+    )
+
+
+def preprocess(spec: PreprocessSpec, images: Sequence[Array]) -> Tensor:
+    """(H, W, 3) uint8 RGB images -> (B, 3, height, width) float32, as at inference."""
+    return torch.from_numpy(apply(spec, images))
+
+
+def fingerprint(root: Path, files: Sequence[Path]) -> str:
+    """SHA-256 over names (relative to ``root``) and contents, in the order of the names."""
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        digest.update(f"{file.relative_to(root).as_posix()} {sha256_file(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def _start_worker(_: int) -> None:
+    cv2.setNumThreads(0)  # the workers are the threads

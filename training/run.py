@@ -1,0 +1,124 @@
+"""Run: the folder that training leaves behind.
+
+config.yaml              the merged configuration
+run.json                 who made it, from what, how far it got, what came out
+metrics.csv              a row per epoch
+events.out.tfevents.*    the same for TensorBoard
+checkpoint.safetensors   everything needed to go on
+weights/{best,last}.safetensors   the model alone
+...                      what the system adds, e.g. bank.faiss
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+
+from runtime.bundle import write_atomic
+from runtime.errors import RunError
+from training.config import SystemConfig, dump, parse, read_text, schema_of
+
+CONFIG_NAME = "config.yaml"
+INFO_NAME = "run.json"
+
+
+class RunInfo(BaseModel):
+    """The record of a run.
+
+    Attributes:
+        status: ``finished`` only after the task's last step.
+        data: what it was trained on: folder's name, counts, hash.
+        provenance: where the starting weights came from.
+        epoch, step: epochs and optimizer steps done.
+        results: what the task found out, e.g. the ablation.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    system: str
+    status: Literal["running", "finished"] = "running"
+    seed: int
+    device: str
+    precision: str
+    versions: dict[str, str]
+    data: dict[str, JsonValue]
+    provenance: dict[str, JsonValue]
+    epoch: int = 0
+    step: int = 0
+    results: dict[str, JsonValue] = {}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder with its configuration and its record."""
+
+    root: Path
+    config: SystemConfig
+    info: RunInfo
+
+    def weights(self, which: Literal["best", "last"] = "best") -> Path:
+        """The model's weights after the best epoch, or after the last one.
+
+        Raises:
+            RunError: the run has not written them yet.
+        """
+        path = self.root / "weights" / f"{which}.safetensors"
+        if not path.is_file():
+            raise RunError(f"run {self.root} has no {path.name}", fix="train on with --resume")
+        return path
+
+    def updated(self, **changes: Any) -> Run:
+        """The same run with other fields of its record, written to disk."""
+        run = Run(self.root, self.config, self.info.model_copy(update=changes))
+        run.save()
+        return run
+
+    def save(self) -> None:
+        """Write configuration and record."""
+        write_atomic(self.root / CONFIG_NAME, dump(self.config))
+        content = json.dumps(self.info.model_dump(mode="json"), indent=2, allow_nan=False)
+        write_atomic(self.root / INFO_NAME, content + "\n")
+
+
+def is_run(root: Path) -> bool:
+    """Whether a folder was written by training."""
+    return (root / INFO_NAME).is_file()
+
+
+def open_run(root: Path) -> Run:
+    """Read a run folder.
+
+    Raises:
+        RunError: it is none, or its record is damaged.
+        ConfigError: its configuration is not one of this version.
+    """
+    if not is_run(root):
+        raise RunError(
+            f"{root} is no training run: it has no {INFO_NAME}",
+            fix="give the folder that `cli.py train ... --out` wrote",
+        )
+    try:
+        info = RunInfo.model_validate_json((root / INFO_NAME).read_text(encoding="utf-8"))
+    except (ValidationError, UnicodeDecodeError) as error:
+        raise RunError(
+            f"{root / INFO_NAME} is damaged or of another version",
+            fix="train again into a new folder",
+        ) from error
+    # not merged with today's defaults: the run had what stands in its file
+    config = parse(read_text(root / CONFIG_NAME), schema_of(info.system), str(root / CONFIG_NAME))
+    return Run(root, config, info)
+
+
+def numbered(parent: Path, name: str) -> Path:
+    """The next free run folder: <parent>/<name>1, 2, ..."""
+    taken = [
+        int(match[1])
+        for path in parent.glob(f"{name}*")
+        if (match := re.fullmatch(re.escape(name) + r"(\d+)", path.name))
+    ]
+    return parent / f"{name}{max(taken, default=0) + 1}"

@@ -1,0 +1,24 @@
+"""The systems that can be trained: a table, and nothing imported until it is asked for.
+
+Each package has the same files: ``config.TaskConfig``, ``task.Task``, ``sample.sample`` and
+``default.yaml``. ``config`` and ``sample`` do not import torch.
+"""
+
+from __future__ import annotations
+
+from runtime.errors import UsageError
+
+TASKS: dict[str, str] = {
+    "noising": "training.systems.noising",
+}
+
+
+def system_package(name: str) -> str:
+    """Import path of a system's package.
+
+    Raises:
+        UsageError: there is no such system.
+    """
+    if name not in TASKS:
+        raise UsageError(f"there is no system '{name}'", fix=f"choose one of {', '.join(TASKS)}")
+    return TASKS[name]

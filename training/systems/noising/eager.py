@@ -1,0 +1,161 @@
+"""The same system in eager PyTorch: what a benchmark compares the bundle with.
+
+Distances by ``torch.cdist`` and ``topk``, influence by gathering the neighbours, map by
+interpolation and a separable convolution: the straightforward torch program, without loops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from runtime.bank import Bank
+from runtime.bundle import Bundle
+from runtime.contenders import Contender
+from runtime.errors import RunError
+from runtime.preprocess import apply
+from runtime.results import AnomalyMap
+from runtime.systems.noising import Params
+from runtime.tensors import Array
+from training.run import open_run
+from training.systems.noising.config import TaskConfig
+from training.systems.noising.task import build_model
+
+
+class EagerNoising:
+    """Images to results in torch, with the signals that the bundle ships."""
+
+    def __init__(self, network: Callable[[Tensor], Tensor], bank: Bank, bundle: Bundle) -> None:
+        manifest = bundle.manifest
+        self.network = network
+        self.params = Params.model_validate(manifest.params, strict=False)
+        self.spec = manifest.preprocess
+        self.thresholds = manifest.thresholds
+        self.bank_MD = torch.from_numpy(bank.rows_MD)
+        radius = int(4 * self.params.smoothing + 0.5)
+        offsets = torch.arange(-radius, radius + 1, dtype=torch.float32)
+        kernel = torch.exp(-0.5 * (offsets / max(self.params.smoothing, 1e-6)) ** 2)
+        self.kernel = kernel / kernel.sum()
+
+    @torch.inference_mode()
+    def features(self, images_BCHW: Array) -> Tensor:
+        """(B, C, H, W) float32 -> (B, N, D) float32."""
+        images = torch.from_numpy(images_BCHW).contiguous(memory_format=torch.channels_last)
+        return self.network(images).float()
+
+    @torch.inference_mode()
+    def infer(self, images: Sequence[Array]) -> list[AnomalyMap]:
+        """See ``runtime.systems.noising.System.infer``."""
+        return [self.score(features) for features in self.features(apply(self.spec, images))]
+
+    def score(self, features_ND: Tensor) -> AnomalyMap:
+        """One image's result from its patch features."""
+        params = self.params
+        found = torch.cdist(features_ND[None], self.bank_MD[None])[0].topk(params.k, largest=False)
+        distances_NK = found.values
+        differences = features_ND[:, None] - self.bank_MD[found.indices]
+        directions = differences / distances_NK[..., None].clamp_min(1e-12)
+        g_ND = directions.mean(dim=1).abs()
+        signals = {"distance": distances_NK[:, 0], "influence": g_ND.mean(dim=1)}
+        if params.weights["concentration"]:
+            square = g_ND.square()
+            ratio = g_ND.shape[1] * square.square().sum(1) / square.sum(1).square()
+            signals["concentration"] = ratio.clamp_min(1).log()
+        if params.weights["response"]:
+            signals["response"] = self._response(g_ND, distances_NK, directions)
+        scores = torch.stack(
+            [
+                weight * (signals[name] - params.signals[name].mean) / params.signals[name].std
+                for name, weight in params.weights.items()
+                if weight
+            ]
+        ).sum(dim=0)
+        scores = scores / params.score_std
+        influence = params.signals["influence"]
+        uneven = (signals["influence"] - influence.mean) / influence.std
+        return AnomalyMap(
+            score=float(scores.max()),
+            threshold=self.thresholds["image"].value,
+            pixel_threshold=self.thresholds["pixel"].value,
+            map_HW=self._smooth(self._upsample(scores)).numpy(),
+            influence_HW=self._upsample(uneven)[0, 0].numpy(),
+        )
+
+    def _response(self, g_ND: Tensor, distances_NK: Tensor, directions_NKD: Tensor) -> Tensor:
+        params = self.params
+        low, high = params.noise_range
+        z_ND = (g_ND - g_ND.mean(1, keepdim=True)) / (g_ND.std(1, keepdim=True) + 1e-8)
+        delta_N = (distances_NK.mean(1) - params.mean_distance.mean) / params.mean_distance.std
+        drive = z_ND + params.distance_weight * delta_N[:, None]
+        variance = (low + (high - low) * drive.sigmoid()).square()
+        total_N1 = variance.sum(1, keepdim=True)
+        along_NK = (directions_NKD.square() * variance[:, None]).sum(-1)
+        second_order = 0.5 * (total_N1 - along_NK) / distances_NK.clamp_min(1e-12)
+        return torch.minimum(second_order, total_N1.sqrt()).mean(1)
+
+    def _upsample(self, values_N: Tensor) -> Tensor:
+        grid = values_N.reshape(1, 1, *self.params.grid)
+        return F.interpolate(grid, size=self.spec.size, mode="bilinear", align_corners=False)
+
+    def _smooth(self, map_11HW: Tensor) -> Tensor:
+        if not self.params.smoothing:
+            return map_11HW[0, 0]
+        radius = len(self.kernel) // 2
+        padded = F.pad(map_11HW, (radius, radius, radius, radius), mode="reflect")
+        rows = F.conv2d(padded, self.kernel[None, None, None])
+        return F.conv2d(rows, self.kernel[None, None, :, None])[0, 0]
+
+
+def contenders(
+    run: Path, bundle: Bundle, *, threads: int, say: Callable[[str], None]
+) -> list[Contender]:
+    """Eager and compiled PyTorch rows for the bundle that was exported from ``run``.
+
+    Raises:
+        RunError: the folder is no finished run of ``noising``.
+    """
+    opened = open_run(run)
+    if not isinstance(opened.config, TaskConfig):
+        raise RunError(f"{run} is a run of '{opened.info.system}', the bundle is of 'noising'")
+    torch.set_num_threads(threads)
+    bank = Bank.load(bundle.asset("bank"))
+    model, _ = build_model(opened.config, weights=False)
+    model.load_state_dict(load_file(opened.weights("best")))
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    found = []
+    for name, compiled, bf16 in (
+        ("eager channels_last", False, False),
+        ("eager channels_last", False, True),
+        ("torch.compile", True, False),
+        ("torch.compile", True, True),
+    ):
+        if compiled:
+            say(f"compiling for {'bf16' if bf16 else 'float32'}")
+        net: Callable[[Tensor], Tensor] = torch.compile(model) if compiled else model
+        system = EagerNoising(_autocast(net) if bf16 else net, bank, bundle)
+        found.append(
+            Contender(
+                name=name,
+                precision="bf16" if bf16 else "float",
+                network=system.features,
+                path=system.infer,
+                evaluate=None,
+                close=lambda: None,
+            )
+        )
+    return found
+
+
+def _autocast(network: nn.Module | Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def call(images: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            result: Any = network(images)
+        return torch.as_tensor(result)
+
+    return call

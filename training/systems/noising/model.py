@@ -1,0 +1,124 @@
+"""The features of image patches: the graph ``features`` of the bundle.
+
+backbone stages -> bilinear resize to the largest grid -> channels side by side -> pooling along the
+channels -> 3x3 neighbourhood mean -> rows in row-major order.
+
+The channel pooling stands before the neighbourhood mean: both are linear and act on different
+axes, so they commute, and the mean then runs on ``width`` channels instead of all. Pooling is
+written as one channel gather instead of ``AdaptiveAvgPool1d`` along the last axis, which would
+need two transpositions and has no ONNX operator.
+
+Source: Roth et al., "Towards Total Recall in Industrial Anomaly Detection" (PatchCore), 2022.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ChannelPool(nn.Module):
+    """``AdaptiveAvgPool1d`` along the channels of (B, C, H, W), exact.
+
+    Output channel i is the mean of the input channels floor(i C / D) .. ceil((i + 1) C / D) - 1.
+    One gather lays out L channels for each, L the longest window; a shorter window has weight 0
+    for its last ones.
+    """
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        out = torch.arange(width)
+        start = out * channels // width
+        length = -(-(out + 1) * channels // width) - start
+        self.longest = int(length.max())
+        self.width = width
+        self.keeps_all = channels == width
+        self.has_one_length = bool((length == self.longest).all())
+        offset = torch.arange(self.longest)[:, None]
+        index_LD = (start + offset).clamp(max=channels - 1)
+        weight_LD = (offset < length) / length.to(torch.float32)
+        # not in the state: both follow from the two numbers
+        self.register_buffer("index", index_LD.flatten(), persistent=False)
+        self.register_buffer("weight_LD11", weight_LD[:, :, None, None], persistent=False)
+        self.index: Tensor
+        self.weight_LD11: Tensor
+
+    def forward(self, maps_BCHW: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, D, H, W)."""
+        if self.keeps_all:
+            return maps_BCHW
+        laid_out = maps_BCHW.index_select(1, self.index)
+        windows_BLDHW = laid_out.view(-1, self.longest, self.width, *maps_BCHW.shape[2:])
+        if self.has_one_length:
+            return windows_BLDHW.mean(1)
+        return (windows_BLDHW * self.weight_LD11.to(maps_BCHW.dtype)).sum(1)
+
+
+class PatchFeatures(nn.Module):
+    """Images to one feature row per patch.
+
+    Args:
+        backbone: images -> one map per stage.
+        channels: of each map.
+        width: feature width D; None keeps all channels.
+    """
+
+    def __init__(
+        self, backbone: nn.Module, channels: Sequence[int], width: int | None = None
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.width = width or sum(channels)
+        self.pool = ChannelPool(sum(channels), self.width)
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        """(B, 3, H, W) float32, normalised -> (B, N, D) float32, N = h w of the largest map."""
+        return self.rows(self.pooled(self.backbone(images_BCHW)))
+
+    @torch.no_grad()
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """(h, w) of the patches of an image of that size; found by looking."""
+        device = next(self.parameters()).device
+        maps = self.backbone(torch.zeros(1, 3, height, width, device=device))
+        h, w = largest_grid(maps)
+        return h, w
+
+    def pooled(self, maps: Sequence[Tensor]) -> Tensor:
+        """Maps (B, C_s, h_s, w_s) of all stages -> (B, D, h, w)."""
+        return neighbourhood_mean(self.pool(side_by_side(maps)))
+
+    @staticmethod
+    def rows(maps_BDHW: Tensor) -> Tensor:
+        """(B, D, h, w) -> (B, h w, D), row by row."""
+        return maps_BDHW.flatten(2).transpose(1, 2)
+
+
+def side_by_side(maps: Sequence[Tensor]) -> Tensor:
+    """Resize every map to the largest grid (bilinear, pixel centres) and stack the channels."""
+    grid = largest_grid(maps)
+    return torch.cat([_resized(m, grid) for m in maps], dim=1)
+
+
+def _resized(map_BCHW: Tensor, grid: tuple[int, int]) -> Tensor:
+    h, w = map_BCHW.shape[2:]
+    if (h, w) == grid:
+        return map_BCHW
+    if grid[0] % h or grid[1] % w:
+        return F.interpolate(map_BCHW, size=grid, mode="bilinear", align_corners=False)
+    # the same, and in ONNX a constant instead of a shape computed from the batch
+    scale = (float(grid[0] // h), float(grid[1] // w))
+    return F.interpolate(map_BCHW, scale_factor=scale, mode="bilinear", align_corners=False)
+
+
+def largest_grid(maps: Sequence[Tensor]) -> tuple[int, int]:
+    """(h, w) of the map with the most positions."""
+    h, w = max((tuple(m.shape[2:]) for m in maps), key=lambda hw: hw[0] * hw[1])
+    return h, w
+
+
+def neighbourhood_mean(maps_BCHW: Tensor) -> Tensor:
+    """Mean of each 3x3 neighbourhood; at the border, of the part inside the map."""
+    return F.avg_pool2d(maps_BCHW, kernel_size=3, stride=1, padding=1, count_include_pad=False)

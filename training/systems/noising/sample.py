@@ -1,0 +1,313 @@
+"""Draws a small labelled data set for ``noising``: turned metal flanges in a fixture.
+
+MVTec-style folders, plus a video of parts that pass. Good parts differ a little in angle, position,
+size, tone and light, and altogether in lathe marks and sensor noise; the defects are scratches,
+stains, dents, chipped rims and blocked holes. NumPy and OpenCV only: nothing here, nor what it
+imports, loads torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import cv2
+import numpy as np
+from numpy.random import Generator
+
+from runtime.errors import RunError
+from runtime.tensors import Array
+
+_SCALE = 2  # drawn larger, then averaged down: smooth edges
+_NUM_HOLES = 6
+_FRAMES_STILL, _FRAMES_MOVING, _FPS = 10, 6, 12
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One flange before light and camera. Polar fields are about its centre, in radii."""
+
+    colour_HWC: Array
+    solid_HW: Array
+    rho_HW: Array
+    theta_HW: Array
+    centre: tuple[float, float]
+    radius: float
+    hole_angles: Array
+
+
+def sample(
+    out: Path, *, seed: int = 0, size: int = 256, num_train: int = 40, num_test: int = 40
+) -> dict[str, int]:
+    """Draw the data set; half of the test images are good, the others go round the defects.
+
+    Args:
+        out: folder to make: train/good, test/good, test/<defect>, ground_truth/<defect> with
+            <name>_mask.png (255 = defective), video.mp4.
+        size: side of the images in pixels.
+
+    Returns:
+        Folder (relative to ``out``) or file -> number of images or frames in it.
+
+    Raises:
+        RunError: ``out`` already holds something.
+    """
+    if out.exists() and any(out.iterdir()):
+        raise RunError(f"{out} is not empty", fix="choose another --out, or empty it")
+    counts: dict[str, int] = {}
+
+    def save(folder: str, image: Array) -> str:
+        path = out / folder
+        path.mkdir(parents=True, exist_ok=True)
+        name = f"{counts.get(folder, 0):03d}"
+        counts[folder] = counts.get(folder, 0) + 1
+        _write_png(path / f"{name}.png", image)
+        return name
+
+    # one stream of random numbers per picture: more pictures do not change the first ones
+    for i in range(num_train):
+        save("train/good", draw(np.random.default_rng((seed, 0, i)), size)[0])
+    num_good = num_test // 2
+    for i in range(num_good):
+        save("test/good", draw(np.random.default_rng((seed, 1, i)), size)[0])
+    names = list(DEFECTS)
+    for i in range(num_test - num_good):
+        defect = names[i % len(names)]
+        image, mask = draw(np.random.default_rng((seed, 2, i)), size, defect)
+        name = save(f"test/{defect}", image)
+        (out / "ground_truth" / defect).mkdir(parents=True, exist_ok=True)
+        _write_png(out / "ground_truth" / defect / f"{name}_mask.png", mask)
+    counts["video.mp4"] = _write_video(out / "video.mp4", np.random.default_rng((seed, 3)), size)
+    return counts
+
+
+def draw(rng: Generator, size: int, defect: str | None = None) -> tuple[Array, Array]:
+    """One picture of one part.
+
+    Args:
+        size: side in pixels.
+        defect: a name in ``DEFECTS``; None draws a good part.
+
+    Returns:
+        (size, size, 3) uint8 RGB and its (size, size) uint8 mask, 255 where it is defective.
+    """
+    side = size * _SCALE
+    belt = _belt(rng, side, side)
+    part = _flange(rng, side)
+    canvas, mask = _place(belt, part), np.zeros((side, side), bool)
+    if defect is not None:
+        canvas, mask = DEFECTS[defect](rng, canvas, belt, part)
+    picture = _camera(rng, _light(rng, canvas))
+    small = cv2.resize(mask.astype(np.float32), (size, size), interpolation=cv2.INTER_AREA)
+    return picture, np.where(small >= 0.5, 255, 0).astype(np.uint8)
+
+
+def _noise(rng: Generator, height: int, width: int, sigma: float) -> Array:
+    """Smooth noise (height, width), mean 0, standard deviation 1, correlated over ``sigma`` px."""
+    step = max(1, int(sigma / 2))
+    grid = rng.standard_normal((height // step + 4, width // step + 4)).astype(np.float32)
+    grid = cv2.GaussianBlur(grid, (0, 0), max(sigma / step, 0.5))
+    noise = cv2.resize(grid, (width, height), interpolation=cv2.INTER_CUBIC)
+    return np.asarray((noise - noise.mean()) / noise.std())
+
+
+def _belt(rng: Generator, height: int, width: int) -> Array:
+    y, x = np.mgrid[:height, :width].astype(np.float32)
+    phase = rng.uniform(0, 2 * np.pi, 2)
+    pitch = 5.0 * _SCALE
+    weave = np.sin(2 * np.pi * (x + y) / pitch + phase[0]) * np.sin(
+        2 * np.pi * (x - y) / pitch + phase[1]
+    )
+    grey = 62 + 3 * weave + 3 * _noise(rng, height, width, 12 * _SCALE)
+    grey = grey + 2 * _noise(rng, height, width, 1.0)
+    return np.asarray(grey[..., None] * np.array([0.92, 1.0, 1.04], np.float32))
+
+
+def _flange(rng: Generator, side: int) -> _Part:
+    radius = 0.37 * side * rng.uniform(0.985, 1.015)
+    centre = (
+        side / 2 + side * rng.uniform(-0.01, 0.01),
+        side / 2 + side * rng.uniform(-0.01, 0.01),
+    )
+    y, x = np.mgrid[:side, :side].astype(np.float32)
+    dx, dy = (x - centre[0]) / radius, (y - centre[1]) / radius
+    rho, theta = np.hypot(dx, dy), np.arctan2(dy, dx)
+
+    # lathe marks: noise along the radius, a little of it along the angle
+    rings = cv2.GaussianBlur(rng.standard_normal((1, 512)).astype(np.float32), (0, 0), 1.2)
+    marks = np.interp(rho.ravel(), np.linspace(0, 1.1, 512), rings[0]).reshape(rho.shape)
+    sheen = np.cos(2 * (theta - rng.uniform(-0.08, 0.08)))
+    tone = rng.uniform(157, 165) + 6 * marks / rings.std() + 9 * sheen
+    tone = tone + 2 * _noise(rng, side, side, 2.0)
+
+    edge = 2.0 * _SCALE / radius
+    groove = np.exp(-(((rho - 0.47) / 0.022) ** 2))
+    bevel = np.clip((rho - 0.93) / 0.07, 0, 1) * (rho <= 1)
+    tone = tone - 70 * groove + 26 * bevel * np.cos(theta + 2.3)
+    solid = _inside(1 - rho, edge) * _inside(rho - 0.2, edge)
+    tone = tone + 30 * np.exp(-(((rho - 0.215) / 0.015) ** 2))
+
+    hole_angles = rng.uniform(-0.08, 0.08) + np.arange(_NUM_HOLES) * 2 * np.pi / _NUM_HOLES
+    for angle in hole_angles:
+        distance = np.hypot(dx - 0.72 * np.cos(angle), dy - 0.72 * np.sin(angle))
+        tone = tone + 34 * np.exp(-(((distance - 0.125) / 0.014) ** 2))
+        solid = solid * _inside(distance - 0.105, edge)
+    colour = tone[..., None] * np.array([1.0, 0.985, 0.955], np.float32)
+    return _Part(colour, solid, rho, theta, centre, radius, hole_angles)
+
+
+def _inside(distance: Array, edge: float) -> Array:
+    """1 where the signed distance is positive, 0 where negative, smooth over ``edge``."""
+    return np.asarray(np.clip(distance / edge + 0.5, 0, 1).astype(np.float32))
+
+
+def _place(belt: Array, part: _Part, solid: Array | None = None) -> Array:
+    solid = part.solid_HW if solid is None else solid
+    shift = np.array([[1, 0, 5 * _SCALE], [0, 1, 6 * _SCALE]], np.float32)
+    shadow = cv2.warpAffine(solid, shift, solid.shape[::-1])
+    shadow = cv2.GaussianBlur(shadow, (0, 0), 4.0 * _SCALE)
+    ground = belt * (1 - 0.55 * shadow[..., None])
+    alpha = solid[..., None]
+    return np.asarray(part.colour_HWC * alpha + ground * (1 - alpha))
+
+
+def _light(rng: Generator, canvas: Array) -> Array:
+    height, width = canvas.shape[:2]
+    angle, strength = rng.uniform(0, 2 * np.pi), rng.uniform(0, 0.03)
+    y, x = np.mgrid[:height, :width].astype(np.float32)
+    ramp = (x / width - 0.5) * np.cos(angle) + (y / height - 0.5) * np.sin(angle)
+    warmth = 1 + rng.uniform(-0.01, 0.01) * np.array([1.0, 0.0, -1.0])
+    gain = rng.uniform(0.98, 1.02) * (1 + strength * 2 * ramp)
+    return np.asarray(canvas * gain[..., None] * warmth)
+
+
+def _camera(rng: Generator, canvas: Array) -> Array:
+    size = (canvas.shape[1] // _SCALE, canvas.shape[0] // _SCALE)
+    small = cv2.resize(canvas.astype(np.float32), size, interpolation=cv2.INTER_AREA)
+    small = small + rng.normal(0, 1.8, small.shape)
+    return np.asarray(np.clip(np.round(small), 0, 255), np.uint8)
+
+
+def _spot(rng: Generator, part: _Part, low: float, high: float) -> tuple[float, float]:
+    """A random point on the part, ``low`` to ``high`` radii from its centre; (x, y) in pixels."""
+    rho, theta = rng.uniform(low, high), rng.uniform(0, 2 * np.pi)
+    return (
+        part.centre[0] + part.radius * rho * np.cos(theta),
+        part.centre[1] + part.radius * rho * np.sin(theta),
+    )
+
+
+def _scratch(rng: Generator, canvas: Array, belt: Array, part: _Part) -> tuple[Array, Array]:
+    x, y = _spot(rng, part, 0.4, 0.7)
+    heading, bend = rng.uniform(0, 2 * np.pi), rng.uniform(-0.35, 0.35)
+    num, step = 24, rng.uniform(0.45, 0.9) * part.radius / 24
+    points = []
+    for _ in range(num):
+        points.append((x, y))
+        heading += bend / 6 + rng.normal(0, 0.06)
+        x, y = x + step * np.cos(heading), y + step * np.sin(heading)
+    line = np.zeros(part.solid_HW.shape, np.uint8)
+    width = int(rng.integers(3, 5)) * _SCALE // 2
+    cv2.polylines(line, [np.array(points, np.int32)], isClosed=False, color=255, thickness=width)
+    alpha = cv2.GaussianBlur(line.astype(np.float32) / 255, (0, 0), 0.5 * _SCALE)
+    alpha *= part.solid_HW
+    depth = rng.choice([-75.0, 70.0])
+    wide = cv2.dilate(line, np.ones((2 * _SCALE + 1, 2 * _SCALE + 1), np.uint8))
+    return canvas + depth * alpha[..., None], (wide > 0) & (part.solid_HW > 0.5)
+
+
+def _blob(rng: Generator, part: _Part, x: float, y: float, radius: float) -> Array:
+    """An irregular patch about (x, y): 1 inside, smooth edge; (H, W) float32."""
+    height, width = part.solid_HW.shape
+    grid_y, grid_x = np.mgrid[:height, :width].astype(np.float32)
+    distance = np.hypot(grid_x - x, grid_y - y) / radius
+    rough = 0.22 * _noise(rng, height, width, radius / 2)
+    return _inside(1 - distance + rough, 0.25)
+
+
+def _stain(rng: Generator, canvas: Array, belt: Array, part: _Part) -> tuple[Array, Array]:
+    x, y = _spot(rng, part, 0.35, 0.85)
+    alpha = _blob(rng, part, x, y, rng.uniform(0.09, 0.17) * part.radius) * part.solid_HW
+    colour = np.array([92.0, 66.0, 40.0]) * rng.uniform(0.8, 1.2)
+    strength = rng.uniform(0.45, 0.75) * alpha[..., None]
+    return canvas * (1 - strength) + colour * strength, alpha > 0.5
+
+
+def _dent(rng: Generator, canvas: Array, belt: Array, part: _Part) -> tuple[Array, Array]:
+    """A hollow: the side towards the light is dark, the far side bright."""
+    x, y = _spot(rng, part, 0.55, 0.85)
+    sigma = rng.uniform(0.05, 0.075) * part.radius
+    height, width = part.solid_HW.shape
+    grid_y, grid_x = np.mgrid[:height, :width].astype(np.float32)
+    dx, dy = (grid_x - x) / sigma, (grid_y - y) / sigma
+    slope = (0.6 * dx + 0.8 * dy) * np.exp(0.5 - 0.5 * (dx**2 + dy**2))
+    depth = rng.uniform(45, 70)
+    mask = (np.hypot(dx, dy) < 2) & (part.solid_HW > 0.5)
+    return canvas + depth * (slope * part.solid_HW)[..., None], mask
+
+
+def _chip(rng: Generator, canvas: Array, belt: Array, part: _Part) -> tuple[Array, Array]:
+    """A piece of the rim is missing: the belt shows."""
+    x, y = _spot(rng, part, 0.98, 1.02)
+    gone = _blob(rng, part, x, y, rng.uniform(0.10, 0.18) * part.radius)
+    placed = _place(belt, part, part.solid_HW * (1 - gone))
+    return placed, (gone > 0.5) & (part.solid_HW > 0.5)
+
+
+def _blocked(rng: Generator, canvas: Array, belt: Array, part: _Part) -> tuple[Array, Array]:
+    """One of the holes was not drilled."""
+    angle = rng.choice(part.hole_angles)
+    x = part.centre[0] + 0.72 * part.radius * np.cos(angle)
+    y = part.centre[1] + 0.72 * part.radius * np.sin(angle)
+    height, width = part.solid_HW.shape
+    grid_y, grid_x = np.mgrid[:height, :width].astype(np.float32)
+    inside = np.hypot(grid_x - x, grid_y - y) < 0.15 * part.radius
+    # the metal of the same ring, one hole pitch / 2 further on, where nothing was drilled
+    centre = (float(part.centre[0]), float(part.centre[1]))
+    turn = cv2.getRotationMatrix2D(centre, 180 / _NUM_HOLES, 1.0)
+    metal = cv2.warpAffine(canvas.astype(np.float32), turn, (width, height))
+    alpha = cv2.GaussianBlur(inside.astype(np.float32), (0, 0), 0.7 * _SCALE)[..., None]
+    hole = np.hypot(grid_x - x, grid_y - y) < 0.135 * part.radius
+    return canvas * (1 - alpha) + metal * alpha, hole
+
+
+DEFECTS: dict[str, Callable[[Generator, Array, Array, _Part], tuple[Array, Array]]] = {
+    "scratch": _scratch,
+    "stain": _stain,
+    "dent": _dent,
+    "chip": _chip,
+    "blocked_hole": _blocked,
+}
+
+
+def _write_png(path: Path, image: Array) -> None:
+    picture = image if image.ndim == 2 else cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
+    path.write_bytes(cv2.imencode(".png", picture)[1].tobytes())
+
+
+def _write_video(path: Path, rng: Generator, size: int) -> int:
+    """A belt that stops under the camera for each part; good and bad parts take turns."""
+    defects: list[str | None] = [None, "scratch", None, "chip", None, "stain"]
+    stations = [draw(rng, size, defect)[0] for defect in defects]
+    strip = np.concatenate(stations, axis=1)
+    positions: list[int] = []
+    for station in range(len(stations)):
+        positions += [station * size] * _FRAMES_STILL
+        if station + 1 < len(stations):
+            t = np.arange(1, _FRAMES_MOVING + 1) / (_FRAMES_MOVING + 1)
+            ease = t * t * (3 - 2 * t)
+            positions += [round(p) for p in (station + ease) * size]
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=_FPS, options={"crf": "16"})
+        stream.width = stream.height = size // 2 * 2
+        stream.pix_fmt = "yuv420p"
+        stream.time_base = Fraction(1, _FPS)
+        for left in positions:
+            frame = strip[: stream.height, left : left + stream.width]
+            noisy = np.clip(frame + rng.normal(0, 1.2, frame.shape), 0, 255).astype(np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(noisy, format="rgb24")))
+        container.mux(stream.encode())
+    return len(positions)

@@ -1,0 +1,75 @@
+"""Task: how one system is trained, as the one loop of ``training.train`` sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, TypeAlias
+
+from pydantic import JsonValue
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from training.run import Run
+
+# (what is being done, so many done, of so many)
+Progress: TypeAlias = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where the loop stands.
+
+    Attributes:
+        epoch: epochs done, the current one not counted.
+        batch: batches of the current epoch done.
+        step: optimizer steps done in the whole run.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+
+
+class Task(Protocol):
+    """Built as ``Task(config, data, root, weights=...)``.
+
+    ``root`` is the run folder; ``weights=False`` when a checkpoint will fill the model, so that
+    the starting weights need not be there any more. Where no parameter of ``model`` wants a
+    gradient, the loop makes one pass per epoch without an optimizer.
+
+    Attributes:
+        model: everything that learns or is saved; prototypes and the like are its buffers.
+        best: metric that chooses weights/best and whether more is better; None takes the last.
+        data_summary: folder's name, counts and hash, for the record.
+        provenance: where the starting weights came from.
+    """
+
+    model: nn.Module
+    best: tuple[str, Literal["max", "min"]] | None
+    data_summary: dict[str, JsonValue]
+    provenance: dict[str, JsonValue]
+
+    def loader(self) -> DataLoader[Any]:
+        """Training batches, from ``training.data.loader``."""
+        ...
+
+    def step(self, model: nn.Module, batch: Any, position: Position) -> Mapping[str, Tensor]:
+        """Losses of a batch, scalars; ``loss`` is the one to minimise, the others are logged.
+
+        Args:
+            model: ``self.model`` as accelerate wrapped it; call this one.
+            batch: already on the model's device.
+        """
+        ...
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Metrics after an epoch; ``model`` is in eval mode, averaged where that is configured."""
+        ...
+
+    def finish(self, run: Run, model: nn.Module, progress: Progress) -> dict[str, JsonValue]:
+        """What is computed once after the last epoch; returns what the record should keep.
+
+        Must be repeatable: a run that was interrupted here comes back here.
+        """
+        ...

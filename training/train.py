@@ -1,0 +1,315 @@
+"""The one training loop: a configuration and a folder of data become a run.
+
+Read ``train`` from top to bottom: it is in the order in which things happen.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import io
+import logging
+import math
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.tensorboard import SummaryWriter
+
+from runtime.bundle import write_atomic
+from runtime.errors import BackendError, ConfigError, RunError
+from training import checkpoint
+from training.config import OptimizerConfig, SystemConfig, TrainConfig
+from training.run import Run, RunInfo, is_run, numbered, open_run
+from training.systems import system_package
+from training.task import Position, Progress, Task
+
+_log = logging.getLogger(__name__)
+_PACKAGES = ("engineworks", "torch", "timm", "accelerate", "numpy")
+
+
+def train(
+    config: SystemConfig,
+    data: Path,
+    out: Path | None = None,
+    *,
+    resume: bool = False,
+    exist_ok: bool = False,
+    progress: Progress | None = None,
+) -> Run:
+    """Train a system.
+
+    Args:
+        data: folder in the system's layout.
+        out: run folder; None takes the next free ``runs/<system>/<data's name>N``.
+        resume: go on where the run in ``out`` stopped, to exactly what it would have become; a
+            finished run is returned as it is.
+        exist_ok: replace a run that is already in ``out``.
+        progress: called with (what, done, of).
+
+    Raises:
+        RunError: ``out`` is in the way, cannot be resumed, or the loss is not a number any more.
+        DatasetError, WeightsError: from the task.
+        BackendError: the device asked for is not there.
+    """
+    report: Progress = progress or (lambda what, done, of: None)
+    settings = config.train
+    root = out or numbered(Path("runs") / config.system, data.resolve().name)
+    before = _before(root, config, resume=resume, exist_ok=exist_ok)
+    if before is not None and before.info.status == "finished":
+        _log.warning("run %s is already finished: nothing to resume", root)
+        return before
+    state = _state(root) if before is not None else None
+
+    accelerator = _accelerator(settings)
+    set_seed(settings.seed)
+    main = accelerator.is_main_process
+    if before is None and main:
+        _clear(root)
+    accelerator.wait_for_everyone()
+    task: Task = importlib.import_module(f"{system_package(config.system)}.task").Task(
+        config, data, root, weights=state is None
+    )
+    if before is None:
+        run = Run(root, config, _record(config, task, accelerator))
+        if main:
+            run.save()
+    else:
+        run = before
+        if run.info.data != task.data_summary:
+            raise RunError(
+                f"the data in {data} are not those that run {root} was trained on",
+                fix="give the same data to --resume, or train into a new folder",
+            )
+
+    parameters = [p for p in task.model.parameters() if p.requires_grad]
+    model, loader = accelerator.prepare(task.model, task.loader())
+    steps_per_epoch = math.ceil(len(loader) / settings.accumulate)
+    optimizer = scheduler = ema = None
+    if parameters:
+        optimizer = accelerator.prepare(_optimizer(parameters, settings.optimizer))
+        scheduler = _scheduler(optimizer.optimizer, settings, steps_per_epoch)
+        if settings.ema_decay is not None:
+            average = get_ema_multi_avg_fn(settings.ema_decay)  # type: ignore[no-untyped-call]
+            ema = AveragedModel(task.model, multi_avg_fn=average, use_buffers=True)
+    parts: dict[str, Any] = {
+        "model": task.model,
+        "optimizer": optimizer,
+        "scheduler": scheduler,
+        "ema": ema,
+        "scaler": accelerator.scaler,
+    }
+    parts = {name: part for name, part in parts.items() if part is not None}
+
+    position, history, totals = Position(), list[dict[str, float]](), dict[str, Tensor]()
+    best: float | None = None
+    if state is not None:
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        position = Position(**state["position"])
+        history, totals, best = state["history"], state["totals"], state["best"]
+        totals = {name: value.to(accelerator.device) for name, value in totals.items()}
+        checkpoint.set_rng_state(state["rng"])
+
+    def save_checkpoint() -> None:
+        content = {name: part.state_dict() for name, part in parts.items()}
+        content |= {"position": vars(position), "history": history, "totals": totals}
+        content |= {"best": best, "rng": checkpoint.rng_state()}
+        checkpoint.save(root / checkpoint.NAME, content)
+
+    writer = SummaryWriter(str(root), purge_step=position.epoch or None) if main else None
+    for epoch in range(position.epoch, settings.epochs):
+        model.train(optimizer is not None)
+        batches = (
+            accelerator.skip_first_batches(loader, position.batch) if position.batch else loader
+        )
+        batches.set_epoch(epoch)
+        for batch in batches:
+            with accelerator.accumulate(model), torch.set_grad_enabled(optimizer is not None):
+                losses = task.step(model, batch, position)
+                if optimizer is not None and scheduler is not None:
+                    accelerator.backward(losses["loss"])
+                    if accelerator.sync_gradients and settings.optimizer.clip_norm is not None:
+                        accelerator.clip_grad_norm_(parameters, settings.optimizer.clip_norm)
+                    optimizer.step()
+                    optimizer.zero_grad()
+            for name, loss in losses.items():
+                totals[name] = totals.get(name, 0) + loss.detach().double()
+            position = replace(position, batch=position.batch + 1)
+            if accelerator.sync_gradients:
+                position = replace(position, step=position.step + 1)
+                if scheduler is not None and not accelerator.optimizer_step_was_skipped:
+                    scheduler.step()
+                if ema is not None:
+                    ema.update_parameters(task.model)
+                every = settings.checkpoint_steps
+                if every is not None and position.step % every == 0 and main:
+                    save_checkpoint()
+            report(f"epoch {epoch + 1}/{settings.epochs}", position.batch, len(loader))
+
+        row = _means(totals, position.batch, accelerator) | {"epoch": epoch + 1.0}
+        if scheduler is not None:
+            row["lr"] = float(scheduler.get_last_lr()[0])
+        model.eval()
+        position, totals = Position(epoch=epoch + 1, step=position.step), {}
+        if main and writer is not None:
+            kept: nn.Module = task.model if ema is None else ema.module
+            with torch.no_grad():
+                row |= task.evaluate(kept.eval())
+            history.append(row)
+            write_atomic(root / "metrics.csv", _table(history))
+            for name, value in row.items():
+                writer.add_scalar(name, value, epoch + 1)
+            weights = to_bytes({k: v.cpu().contiguous() for k, v in kept.state_dict().items()})
+            write_atomic(root / "weights" / "last.safetensors", weights)
+            if task.best is None or _better(row[task.best[0]], best, task.best[1]):
+                best = row[task.best[0]] if task.best else None
+                write_atomic(root / "weights" / "best.safetensors", weights)
+            save_checkpoint()
+            run = run.updated(epoch=position.epoch, step=position.step)
+        accelerator.wait_for_everyone()
+
+    if main and writer is not None:
+        writer.close()
+        with torch.no_grad():
+            results = task.finish(run, task.model.eval(), report)
+        run = run.updated(status="finished", results=results)
+    accelerator.wait_for_everyone()
+    return run
+
+
+def _before(root: Path, config: SystemConfig, *, resume: bool, exist_ok: bool) -> Run | None:
+    """The run to go on with, or None to begin; refuses what may not be touched."""
+    if resume:
+        run = open_run(root)
+        if run.config != config:
+            raise RunError(
+                f"run {root} was started with another configuration",
+                fix="resume without --config and --set, or train into a new folder",
+            )
+        return run
+    if root.is_dir() and any(root.iterdir()):
+        if not is_run(root):
+            raise RunError(
+                f"{root} holds files that are not a training run's", fix="choose another --out"
+            )
+        if not exist_ok:
+            raise RunError(
+                f"run {root} already exists",
+                fix="choose another --out, go on with --resume, or replace it with --exist-ok",
+            )
+    return None
+
+
+def _state(root: Path) -> dict[str, Any] | None:
+    path = checkpoint.latest(root)
+    return None if path is None else checkpoint.load(path)
+
+
+def _clear(root: Path) -> None:
+    if root.exists():
+        shutil.rmtree(root)
+    (root / "weights").mkdir(parents=True)
+
+
+def _accelerator(settings: TrainConfig) -> Accelerator:
+    """Device, arithmetic and accumulation.
+
+    Raises:
+        BackendError: CUDA was asked for and is not there.
+        ConfigError: fp16 without CUDA.
+    """
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise BackendError(
+            "train.device is cuda, and torch sees no CUDA device",
+            fix="use --set train.device=cpu (or auto), or check the driver with `cli.py doctor`",
+        )
+    on_cpu = settings.device == "cpu" or not torch.cuda.is_available()
+    if settings.precision == "fp16" and on_cpu:
+        raise ConfigError(
+            "train.precision is fp16, which needs a CUDA device", fix="use bf16 or fp32"
+        )
+    return Accelerator(
+        cpu=on_cpu,
+        mixed_precision="no" if settings.precision == "fp32" else settings.precision,
+        gradient_accumulation_steps=settings.accumulate,
+    )
+
+
+def _record(config: SystemConfig, task: Task, accelerator: Accelerator) -> RunInfo:
+    return RunInfo(
+        system=config.system,
+        seed=config.train.seed,
+        device=str(accelerator.device),
+        precision=config.train.precision,
+        versions={package: metadata.version(package) for package in _PACKAGES},
+        data=task.data_summary,
+        provenance=task.provenance,
+    )
+
+
+def _optimizer(parameters: list[nn.Parameter], settings: OptimizerConfig) -> Optimizer:
+    if settings.name == "adamw":
+        return AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+    return SGD(
+        parameters,
+        lr=settings.lr,
+        weight_decay=settings.weight_decay,
+        momentum=settings.momentum,
+        nesterov=settings.momentum > 0,
+    )
+
+
+def _scheduler(optimizer: Optimizer, settings: TrainConfig, steps_per_epoch: int) -> LambdaLR:
+    """Linear warm-up, then constant or half a cosine down to zero."""
+    total = steps_per_epoch * settings.epochs
+    warmup = settings.optimizer.warmup_epochs * steps_per_epoch
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        if settings.optimizer.schedule == "constant":
+            return 1.0
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
+
+    return LambdaLR(optimizer, factor)
+
+
+def _means(totals: Mapping[str, Tensor], count: int, accelerator: Accelerator) -> dict[str, float]:
+    """Mean losses of an epoch over its batches and all processes.
+
+    Raises:
+        RunError: one is not finite.
+    """
+    means = {n: float(accelerator.reduce(t / count, "mean")) for n, t in totals.items()}
+    for name, mean in means.items():
+        if not math.isfinite(mean):
+            raise RunError(
+                f"the training loss '{name}' is {mean}",
+                fix="lower train.optimizer.lr, set train.optimizer.clip_norm, or use fp32",
+            )
+    return means
+
+
+def _better(value: float, best: float | None, mode: str) -> bool:
+    return best is None or (value > best if mode == "max" else value < best)
+
+
+def _table(history: list[dict[str, float]]) -> str:
+    names = ["epoch", *sorted({name for row in history for name in row} - {"epoch"})]
+    text = io.StringIO()
+    table = csv.DictWriter(text, names, lineterminator="\n")
+    table.writeheader()
+    table.writerows(row | {"epoch": int(row["epoch"])} for row in history)
+    return text.getvalue()
