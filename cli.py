@@ -102,11 +102,10 @@ def train(
     from training.train import train as train_run
 
     merged = load_config(system, config, overrides)
-    with _progress(context, "training") as progress:
+    with _Progress(context) as progress:
         run = train_run(merged, data, out, resume=resume, exist_ok=exist_ok, progress=progress)
-    if run.report:
-        _print_report(run.report)
-    click.echo(run.folder)
+    _print_results(run.info.results)
+    click.echo(run.root)
 
 
 @main.command()
@@ -229,7 +228,7 @@ def infer(
     system = open_system(read(bundle), backend=backend, precision=precision, threads=threads)
     try:
         _say(context)(f"{system.backend}, {system.precision}")
-        with _progress(context, "inference") as progress:
+        with _Progress(context) as show:
             summary = run_infer(
                 system,
                 opened,
@@ -238,7 +237,7 @@ def infer(
                 jsonl=jsonl,
                 overlays=save_overlays,
                 frame_step=frame_step,
-                progress=progress,
+                progress=lambda done, total: show("inference", done, total),
             )
     finally:
         system.close()
@@ -275,8 +274,10 @@ def evaluate(
 
     system = open_system(read(bundle), backend=backend, precision=precision, threads=threads)
     try:
-        with _progress(context, "evaluation") as progress:
-            metrics = system.evaluate(data, progress=progress)
+        with _Progress(context) as show:
+            metrics = system.evaluate(
+                data, progress=lambda done, total: show("evaluation", done, total)
+            )
     finally:
         system.close()
     _print_table(
@@ -460,23 +461,28 @@ def _say(context: click.Context) -> Callable[[str], None]:
     return (lambda _text: None) if quiet else (lambda text: click.echo(text, err=True))
 
 
-class _progress:  # noqa: N801  a context manager that reads like a function
-    """A progress bar on stderr; none where stderr is no terminal or with --quiet."""
+class _Progress:
+    """Progress bars on stderr; none where stderr is no terminal or with --quiet."""
 
-    def __init__(self, context: click.Context, label: str) -> None:
-        self._label = label
+    def __init__(self, context: click.Context) -> None:
         self._show = sys.stderr.isatty() and not context.find_root().obj["quiet"]
 
-    def __enter__(self) -> Callable[[int, int], None]:
+    def __enter__(self) -> Callable[[str, int, int], None]:
         if not self._show:
-            return lambda _done, _total: None
+            return lambda _label, _done, _total: None
         from rich.console import Console
-        from rich.progress import Progress
+        from rich.progress import Progress, TaskID
 
         self._bar = Progress(console=Console(stderr=True), transient=True)
         self._bar.start()
-        task = self._bar.add_task(self._label)
-        return lambda done, total: self._bar.update(task, completed=done, total=total or None)
+        tasks: dict[str, TaskID] = {}
+
+        def show(label: str, done: int, total: int) -> None:
+            if label not in tasks:
+                tasks[label] = self._bar.add_task(label)
+            self._bar.update(tasks[label], completed=done, total=total or None)
+
+        return show
 
     def __exit__(self, *_error: object) -> None:
         if self._show:
@@ -493,22 +499,22 @@ def _print_table(title: str, header: tuple[str, ...], rows: list[tuple[str, ...]
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
-def _print_report(report: dict[str, Any]) -> None:
-    """A run's closing report: plain values first, then its tables (name -> row -> column)."""
-    tables = {name: value for name, value in report.items() if isinstance(value, dict)}
-    for name, value in report.items():
-        if name not in tables:
-            click.echo(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
-    for name, table in tables.items():
-        columns = list(dict.fromkeys(column for row in table.values() for column in row))
+def _print_results(results: dict[str, Any]) -> None:
+    """What a run found out: each part a table, or a list of values."""
+    for name, part in results.items():
+        rows = part if all(isinstance(row, dict) for row in part.values()) else {"": part}
+        columns = list(dict.fromkeys(column for row in rows.values() for column in row))
         _print_table(
             name,
             ("", *columns),
-            [
-                (key, *(f"{row[c]:.4f}" if c in row else "" for c in columns))
-                for key, row in table.items()
-            ],
+            [(key, *(_text(row.get(column)) for column in columns)) for key, row in rows.items()],
         )
+
+
+def _text(value: object) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":

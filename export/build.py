@@ -355,7 +355,7 @@ def _parity(candidate: Bundle, feeds: Feeds, threads: int | None) -> dict[str, A
             found: Mapping[str, Parity] = compare(
                 _outputs(int8s[name], feeds[name]), _outputs(floats[name], feeds[name])
             )
-            report.setdefault(backend, {})[name] = {k: asdict(v) for k, v in found.items()}
+            report.setdefault(backend, {})[name] = {k: v.model_dump() for k, v in found.items()}
         for engine in (*floats.values(), *int8s.values()):
             engine.close()
     return report

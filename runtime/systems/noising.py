@@ -636,7 +636,7 @@ def target_mask(sample: datasets.MvtecSample, spec: PreprocessSpec) -> Array | N
     """
     if sample.mask_path is None:
         return None if sample.label else np.zeros(spec.size, bool)
-    return place(spec, images.read_mask(sample.mask_path), nearest=True) > 0
+    return np.asarray(place(spec, images.read_mask(sample.mask_path), nearest=True) > 0)
 
 
 def extend(

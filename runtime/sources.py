@@ -1,0 +1,82 @@
+"""What ``--source`` may be: a picture, folder, glob, list, video, webcam or stream."""
+
+from __future__ import annotations
+
+import glob
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from runtime.errors import InputError
+from runtime.images import SUFFIXES
+
+VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"})
+_SCHEMES = ("rtsp://", "rtsps://", "http://", "https://", "udp://", "tcp://")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where images come from.
+
+    Attributes:
+        kind: ``images`` (files in order), ``video`` (one file) or ``stream`` (live: frames may be
+            dropped).
+        paths: the picture files, or the video file; empty for a stream.
+        address: what the stream decoder opens; for ``video`` and ``stream``.
+    """
+
+    kind: Literal["images", "video", "stream"]
+    paths: tuple[Path, ...] = ()
+    address: str = ""
+
+
+def open_source(text: str) -> Source:
+    """Tell what the user means.
+
+    Args:
+        text: a picture, a folder (read recursively, sorted), a glob, a ``.txt`` list with one path
+            per line (relative to the list), a video file, a webcam's number, or an address such as
+            ``rtsp://...``.
+
+    Raises:
+        InputError: nothing there, or nothing that can be read as pictures or video.
+    """
+    if text.isdecimal() or text.lower().startswith(_SCHEMES):
+        return Source("stream", address=text)
+    path = Path(text)
+    if path.is_dir():
+        return _images(sorted(p for p in path.rglob("*") if p.is_file()), text)
+    if path.is_file():
+        suffix = path.suffix.lower()
+        if suffix == ".txt":
+            return _listed(path)
+        if suffix in VIDEO_SUFFIXES:
+            return Source("video", (path,), str(path))
+        if suffix in SUFFIXES:
+            return Source("images", (path,))
+        raise InputError(
+            f"{text} is neither a picture nor a video by its suffix",
+            fix=f"known are {', '.join(sorted(SUFFIXES | VIDEO_SUFFIXES))} and .txt lists",
+        )
+    if glob.has_magic(text):
+        # Path.glob refuses absolute patterns
+        found = sorted(Path(p) for p in glob.glob(text, recursive=True))  # noqa: PTH207
+        return _images([p for p in found if p.is_file()], text)
+    raise InputError(f"there is nothing at {text}", fix="check the path, or quote the glob")
+
+
+def _images(files: list[Path], text: str) -> Source:
+    pictures = tuple(p for p in files if p.suffix.lower() in SUFFIXES)
+    if not pictures:
+        raise InputError(
+            f"no pictures in {text}", fix=f"known suffixes are {', '.join(sorted(SUFFIXES))}"
+        )
+    return Source("images", pictures)
+
+
+def _listed(path: Path) -> Source:
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    files = tuple(path.parent / line for line in lines if line and not line.startswith("#"))
+    if not files:
+        raise InputError(f"{path} lists no pictures")
+    return Source("images", files)
