@@ -44,7 +44,7 @@ class Histogram:
     @property
     def width(self) -> float:
         """Of one bin, in the tensor's unit."""
-        return self.limit / NUM_BINS
+        return self.limit / self.counts.size
 
     @property
     def amax(self) -> float:

@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from calibration.observe import NUM_BINS, Histogram
+from calibration.observe import Histogram
 from runtime.errors import CalibrationError, UsageError
 from runtime.tensors import Array
 
@@ -97,7 +97,8 @@ def entropy_amax(histogram: Histogram) -> float:
     histogram give every term.
     """
     counts = histogram.counts.astype(np.float64)
-    ends = np.arange(_ENTROPY_LEVELS, NUM_BINS + 1)
+    last_filled = int(np.flatnonzero(counts)[-1])
+    ends = np.arange(_ENTROPY_LEVELS, max(_ENTROPY_LEVELS, last_filled + 1) + 1)
     # bin k of a range of i bins belongs to level floor(k * 128 / i)
     borders = -(-np.arange(_ENTROPY_LEVELS + 1) * ends[:, None] // _ENTROPY_LEVELS)
     sums = np.diff(_prefix(counts)[borders], axis=1)

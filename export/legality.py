@@ -38,7 +38,7 @@ def check_legal(model: onnx.ModelProto) -> None:
     """
     try:
         onnx.checker.check_model(model)
-        inferred = onnx.shape_inference.infer_shapes(model)
+        inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True)
     except (onnx.shape_inference.InferenceError, onnx.checker.ValidationError) as error:
         raise QuantizationError(f"the graph is not valid ONNX: {error}") from error
     view = GraphView(inferred.graph)
@@ -94,7 +94,9 @@ def only_int8(node: onnx.NodeProto, view: GraphView) -> Iterator[str]:
     if not _is_pair(node):
         return
     by_input = node.op_type == "DequantizeLinear"
-    dtype = view.dtype(node.input[0] if by_input else node.output[0])
+    # the zero point has the quantized tensor's type, also where shape inference knows no such op
+    explicit = len(node.input) > 2 and node.input[2]
+    dtype = view.dtype(node.input[2] if explicit else (node.input if by_input else node.output)[0])
     if dtype == TensorProto.INT8:
         return
     if dtype == TensorProto.INT32 and by_input:

@@ -327,6 +327,8 @@ def to_unsigned(model: onnx.ModelProto) -> onnx.ModelProto:
     ]
     del graph.node[:]
     graph.node.extend(kept)
+    for value in [v for v in graph.value_info if v.name in zeros]:
+        graph.value_info.remove(value)  # it says int8
     return drop_unused(result)
 
 

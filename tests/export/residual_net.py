@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx
+import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
+
+from export.quantize import activations
+
+LITERAL = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+FUSED = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
 
 
 class Builder:
@@ -86,3 +94,36 @@ def images(seed: int = 0, num: int = 2) -> np.ndarray:
     """(num, 3, 32, 32) float32 with the size and the smoothness of normalised pictures."""
     coarse = np.random.default_rng(seed).normal(0, 1, (num, 3, 8, 8))
     return np.repeat(np.repeat(coarse, 4, axis=2), 4, axis=3).astype(np.float32)
+
+
+def run(
+    model: onnx.ModelProto,
+    feeds: dict[str, np.ndarray],
+    level: ort.GraphOptimizationLevel = LITERAL,
+    *,
+    inner: list[str] | None = None,
+    optimized: Path | None = None,
+) -> dict[str, np.ndarray]:
+    """Outputs, and the inner tensors asked for; one thread, so sums keep their order."""
+    exposed = onnx.ModelProto()
+    exposed.CopyFrom(model)
+    for name in inner or []:
+        exposed.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
+    options = ort.SessionOptions()
+    options.graph_optimization_level = level
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    if optimized:
+        options.optimized_model_filepath = str(optimized)
+    session = ort.InferenceSession(exposed.SerializeToString(), options)
+    names = [value.name for value in session.get_outputs()]
+    return dict(zip(names, session.run(names, feeds), strict=True))
+
+
+def measured(model: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> dict[str, float]:
+    """Largest magnitude of every tensor that needs a range."""
+    names = activations(model)
+    outputs = {value.name for value in model.graph.output}
+    inner = [name for name in names if name not in feeds and name not in outputs]
+    values = run(model, feeds, inner=inner) | feeds
+    return {name: float(np.abs(values[name]).max()) for name in names}

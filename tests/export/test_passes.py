@@ -4,20 +4,12 @@ from collections import Counter
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
 from onnx import helper, numpy_helper
-from residual_net import images, residual_net
+from residual_net import images, residual_net, run
 
 from export import passes
 from runtime.errors import ExportError
-
-
-def run(model: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.intra_op_num_threads = 1
-    return ort.InferenceSession(model.SerializeToString(), options).run(None, feeds)
 
 
 def op_types(model: onnx.ModelProto) -> Counter[str]:
@@ -42,9 +34,13 @@ class TestPrepare:
         model = residual_net(bn=True)
         feeds = {"image": images()}
 
-        for before, after in zip(run(model, feeds), run(passes.prepare(model), feeds), strict=True):
+        got = run(passes.prepare(model), feeds)
+
+        for name, before in run(model, feeds).items():
             # folding rescales float32 weights: a few roundings of 2^-24 per layer, eight layers
-            np.testing.assert_allclose(after, before, rtol=1e-4, atol=1e-5 * np.abs(before).max())
+            np.testing.assert_allclose(
+                got[name], before, rtol=1e-4, atol=1e-5 * np.abs(before).max()
+            )
 
     def test_does_not_change_its_argument(self) -> None:
         model = residual_net(bn=True)
@@ -135,7 +131,7 @@ class TestFoldBatchnorm:
         assert op_types(folded) == {op_type: 1}
         # float32 convolution on rescaled weights: 36 products, each rounded to 2^-24 relative
         np.testing.assert_allclose(
-            run(folded, feeds)[0], run(model, feeds)[0], rtol=1e-4, atol=1e-5
+            run(folded, feeds)["y"], run(model, feeds)["y"], rtol=1e-4, atol=1e-5
         )
 
     def test_weights_keep_their_names(self) -> None:
@@ -179,7 +175,7 @@ class TestFoldBatchnorm:
         assert op_types(folded) == {"Conv": 2}
         # two float32 layers
         np.testing.assert_allclose(
-            run(folded, feeds)[0], run(model, feeds)[0], rtol=1e-5, atol=1e-6
+            run(folded, feeds)["y"], run(model, feeds)["y"], rtol=1e-5, atol=1e-6
         )
 
 
