@@ -8,12 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 
+from export.parity import compare
 from export.quantize import NOTHING, KeepFloat, quantizable, quantize, to_unsigned
 from runtime.engines.ort import OrtEngine
 from runtime.errors import QuantizationError
 from runtime.tensors import Array
-
-TAIL = 0.01  # the share of vectors that counts as the worst
 
 
 @dataclass(frozen=True)
@@ -22,7 +21,7 @@ class OutputError:
 
     Attributes:
         relative: L2 norm of the difference over the L2 norm of the float output.
-        cosine: mean cosine between vectors along the channel axis (axis 1; the last of a (B, D)).
+        cosine: mean cosine between vectors along the channels (the last axis; axis 1 of a map).
         tail_cosine: mean cosine of the worst 1 % of these vectors, the ones that decide an anomaly.
     """
 
@@ -88,7 +87,7 @@ def sensitivity(
     def errors(quantized: set[str]) -> dict[str, OutputError]:
         rest = keep_float.plus(set(names) - quantized)
         got = _run(to_unsigned(quantize(model, ranges, rest)), feeds, threads)
-        return {name: compare(want[name], got[name]) for name in want}
+        return {name: measure(want[name], got[name]) for name in want}
 
     costs = [
         NodeCost(name, op_types[name], errors({name}), errors(set(names) - {name}))
@@ -97,39 +96,30 @@ def sensitivity(
     return sorted(costs, key=lambda cost: cost.worst, reverse=True)
 
 
-def compare(want: Sequence[Array], got: Sequence[Array]) -> OutputError:
+def measure(want: Sequence[Array], got: Sequence[Array]) -> OutputError:
     """Errors of one output.
 
     Args:
-        want: per feed, (B, C, ...) or (B, D) float32.
+        want: per feed, float32 (B, C, H, W) or (B, ..., D).
         got: likewise.
 
-    Returns:
-        Errors over all feeds together; a vector that is 0 in both has cosine 1, in one cosine 0.
+    Raises:
+        ParityError: unlike shapes, or a value that is not finite.
     """
-    a, b = (np.concatenate([_vectors(value) for value in values]) for values in (want, got))
-    norm = float(np.linalg.norm(a))
-    difference = float(np.linalg.norm(a - b))
-    lengths = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)
-    product = lengths[0] * lengths[1]
-    cosine = np.divide(
-        (a * b).sum(axis=1),
-        product,
-        out=(lengths[0] == lengths[1]).astype(float),
-        where=product > 0,
-    )
-    num_tail = max(1, round(TAIL * cosine.size))
+    a, b = (np.concatenate([_channels_last(value) for value in values]) for values in (want, got))
+    parity = compare({"output": b}, {"output": a})["output"]
+    size = max(float(np.linalg.norm(a)), float(np.finfo(np.float32).tiny))
     return OutputError(
-        relative=difference / norm if norm > 0 else (0.0 if difference == 0 else np.inf),
-        cosine=float(cosine.mean()),
-        tail_cosine=float(np.partition(cosine, num_tail - 1)[:num_tail].mean()),
+        relative=float(np.linalg.norm(a - b)) / size,
+        cosine=parity.cosine,
+        tail_cosine=parity.cosine_worst1pct,
     )
 
 
-def _vectors(value: Array) -> Array:
-    """(B, C, ...) -> (N, C) float64, one row per position."""
-    channels_last = np.moveaxis(value, 1, -1) if value.ndim > 1 else value[:, None]
-    return channels_last.reshape(-1, channels_last.shape[-1]).astype(np.float64)
+def _channels_last(value: Array) -> Array:
+    """A feature map's vectors lie along its channels, not along a row of pixels."""
+    ordered = np.moveaxis(value, 1, -1) if value.ndim == 4 else value
+    return ordered.astype(np.float64)
 
 
 def _run(
