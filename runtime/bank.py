@@ -29,6 +29,9 @@ _FEW_QUERIES = 64  # FAISS repacks the whole bank for a matrix product: not wort
 class Bank:
     """(M, D) float32 rows behind a FAISS flat L2 index.
 
+    The index holds the rows relative to their mean, because its product form of the distance loses
+    digits far from the origin; the file holds the rows themselves.
+
     Raises:
         BankError: no rows, or a value that is not finite.
     """
@@ -40,8 +43,8 @@ class Bank:
         if not np.isfinite(rows).all():
             raise BankError("the bank holds values that are not finite")
         self.rows_MD = rows
-        self._index: Any = faiss.IndexFlatL2(rows.shape[1])
-        self._index.add(rows)
+        self._mean = rows.mean(axis=0)
+        self._index = _flat_index(rows - self._mean)
 
     def __len__(self) -> int:
         return len(self.rows_MD)
@@ -68,11 +71,12 @@ class Bank:
         Raises:
             BankError: queries of another width, or nothing left to find.
         """
-        queries = self._check(queries_ND)
-        k = min(k, len(self) - len(without))
+        queries = self.check(queries_ND)
+        excluded = np.unique(np.asarray(without, np.int64))
+        k = min(k, len(self) - len(excluded))
         if k < 1:
             raise BankError("every row of the bank is excluded from the search")
-        reach = min(k + len(without), len(self))
+        reach = k + len(excluded)
         if len(queries) < _FEW_QUERIES:
             everything = np.broadcast_to(np.arange(len(self)), (len(queries), len(self)))
             squared = self.squared_distances(queries, everything)
@@ -81,11 +85,14 @@ class Bank:
         else:
             blocks = range(0, len(queries), _QUERY_BLOCK)
             indices = np.concatenate(
-                [self._index.search(queries[i : i + _QUERY_BLOCK], reach)[1] for i in blocks]
+                [
+                    self._index.search(queries[i : i + _QUERY_BLOCK] - self._mean, reach)[1]
+                    for i in blocks
+                ]
             )
             squared = self.squared_distances(queries, indices)
-        if len(without):
-            squared[np.isin(indices, without)] = np.inf
+        if len(excluded):
+            squared[np.isin(indices, excluded)] = np.inf
         distances, indices = ascending(squared, indices)
         return distances[:, :k], indices[:, :k]
 
@@ -99,15 +106,17 @@ class Bank:
         Returns:
             (N, C) float32.
         """
-        queries = self._check(queries_ND)
+        queries = self.check(queries_ND)
         indices = np.ascontiguousarray(indices_NC, np.int64)
         squared = np.empty(indices.shape, np.float32)
-        self._index.compute_distance_subset(
-            len(queries),
-            faiss.swig_ptr(queries),
-            indices.shape[1],
+        faiss.fvec_L2sqr_by_idx(
             faiss.swig_ptr(squared),
+            faiss.swig_ptr(queries),
+            faiss.swig_ptr(self.rows_MD),
             faiss.swig_ptr(indices),
+            self.width,
+            len(queries),
+            indices.shape[1],
         )
         return squared
 
@@ -127,7 +136,7 @@ class Bank:
             min_radius: features nearer than this to the bank are taken as known already.
         """
         picks = greedy_k_centre(
-            self._check(features_ND),
+            self.check(features_ND),
             max_new,
             centres_MD=self.rows_MD,
             min_radius=min_radius,
@@ -137,7 +146,7 @@ class Bank:
 
     def save(self, path: Path) -> None:
         """Write a FAISS index file, atomically."""
-        write_atomic(path, faiss.serialize_index(self._index).tobytes())
+        write_atomic(path, faiss.serialize_index(_flat_index(self.rows_MD)).tobytes())
 
     @staticmethod
     def load(path: Path) -> Bank:
@@ -158,13 +167,24 @@ class Bank:
             raise BankError(f"{path} holds a {type(index).__name__}, not a flat L2 index")
         return Bank(index.reconstruct_n(0, index.ntotal))
 
-    def _check(self, queries_ND: Array) -> Array:
+    def check(self, queries_ND: Array) -> Array:
+        """The queries as the search takes them: (N, D) float32, contiguous.
+
+        Raises:
+            BankError: another rank or width.
+        """
         if queries_ND.ndim != 2 or queries_ND.shape[1] != self.width:
             raise BankError(
                 f"queries have shape {queries_ND.shape}, the bank's rows have width {self.width}",
                 fix="use the bank with the graph that it was built with",
             )
         return np.ascontiguousarray(queries_ND, np.float32)
+
+
+def _flat_index(rows_MD: Array) -> Any:
+    index = faiss.IndexFlatL2(rows_MD.shape[1])
+    index.add(rows_MD)
+    return index
 
 
 def ascending(squared_NK: Array, indices_NK: Array) -> tuple[Array, Array]:

@@ -23,6 +23,9 @@ from runtime.tensors import Array
 
 _CHUNK_BYTES = 64 << 20
 _FRONT_BYTES = 16 << 20
+# |x|² - 2xc + |c|² in float32 cannot tell a squared distance below this share of |x|² from zero;
+# without a floor, copies of a chosen row would be chosen for their rounding errors
+_ROUNDING = 1e-6
 
 Progress = Callable[[int, int], None]
 
@@ -35,7 +38,8 @@ class Coreset:
         indices: (M,) int64 rows in the order in which they were picked.
         radii: (M,) float32: distance of each picked row to the centres before it (the first is
             infinite unless there were centres before).
-        radius: largest distance of any row to its nearest centre.
+        radius: largest distance of any row to its nearest centre; 0 where all rows lie on one, to
+            a thousandth of their distance from the mean row.
     """
 
     indices: Array
@@ -87,18 +91,20 @@ def greedy_k_centre(
     chunk = max(1, _CHUNK_BYTES // (4 * width))
     # distances do not change when the origin moves, but |x|² - 2xc + |c|² loses fewer digits
     # around the mean
-    origin = np.mean(rows_ND[: 4 * chunk], axis=0, dtype=np.float64).astype(np.float32)
-    squared_N = np.concatenate(
-        [
-            np.einsum("nd,nd->n", part, part)
-            for part in (rows_ND[i : i + chunk] - origin for i in range(0, count, chunk))
-        ]
-    )
+    with np.errstate(invalid="ignore", over="ignore"):  # refused right below
+        origin = np.mean(rows_ND[: 4 * chunk], axis=0, dtype=np.float64).astype(np.float32)
+        squared_N = np.concatenate(
+            [
+                np.einsum("nd,nd->n", part, part)
+                for part in (rows_ND[i : i + chunk] - origin for i in range(0, count, chunk))
+            ]
+        )
     if not np.isfinite(squared_N).all():
         raise BankError(
-            f"{int((~np.isfinite(squared_N)).sum())} of {count} feature rows are not finite",
+            "the feature rows hold values that are not finite",
             fix="check the backbone's weights and the images",
         )
+    floor_N = _ROUNDING * squared_N
     nearest_N = np.full(count, np.inf, np.float32)
     picked: list[int] = []
     radii: list[float] = []
@@ -114,8 +120,9 @@ def greedy_k_centre(
             product += norms
             distance = product.min(axis=1)
             distance += squared_N[start : start + step]
+            distance[distance <= floor_N[start : start + step]] = 0
             part = nearest_N[start : start + step]
-            np.minimum(part, np.maximum(distance, 0), out=part)
+            np.minimum(part, distance, out=part)
 
     if centres_MD is not None and len(centres_MD):
         for start in range(0, len(centres_MD), 1024):
@@ -135,7 +142,7 @@ def greedy_k_centre(
             front, outside = np.arange(count), -1.0
         front.sort()  # equal distances: the lowest row first, as argmax over all rows would
         rows = rows_ND[front] - origin
-        squared = squared_N[front]
+        squared, floor = squared_N[front], floor_N[front]
         nearest = nearest_N[front].copy()
         batch: list[int] = []
         while len(picked) < num:
@@ -146,7 +153,8 @@ def greedy_k_centre(
             picked.append(batch[-1])
             radii.append(float(np.sqrt(nearest[best])))
             distance = squared - 2 * (rows @ rows[best]) + squared[best]
-            np.minimum(nearest, np.maximum(distance, 0), out=nearest)
+            distance[distance <= floor] = 0
+            np.minimum(nearest, distance, out=nearest)
             nearest[best] = 0
         absorb(rows_ND[np.array(batch)])
         nearest_N[batch] = 0

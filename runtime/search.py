@@ -93,7 +93,7 @@ class FastSearch:
         steps[filled] = row_steps[columns[filled]]
         bias = np.full(len(columns), _PADDING, np.float32)
         bias[filled] = (margin - norms_M / 2)[columns[filled]]
-        # padding is measured as row 0: a duplicate is removed by the minimum, see search()
+        # padding is measured as row 0, and its distance then set to infinity
         self._candidates = np.maximum(self._members, 0)
         self._tile = max(64, _SCORES_BYTES // (4 * len(columns)))
         self._engine = open_engine(
@@ -114,6 +114,7 @@ class FastSearch:
         Returns:
             Distances (N, K) float32, ascending, and row indices (N, K) int64, as ``Bank.search``.
         """
+        queries_ND = self.bank.check(queries_ND)
         self.searched += len(queries_ND)
         if self._engine is None:
             return self.bank.search(queries_ND, self.k)
