@@ -109,7 +109,7 @@ class Bank:
         queries = self.check(queries_ND)
         indices = np.ascontiguousarray(indices_NC, np.int64)
         squared = np.empty(indices.shape, np.float32)
-        faiss.fvec_L2sqr_by_idx(
+        faiss.fvec_L2sqr_by_idx(  # type: ignore[attr-defined]  # not in FAISS' stubs
             faiss.swig_ptr(squared),
             faiss.swig_ptr(queries),
             faiss.swig_ptr(self.rows_MD),
