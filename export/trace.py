@@ -72,6 +72,7 @@ def trace(
                 inputs=_specs(model.graph.input),
                 outputs=_specs(model.graph.output),
                 variants={"float": path.name},
+                keep_float=rules.keep_float.model_dump(mode="json"),
             )
             report(f"tracing {name}", i + 1, len(sources))
         manifest = Manifest(

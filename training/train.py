@@ -52,7 +52,7 @@ def train(
 
     Args:
         data: folder in the system's layout.
-        out: run folder; None takes the next free ``runs/<system>/<data's name>N``.
+        out: run folder; None takes the next free ``runs/<system>/trainN``.
         resume: go on where the run in ``out`` stopped, to exactly what it would have become; a
             finished run is returned as it is.
         exist_ok: replace a run that is already in ``out``.
@@ -65,7 +65,7 @@ def train(
     """
     report: Progress = progress or (lambda what, done, of: None)
     settings = config.train
-    root = out or numbered(Path("runs") / config.system, data.resolve().name)
+    root = out or numbered(Path("runs") / config.system, "train")
     before = _before(root, config, resume=resume, exist_ok=exist_ok)
     if before is not None and before.info.status == "finished":
         _log.warning("run %s is already finished: nothing to resume", root)

@@ -1,7 +1,7 @@
 """Recipes: what of a run becomes which graph of a bundle, and what INT8 must leave alone.
 
-A recipe's module can be imported without torch, because ``build`` reads its rules where there is
-none; only calling ``graphs`` needs it.
+Recipes are read by ``trace`` alone. What ``build`` needs of them later, where there may be no
+torch, travels in the manifest.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Recipe:
     """How a system is exported.
 
     Attributes:
-        graphs: run folder -> graph name -> source; imports torch when it is called.
+        graphs: run folder -> graph name -> source.
         contents: run folder -> the rest of the bundle.
         gate: metric -> by how much INT8 may be worse than float.
         keep_float: what INT8 leaves alone in every graph.

@@ -6,20 +6,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from export.systems import Contents, Recipe, Source
 from runtime.bundle import Threshold
 from runtime.errors import RunError
+from training.backbones import read_weights
+from training.run import open_run
+from training.systems.noising.config import TaskConfig
+from training.systems.noising.task import build_model
 
 
 def graphs(run: Path) -> dict[str, Source]:
     """``features``: images (batch, 3, H, W) -> features (batch, N, D), both float32."""
-    import torch
-
-    from training.backbones import read_weights
-    from training.run import open_run
-    from training.systems.noising.config import TaskConfig
-    from training.systems.noising.task import build_model
-
     opened = open_run(run)
     assert isinstance(opened.config, TaskConfig)
     model, _ = build_model(opened.config, weights=False)
@@ -40,9 +39,6 @@ def graphs(run: Path) -> dict[str, Source]:
 
 def contents(run: Path) -> Contents:
     """Bank, statistics and thresholds that ``finish`` left in the run."""
-    from training.run import open_run
-    from training.systems.noising.config import TaskConfig
-
     opened = open_run(run)
     assert isinstance(opened.config, TaskConfig)
     thresholds = {

@@ -40,7 +40,7 @@ class _Part:
 
 
 def sample(
-    out: Path, *, seed: int = 0, size: int = 256, num_train: int = 40, num_test: int = 40
+    out: Path, *, seed: int = 0, size: int = 256, num_train: int = 60, num_test: int = 40
 ) -> dict[str, int]:
     """Draw the data set; half of the test images are good, the others go round the defects.
 

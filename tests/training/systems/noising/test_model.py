@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from training.systems.noising.model import (
+    ChannelPool,
+    PatchFeatures,
+    neighbourhood_mean,
+    side_by_side,
+)
+
+pytestmark = pytest.mark.train
+
+
+def reference(maps: list[Tensor], width: int | None) -> Tensor:
+    """The same in the textbook's order, in float64: resize, stack, mean, pool, rows."""
+    maps = [m.double() for m in maps]
+    grid = max((m.shape[2:] for m in maps), key=lambda hw: hw[0] * hw[1])
+    stacked = torch.cat([F.interpolate(m, tuple(grid), mode="bilinear") for m in maps], 1)
+    ones = F.conv2d(torch.ones_like(stacked[:, :1]), torch.ones(1, 1, 3, 3).double(), padding=1)
+    weight = torch.ones(stacked.shape[1], 1, 3, 3).double()
+    mean = F.conv2d(stacked, weight, padding=1, groups=stacked.shape[1]) / ones
+    rows = mean.permute(0, 2, 3, 1).flatten(1, 2)
+    return rows if width is None else nn.AdaptiveAvgPool1d(width)(rows)
+
+
+class Maps(nn.Module):
+    """A backbone that gives what it was made with."""
+
+    def __init__(self, maps: list[Tensor]) -> None:
+        super().__init__()
+        self.maps = maps
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        return self.maps
+
+
+class TestPatchFeatures:
+    @settings(deadline=None, max_examples=60)
+    @given(
+        channels=st.lists(st.integers(1, 12), min_size=1, max_size=3),
+        grids=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=3, max_size=3),
+        width=st.none() | st.integers(1, 40),
+        seed=st.integers(0, 99),
+    )
+    def test_are_the_textbooks(
+        self,
+        channels: list[int],
+        grids: list[tuple[int, int]],
+        width: int | None,
+        seed: int,
+    ) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        maps = [
+            torch.randn(2, c, *grid, generator=generator)
+            for c, grid in zip(channels, grids, strict=False)
+        ]
+        got = PatchFeatures(Maps(maps), channels, width)(torch.zeros(2, 3, 8, 8))
+        assert got.dtype == torch.float32
+        # a few float32 roundings of numbers of size 1
+        torch.testing.assert_close(got.double(), reference(maps, width), rtol=0, atol=5e-6)
+
+    def test_rows_run_along_the_rows_of_the_picture(self) -> None:
+        rows = PatchFeatures.rows(torch.arange(6.0).reshape(1, 1, 2, 3))
+        assert rows[0, :, 0].tolist() == [0, 1, 2, 3, 4, 5]
+
+    def test_of_an_image_do_not_depend_on_its_batch(self) -> None:
+        conv = nn.Conv2d(3, 6, 3, stride=4)
+        model = PatchFeatures(nn.ModuleList([conv]).__getitem__(0), [6], 4)
+        model.backbone = _List(conv)
+        images = torch.randn(3, 3, 32, 32)
+        with torch.no_grad():
+            # convolutions may sum in another order for another batch size
+            torch.testing.assert_close(model(images)[1:2], model(images[1:2]), rtol=0, atol=1e-6)
+
+    def test_say_their_grid_and_width(self) -> None:
+        model = PatchFeatures(_List(nn.Conv2d(3, 6, 4, stride=4)), [6], None)
+        assert (model.grid(32, 48), model.width) == ((8, 12), 6)
+
+
+class _List(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        return [self.inner(images)]
+
+
+class TestPoolingAlongTheChannels:
+    @settings(deadline=None)
+    @given(channels=st.integers(1, 300), width=st.integers(1, 300))
+    def test_is_adaptive_average_pooling(self, channels: int, width: int) -> None:
+        maps = torch.randn(1, channels, 2, 1, generator=torch.Generator().manual_seed(0))
+        want = nn.AdaptiveAvgPool1d(width)(maps.double().flatten(2).mT).mT.reshape(1, width, 2, 1)
+        # float32 mean of at most 300 numbers of size 1
+        torch.testing.assert_close(
+            ChannelPool(channels, width)(maps).double(), want, rtol=0, atol=1e-5
+        )
+
+    def test_keeps_nothing_in_the_state(self) -> None:
+        assert not ChannelPool(10, 4).state_dict()
+
+
+@pytest.mark.data
+def test_alignment_is_that_of_the_published_code(shared: Path) -> None:
+    fixture = np.load(shared / "fixtures/noising_aggregate.npz")
+    maps = [torch.from_numpy(fixture[name]) for name in ("layer2", "layer3")]
+    # float32 interpolation on both sides
+    np.testing.assert_allclose(
+        PatchFeatures.rows(side_by_side(maps)).numpy(), fixture["aggregated"], rtol=0, atol=1e-6
+    )
+
+
+def test_a_neighbourhood_at_the_border_is_the_part_inside() -> None:
+    ramp = torch.arange(9.0).reshape(1, 1, 3, 3)
+    assert neighbourhood_mean(ramp)[0, 0, 0, 0] == torch.tensor([0.0, 1, 3, 4]).mean()

@@ -1,0 +1,186 @@
+"""The whole way of ``noising``: drawn pictures -> run -> float bundle, with a small random net."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from export.systems.noising import RECIPE
+from export.trace import trace
+from runtime import datasets, images
+from runtime.bank import Bank
+from runtime.bundle import read
+from runtime.engines import open_engine
+from runtime.errors import BundleError, DatasetError, ParityError, RunError, WeightsError
+from runtime.preprocess import apply
+from runtime.systems import open_system
+from training.config import SystemConfig, load_config
+from training.run import Run
+from training.systems.noising.sample import sample
+from training.systems.noising.task import Task, build_model
+from training.train import train
+
+pytestmark = pytest.mark.train
+
+
+def config(*overrides: str) -> SystemConfig:
+    return load_config(
+        "noising",
+        None,
+        [
+            "backbone.name=resnet10t",
+            "backbone.stages=[1, 2]",
+            "backbone.weights=none",
+            "preprocess.size=[64, 64]",
+            "width=40",
+            "train.device=cpu",
+            "train.batch_size=3",
+            "fit.coreset_ratio=0.05",
+            *overrides,
+        ],
+    )
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator() -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("drawn") / "data"
+    sample(folder, size=64, num_train=8, num_test=10)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return train(config(), drawn, tmp_path_factory.mktemp("runs") / "run")
+
+
+class TestARun:
+    def test_holds_bank_statistics_and_thresholds(self, run: Run) -> None:
+        bank = Bank.load(run.root / "bank.faiss")
+        assert bank.rows_MD.shape == (int(8 * 16 * 16 * 0.05), 40)
+        assert json.loads((run.root / "params.json").read_text())["grid"] == [16, 16]
+        assert set(json.loads((run.root / "thresholds.json").read_text())) == {"image", "pixel"}
+
+    def test_leaves_no_features_behind(self, run: Run) -> None:
+        assert not list(run.root.glob("features*"))
+
+    def test_says_what_each_signal_earns(self, run: Run) -> None:
+        ablation: Any = run.info.results["ablation"]
+        assert {"distance", "distance + influence", "shipped"} <= set(ablation)
+        assert all(0 <= row["image_auroc"] <= 1 for row in ablation.values())
+
+    def test_records_data_and_weights(self, run: Run) -> None:
+        assert run.info.data["num_train"] == 8
+        assert run.info.provenance["weights"] == "random, seed 0"
+
+    def test_needs_no_labelled_images(self, drawn: Path, tmp_path: Path) -> None:
+        shutil.copytree(drawn / "train", tmp_path / "data/train")
+        made = train(config(), tmp_path / "data", tmp_path / "run")
+        assert "ablation" not in made.info.results
+
+    def test_that_was_stopped_while_fitting_goes_on_there(
+        self, run: Run, drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def stop(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Task, "finish", stop)
+            with pytest.raises(KeyboardInterrupt):
+                train(config(), drawn, tmp_path / "cut")
+        monkeypatch.setattr(Task, "step", stop)  # no image is looked at again
+        cut = train(config(), drawn, tmp_path / "cut", resume=True)
+        assert cut.info.results == run.info.results
+        assert (cut.root / "bank.faiss").read_bytes() == (run.root / "bank.faiss").read_bytes()
+
+    def test_without_weights_ends_before_it_starts(self, drawn: Path, tmp_path: Path) -> None:
+        with pytest.raises(WeightsError, match=r"gone\.safetensors"):
+            train(config("backbone.weights=gone.safetensors"), drawn, tmp_path / "run")
+
+    def test_of_another_folder_layout_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(DatasetError):
+            train(config(), tmp_path, tmp_path / "run")
+
+
+class TestTheBundle:
+    def test_answers_as_torch_does(self, run: Run, drawn: Path, tmp_path: Path) -> None:
+        made = trace(run.root, tmp_path / "bundle")
+        assert read(made.root) == made
+        parity = made.manifest.reports["parity"]["torch-float"]["features"]["features"]
+        assert parity["max_rel"] < RECIPE.tolerance
+        pictures = [images.read(s.path) for s in datasets.mvtec(drawn, "test")[:5]]
+        batch = apply(made.manifest.preprocess, pictures)
+        model, _ = build_model(run.config)  # type: ignore[arg-type]
+        with torch.no_grad():
+            want = model(torch.from_numpy(batch)).numpy()
+        engine = open_engine(made.path("features.onnx"), "ort")
+        got = engine.run({"images": batch})["features"]
+        engine.close()
+        # float32 sums in another order
+        assert np.abs(got - want).max() < 1e-4 * np.abs(want).max()
+
+    def test_has_one_static_graph_with_a_free_batch(self, run: Run, tmp_path: Path) -> None:
+        made = trace(run.root, tmp_path / "bundle")
+        graph = made.manifest.graphs["features"]
+        assert graph.inputs["images"].shape == ("batch", 3, 64, 64)
+        assert graph.outputs["features"].shape == ("batch", 256, 40)
+        model = onnx.load(made.path("features.onnx"))
+        ops = {node.op_type for node in model.graph.node}
+        assert not ops & {
+            "Shape",
+            "BatchNormalization",
+            "Identity",
+            "Loop",
+            "If",
+            "ConstantOfShape",
+        }
+
+    def test_is_a_system_that_runs(self, run: Run, drawn: Path, tmp_path: Path) -> None:
+        made = trace(run.root, tmp_path / "bundle")
+        system = open_system(made, backend="ort")
+        results = system.infer([images.read(s.path) for s in datasets.mvtec(drawn, "train")])
+        system.close()
+        assert len(results) == 8
+        assert made.manifest.gate == {"image_auroc": 0.005, "pixel_auroc": 0.005}
+
+    def test_of_an_unfinished_run_is_refused(self, run: Run, tmp_path: Path) -> None:
+        shutil.copytree(run.root, tmp_path / "run")
+        Run(tmp_path / "run", run.config, run.info).updated(status="running")
+        with pytest.raises(RunError, match="not finished"):
+            trace(tmp_path / "run", tmp_path / "bundle")
+
+    def test_is_not_written_over_another(self, run: Run, tmp_path: Path) -> None:
+        trace(run.root, tmp_path / "bundle")
+        with pytest.raises(BundleError, match="already exists"):
+            trace(run.root, tmp_path / "bundle")
+        assert trace(run.root, tmp_path / "bundle", exist_ok=True).root == tmp_path / "bundle"
+
+    def test_is_not_written_when_the_engines_disagree(
+        self, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("export.passes.prepare", _spoil)
+        with pytest.raises(ParityError, match="'features' by"):
+            trace(run.root, tmp_path / "bundle")
+        assert not (tmp_path / "bundle").exists()
+
+
+def _spoil(model: Any) -> Any:
+    """The first filters of a convolution lost on the way."""
+    tensor = next(tensor for tensor in model.graph.initializer if len(tensor.dims) == 4)
+    values = onnx.numpy_helper.to_array(tensor).copy()
+    values[:4] = 0
+    tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    return model

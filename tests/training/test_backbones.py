@@ -1,0 +1,225 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from runtime.bundle import sha256_file
+from runtime.errors import ConfigError, WeightsError
+from training import backbones
+from training.config import BackboneConfig
+
+pytestmark = pytest.mark.train
+
+# a few milliseconds each; between them every way in which timm wraps a net
+NETS = [
+    ("resnet10t", (1, 2), {}),
+    ("mobilenetv3_small_050", (1, 2), {}),
+    ("mobilenetv2_050", (0, 2), {"pad_type": "same"}),
+    ("convnext_atto", (0, 1), {}),
+    ("densenet121", (1,), {}),
+]
+
+
+def whole_net(name: str, **args: Any) -> nn.Module:
+    """The net as timm has it, with statistics and biases that are not the initial ones."""
+    torch.manual_seed(3)
+    net: nn.Module = timm.create_model(name, **args).eval()
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.running_mean is not None
+            assert module.running_var is not None
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, 0, 0.1)
+    return net
+
+
+def timms_own(name: str, stages: tuple[int, ...], file: Path, args: dict[str, Any]) -> list[Tensor]:
+    """What timm computes when it loads the file itself."""
+    net = timm.create_model(
+        name,
+        features_only=True,
+        out_indices=stages,
+        pretrained=True,
+        pretrained_cfg_overlay={"file": str(file), "num_classes": 1000},
+        **args,
+    )
+    with torch.no_grad():
+        maps: list[Tensor] = net.eval()(images())
+    return maps
+
+
+def images() -> Tensor:
+    return torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+def maps_of(net: nn.Module) -> list[Tensor]:
+    with torch.no_grad():
+        maps: list[Tensor] = net.eval()(images())
+    return maps
+
+
+class TestWeightsFromAFile:
+    @pytest.mark.parametrize(("name", "stages", "args"), NETS, ids=[n[0] for n in NETS])
+    def test_give_the_maps_that_timm_computes(
+        self, name: str, stages: tuple[int, ...], args: dict[str, Any], tmp_path: Path
+    ) -> None:
+        file = tmp_path / "net.safetensors"
+        save_file(whole_net(name, **args).state_dict(), file)
+        made = backbones.create(
+            BackboneConfig(name=name, stages=stages, weights=str(file), args=args)
+        )
+        got, want = maps_of(made.net), timms_own(name, stages, file, args)
+        assert [tuple(m.shape) for m in got] == [tuple(m.shape) for m in want]
+        assert made.channels == tuple(m.shape[1] for m in got)
+        assert made.reductions == tuple(64 // m.shape[2] for m in got)
+        for a, b in zip(got, want, strict=True):
+            assert torch.equal(a, b)
+
+    @pytest.mark.parametrize("name", ["resnet10t", "mobilenetv2_050"])
+    def test_may_have_their_norms_folded_into_the_convolutions(
+        self, name: str, tmp_path: Path
+    ) -> None:
+        net = whole_net(name)
+        file, folded_file = tmp_path / "net.safetensors", tmp_path / "folded.safetensors"
+        save_file(net.state_dict(), file)
+        save_file(folded(net), folded_file)
+        got, want = (
+            maps_of(
+                backbones.create(BackboneConfig(name=name, stages=(1, 2), weights=str(path))).net
+            )
+            for path in (folded_file, file)
+        )
+        for a, b in zip(got, want, strict=True):
+            # float32 weights were rounded once more by folding them
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+    def test_need_only_hold_the_chosen_stages(self, tmp_path: Path) -> None:
+        file = tmp_path / "net.safetensors"
+        state = whole_net("resnet10t").state_dict()
+        save_file({k: v for k, v in state.items() if not k.startswith(("layer4", "fc"))}, file)
+        chosen = BackboneConfig(name="resnet10t", stages=(2, 3), weights=str(file))
+        assert backbones.create(chosen).channels == (128, 256)
+        with pytest.raises(WeightsError, match=r"layer4\.0\.conv1\.weight is missing") as caught:
+            backbones.create(chosen.model_copy(update={"stages": (3, 4)}))
+        assert "other stages" in (caught.value.fix or "")
+
+    def test_of_another_net_are_refused_with_both_shapes(self, tmp_path: Path) -> None:
+        file = tmp_path / "net.safetensors"
+        state = whole_net("resnet10t").state_dict()
+        state["conv1.0.weight"] = torch.zeros(24, 1, 3, 3)
+        save_file(state, file)
+        with pytest.raises(WeightsError, match=r"conv1\.0\.weight \(24, 1, 3, 3\) instead of"):
+            backbones.create(BackboneConfig(name="resnet10t", stages=(1,), weights=str(file)))
+
+    def test_that_are_missing_are_named(self) -> None:
+        with pytest.raises(WeightsError, match=r"no weights file nowhere\.safetensors"):
+            backbones.create(
+                BackboneConfig(name="resnet10t", stages=(1,), weights="nowhere.safetensors")
+            )
+
+    @pytest.mark.parametrize("content", [b"", b"not tensors", b"\x10" + bytes(7) + b"{}"])
+    def test_that_are_corrupt_are_refused(self, content: bytes, tmp_path: Path) -> None:
+        file = tmp_path / "net.safetensors"
+        file.write_bytes(content)
+        with pytest.raises(WeightsError, match="not a whole safetensors file"):
+            backbones.create(BackboneConfig(name="resnet10t", stages=(1,), weights=str(file)))
+
+    def test_are_recorded_with_their_hash(self, tmp_path: Path) -> None:
+        file = tmp_path / "net.safetensors"
+        save_file(whole_net("resnet10t").state_dict(), file)
+        made = backbones.create(BackboneConfig(name="resnet10t", stages=(1,), weights=str(file)))
+        assert made.provenance["weights"] == "net.safetensors"
+        assert made.provenance["sha256"] == sha256_file(file)
+
+
+class TestWeightsFromTheHub:
+    @pytest.mark.parametrize("error", [OSError("no route to host"), RuntimeError("no such tag")])
+    def test_that_cannot_be_reached_are_no_quiet_random_numbers(
+        self, error: Exception, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def unreachable(*_: Any, **__: Any) -> None:
+            raise error
+
+        monkeypatch.setattr(timm, "create_model", unreachable)
+        with pytest.raises(WeightsError, match="cannot be fetched: no ") as caught:
+            backbones.create(BackboneConfig(name="resnet18", stages=(1,)))
+        assert "backbone.weights=FILE" in (caught.value.fix or "")
+
+
+class TestRandomWeights:
+    def test_follow_from_the_seed_alone(self) -> None:
+        chosen = BackboneConfig(name="resnet10t", stages=(1,), weights="none")
+        before = torch.get_rng_state()
+        first, again, other = (backbones.create(chosen, seed=s).provenance for s in (1, 1, 2))
+        assert first == again
+        assert first["tensors_sha256"] != other["tensors_sha256"]
+        assert first["weights"] == "random, seed 1"
+        assert torch.equal(torch.get_rng_state(), before)
+
+
+class TestANetThatTimmDoesNotHave:
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"name": "resnet18x"}, "no net 'resnet18x'"),
+            ({"stages": (1, 9)}, r"cannot be cut at stages \[1, 9\]"),
+            ({"args": {"pad_tpye": "same"}}, "pad_tpye"),
+        ],
+    )
+    def test_is_a_configuration_error(self, changes: dict[str, Any], message: str) -> None:
+        chosen = BackboneConfig(name="resnet18", stages=(1,), weights="none")
+        with pytest.raises(ConfigError, match=message):
+            backbones.create(chosen.model_copy(update=changes))
+
+
+def test_blocks_after_the_last_stage_are_not_run() -> None:
+    made = backbones.create(BackboneConfig(name="mobilenetv2_050", stages=(1,), weights="none"))
+    assert not [name for name, _ in made.net.named_parameters() if name.startswith("blocks.2")]
+
+
+def folded(net: nn.Module) -> dict[str, Tensor]:
+    """State of a net whose norms were folded, in float64; conv -> norm pairs by their order."""
+    state = dict(net.state_dict())
+    conv_name, conv = "", nn.Conv2d(1, 1, 1)
+    for name, module in net.named_modules():
+        if isinstance(module, nn.Conv2d):
+            conv_name, conv = name, module
+        elif isinstance(module, nn.BatchNorm2d):
+            assert module.running_mean is not None
+            assert module.running_var is not None
+            factor = module.weight.double() / (module.running_var.double() + module.eps).sqrt()
+            weight = conv.weight.double() * factor[:, None, None, None]
+            bias = module.bias.double() - module.running_mean.double() * factor
+            state = {k: v for k, v in state.items() if not k.startswith(f"{name}.")}
+            state |= {f"{conv_name}.weight": weight.float(), f"{conv_name}.bias": bias.float()}
+    return {name: value.detach().contiguous() for name, value in state.items()}
+
+
+@pytest.mark.data
+class TestTheWeightsForDevelopment:
+    def test_of_resnet18_fill_layer2_and_layer3(self, shared: Path) -> None:
+        file = shared / "data/weights/resnet18_imagenet_stem_to_layer3_bnfolded.safetensors"
+        chosen = BackboneConfig(name="resnet18", stages=(2, 3), weights=str(file))
+        made = backbones.create(chosen)
+        assert made.channels == (128, 256)
+        loaded = made.net.state_dict()
+        for name, value in load_file(file).items():
+            assert torch.equal(loaded[name], value)
+        with pytest.raises(WeightsError, match="layer4"):
+            backbones.create(chosen.model_copy(update={"stages": (4,)}))
+
+    def test_of_mobilenetv2_fill_it(self, shared: Path) -> None:
+        file = shared / "data/weights/mobilenetv2_100_imagenet_from_int8_samepad.safetensors"
+        args = {"pad_type": "same", "num_classes": 1001}
+        made = backbones.create(
+            BackboneConfig(name="mobilenetv2_100", stages=(2, 3), weights=str(file), args=args)
+        )
+        assert made.channels == (32, 96)

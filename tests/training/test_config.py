@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runtime.errors import ConfigError, UsageError
+from training.config import (
+    BackboneConfig,
+    Config,
+    OptimizerConfig,
+    TrainConfig,
+    dump,
+    keys,
+    load_config,
+    parse,
+)
+
+positive = st.floats(min_value=1e-12, max_value=1e12)
+optimizers = st.builds(
+    OptimizerConfig,
+    name=st.sampled_from(["adamw", "sgd"]),
+    lr=positive,
+    weight_decay=positive,
+    momentum=st.floats(0, 1, exclude_max=True),
+    clip_norm=st.none() | positive,
+)
+trainings = st.builds(
+    TrainConfig,
+    seed=st.integers(0, 2**32 - 1),
+    precision=st.sampled_from(["fp32", "bf16", "fp16"]),
+    epochs=st.integers(1, 10**6),
+    ema_decay=st.none() | st.floats(0, 1, exclude_min=True, exclude_max=True),
+    optimizer=optimizers,
+)
+scalars = st.none() | st.booleans() | st.integers() | st.floats(-1e300, 1e300) | st.text()
+backbones = st.builds(
+    BackboneConfig,
+    name=st.text(),
+    stages=st.sets(st.integers(0, 9), min_size=1).map(lambda s: tuple(sorted(s))),
+    weights=st.text(),
+    args=st.dictionaries(st.text(), scalars | st.lists(scalars), max_size=3),
+)
+
+
+class TestAConfiguration:
+    @given(config=trainings | backbones)
+    def test_comes_back_from_its_own_yaml(self, config: Config) -> None:
+        assert parse(dump(config), type(config)) == config
+
+    def test_cannot_be_changed(self) -> None:
+        with pytest.raises(Exception, match="frozen"):
+            TrainConfig().seed = 1  # type: ignore[misc]
+
+    @pytest.mark.parametrize("stages", [(), (-1,), (2, 2), (3, 2)])
+    def test_has_stages_in_order(self, stages: tuple[int, ...]) -> None:
+        with pytest.raises(ValueError, match="stages"):
+            BackboneConfig(name="resnet18", stages=stages)
+
+
+class TestOfNoising:
+    def test_has_defaults(self) -> None:
+        config = load_config("noising")
+        assert config.system == "noising"
+        assert config.backbone.stages == (2, 3)  # type: ignore[attr-defined]
+
+    def test_takes_a_file_and_then_overrides(self, tmp_path: Path) -> None:
+        file = tmp_path / "mine.yaml"
+        file.write_text("train: {seed: 5, batch_size: 3}\nbackbone: {stages: [1, 2]}\n")
+        config = load_config(
+            "noising", file, ["train.seed=7", "backbone.args={pad_type: same}", "width=64"]
+        )
+        assert (config.train.seed, config.train.batch_size) == (7, 3)
+        assert config.backbone == BackboneConfig(  # type: ignore[attr-defined]
+            name="resnet18", stages=(1, 2), weights="hub", args={"pad_type": "same"}
+        )
+        assert config.width == 64  # type: ignore[attr-defined]
+
+    @pytest.mark.parametrize("spelling", ["1e-4", "1E-4", "1.0e-4", "0.0001"])
+    def test_takes_a_float_in_every_usual_spelling(self, spelling: str) -> None:
+        config = load_config("noising", None, [f"train.optimizer.lr={spelling}"])
+        assert config.train.optimizer.lr == 1e-4
+
+    @pytest.mark.parametrize(
+        ("override", "names", "suggests"),
+        [
+            ("backbone.weigths=none", "backbone.weigths", "backbone.weights"),
+            ("train.sede=1", "train.sede", "train.seed"),
+            ("seed=1", "seed", "train.seed"),
+            ("train.batch_size=many", "train.batch_size", "--set train.batch_size"),
+            ("train.seed=1.5", "train.seed", "--set train.seed"),
+            ("train.seed=true", "train.seed", "--set train.seed"),
+            ("train.optimizer.lr=.inf", "train.optimizer.lr", "--set"),
+            ("train.device=tpu", "train.device", "--set train.device"),
+            ("train=1", "train", "--set train"),
+            ("backbone.stages=[3, 2]", "backbone.stages", "--set backbone.stages"),
+            ("train.seed=[1", "train.seed", "brackets"),
+            ("train.seed=2024-01-01", "number, text", "quotes"),
+            ("train.seed", "key=value", "--set train.seed=1"),
+            ("=1", "key=value", "--set train.seed=1"),
+            ("system=stripe", "stripe", "noising"),
+        ],
+    )
+    def test_names_the_key_at_fault_and_the_way_out(
+        self, override: str, names: str, suggests: str
+    ) -> None:
+        with pytest.raises(ConfigError) as caught:
+            load_config("noising", None, [override])
+        assert caught.value.exit_code == 2
+        assert names in caught.value.message
+        assert suggests in (caught.value.fix or "")
+
+    @pytest.mark.parametrize("text", ["- a\n- b\n", "train: [1\n", "1: 2\n", "\x00"])
+    def test_refuses_a_file_that_is_no_tree_of_keys(self, text: str, tmp_path: Path) -> None:
+        file = tmp_path / "bad.yaml"
+        file.write_text(text)
+        with pytest.raises(ConfigError, match=r"bad\.yaml"):
+            load_config("noising", file)
+
+    def test_refuses_a_file_that_is_not_there(self, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match=r"none\.yaml"):
+            load_config("noising", tmp_path / "none.yaml")
+
+    def test_that_is_empty_changes_nothing(self, tmp_path: Path) -> None:
+        (tmp_path / "empty.yaml").write_text("")
+        assert load_config("noising", tmp_path / "empty.yaml") == load_config("noising")
+
+
+def test_an_unknown_system_is_a_usage_error() -> None:
+    with pytest.raises(UsageError, match="no system 'nosing'"):
+        load_config("nosing")
+
+
+def test_all_keys_can_be_listed() -> None:
+    class Inner(Config):
+        a: int = 0
+
+    class Outer(Config):
+        b: Any = None
+        inner: Inner = Inner()
+
+    assert keys(Outer) == ["b", "inner.a"]
+
+
+def test_neither_configuration_nor_drawing_loads_torch() -> None:
+    code = (
+        "import sys; from training.config import load_config; load_config('noising');"
+        "import training.systems.noising.sample; assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

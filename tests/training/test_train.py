@@ -1,0 +1,284 @@
+"""The loop, with a small gradient-trained system that exists only here."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+
+from runtime.errors import BackendError, ConfigError, RunError
+from training import checkpoint
+from training.config import SystemConfig, TrainConfig, validate
+from training.data import loader
+from training.run import numbered, open_run
+from training.systems import TASKS
+from training.train import train
+
+pytestmark = pytest.mark.train
+
+
+class Points:
+    """Points with a little augmentation: the loop must reproduce it after a resume."""
+
+    def __len__(self) -> int:
+        return 22
+
+    def get(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
+        x = np.random.default_rng(index).standard_normal(4).astype(np.float32)
+        noise = rng.normal(0, 0.1, 4).astype(np.float32) + torch.randn(4).numpy() * 0.1
+        return {"x": x + noise, "y": np.float32(x.sum())}
+
+
+class ToyConfig(SystemConfig):
+    system: str = "toy"
+
+
+class ToyTask:
+    """Fits a sum; ``stop_at`` plays the power cut."""
+
+    best: tuple[str, Literal["max", "min"]] | None = ("error", "min")
+    stop_at: int | None = None
+    bad_from: int | None = None
+
+    def __init__(self, config: ToyConfig, data: Path, root: Path, *, weights: bool = True) -> None:
+        self.config = config
+        # dropout draws from the global generator: its state must survive a resume
+        self.model = nn.Sequential(
+            nn.Linear(4, 8), nn.Dropout(0.2), nn.BatchNorm1d(8), nn.Linear(8, 1)
+        )
+        self.data_summary = {"folder": data.name}
+        self.provenance = {"weights": "random"}
+        self.batches = 0
+
+    def loader(self) -> Any:
+        return loader(Points(), self.config.train, shuffle=True)
+
+    def step(self, model: nn.Module, batch: Any, position: Any) -> dict[str, Tensor]:
+        if self.batches == self.stop_at:
+            raise KeyboardInterrupt
+        self.batches += 1
+        loss = (model(batch["x"])[:, 0] - batch["y"]).square().mean()
+        if self.bad_from is not None and position.step >= self.bad_from:
+            loss = loss * float("nan")
+        return {"loss": loss, "bias": self.model[0].bias.abs().sum()}
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        assert not model.training
+        x = torch.eye(4)
+        return {"error": float((model(x)[:, 0] - 1).abs().mean())}
+
+    def finish(self, run: Any, model: nn.Module, progress: Any) -> dict[str, Any]:
+        return {"weight": float(model[0].weight.sum())}
+
+
+@pytest.fixture(autouse=True)
+def toy(monkeypatch: pytest.MonkeyPatch) -> type[ToyTask]:
+    task = type("Task", (ToyTask,), {})
+    package, config_module, task_module = (ModuleType(n) for n in ("toy", "toy.config", "toy.task"))
+    config_module.TaskConfig = ToyConfig  # type: ignore[attr-defined]
+    task_module.Task = task  # type: ignore[attr-defined]
+    for module in (package, config_module, task_module):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(TASKS, "toy", "toy")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return task
+
+
+def config(**changes: Any) -> ToyConfig:
+    settings = {"epochs": 3, "batch_size": 4, "device": "cpu", "optimizer": {"lr": 0.05}}
+    return validate(ToyConfig, {"train": {**settings, **changes}})
+
+
+def rows(root: Path) -> list[dict[str, str]]:
+    with (root / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "adamw, cosine": {},
+    "sgd, warm-up, clipping": {
+        "optimizer": {"name": "sgd", "lr": 0.01, "warmup_epochs": 0.5, "clip_norm": 0.5}
+    },
+    "accumulation over an uneven epoch": {"accumulate": 4},
+    "moving average": {"ema_decay": 0.9},
+    "bfloat16": {"precision": "bf16"},
+}
+
+
+class TestAResumedRun:
+    @pytest.mark.parametrize("name", VARIANTS)
+    @pytest.mark.parametrize("stop_at", [2, 8, 14])
+    def test_becomes_exactly_what_the_uninterrupted_one_became(
+        self, name: str, stop_at: int, tmp_path: Path, toy: type[ToyTask]
+    ) -> None:
+        chosen = config(checkpoint_steps=1, **VARIANTS[name])
+        whole = train(chosen, tmp_path, tmp_path / "whole")
+        toy.stop_at = stop_at
+        with pytest.raises(KeyboardInterrupt):
+            train(chosen, tmp_path, tmp_path / "cut")
+        toy.stop_at = None
+        torch.manual_seed(999)  # whatever else the process drew must not matter
+        cut = train(chosen, tmp_path, tmp_path / "cut", resume=True)
+        assert cut.info.results == whole.info.results
+        assert cut.info.step == whole.info.step
+        assert rows(cut.root) == rows(whole.root)
+        for which in ("best", "last"):
+            assert cut.weights(which).read_bytes() == whole.weights(which).read_bytes()  # type: ignore[arg-type]
+
+    def test_starts_again_where_there_was_no_checkpoint_yet(
+        self, tmp_path: Path, toy: type[ToyTask]
+    ) -> None:
+        whole = train(config(), tmp_path, tmp_path / "whole")
+        toy.stop_at = 3
+        with pytest.raises(KeyboardInterrupt):
+            train(config(), tmp_path, tmp_path / "cut")
+        toy.stop_at = None
+        assert train(config(), tmp_path, tmp_path / "cut", resume=True).info.results == (
+            whole.info.results
+        )
+
+    def test_that_is_finished_says_so_and_is_returned(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        first = train(config(), tmp_path, tmp_path / "run")
+        again = train(config(), tmp_path, tmp_path / "run", resume=True)
+        assert again == first
+        assert "already finished" in caplog.text
+
+    def test_is_refused_with_another_configuration(self, tmp_path: Path) -> None:
+        train(config(), tmp_path, tmp_path / "run")
+        with pytest.raises(RunError, match="another configuration"):
+            train(config(epochs=4), tmp_path, tmp_path / "run", resume=True)
+
+    def test_is_refused_with_other_data(self, tmp_path: Path, toy: type[ToyTask]) -> None:
+        toy.stop_at = 3
+        with pytest.raises(KeyboardInterrupt):
+            train(config(), tmp_path, tmp_path / "run")
+        with pytest.raises(RunError, match="not those"):
+            train(config(), tmp_path / "other", tmp_path / "run", resume=True)
+
+    def test_needs_a_run(self, tmp_path: Path) -> None:
+        with pytest.raises(RunError, match=r"no training run"):
+            train(config(), tmp_path, tmp_path / "nothing", resume=True)
+
+
+class TestARun:
+    def test_leaves_its_configuration_metrics_events_weights_and_record(
+        self, tmp_path: Path
+    ) -> None:
+        run = train(config(), tmp_path, tmp_path / "run")
+        assert open_run(run.root) == run
+        assert run.config == config()
+        record = json.loads((run.root / "run.json").read_text())
+        assert record["status"] == "finished"
+        assert record["versions"]["torch"] == metadata.version("torch")
+        assert [row["epoch"] for row in rows(run.root)] == ["1", "2", "3"]
+        assert {"loss", "bias", "error", "lr"} <= set(rows(run.root)[0])
+        assert list(run.root.glob("events.out.tfevents.*"))
+        assert run.info.step == 3 * 6  # 22 points in batches of 4
+
+    def test_learns(self, tmp_path: Path) -> None:
+        run = train(config(epochs=30, batch_size=11), tmp_path, tmp_path / "run")
+        losses = [float(row["loss"]) for row in rows(run.root)]
+        assert losses[-1] < 0.5 * losses[0]
+
+    def test_keeps_the_weights_of_its_best_epoch(
+        self, tmp_path: Path, toy: type[ToyTask], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        errors = iter([2.0, 1.0, 3.0])
+        monkeypatch.setattr(toy, "evaluate", lambda self, model: {"error": next(errors)})
+        run = train(config(), tmp_path, tmp_path / "run")
+        assert run.weights("best").read_bytes() != run.weights("last").read_bytes()
+
+    def test_accumulates_batches_into_steps(self, tmp_path: Path) -> None:
+        run = train(config(accumulate=4), tmp_path, tmp_path / "run")
+        assert run.info.step == 3 * 2  # 6 batches: a step of four and one of the last two
+
+    def test_stops_when_its_loss_is_not_a_number(self, tmp_path: Path, toy: type[ToyTask]) -> None:
+        toy.bad_from = 7
+        with pytest.raises(RunError, match="'loss' is nan"):
+            train(config(), tmp_path, tmp_path / "run")
+        assert len(rows(tmp_path / "run")) == 1
+
+    def test_reports_its_progress(self, tmp_path: Path) -> None:
+        seen: list[tuple[str, int, int]] = []
+        train(config(epochs=1), tmp_path, tmp_path / "run", progress=lambda *at: seen.append(at))
+        assert seen == [("epoch 1/1", i, 6) for i in range(1, 7)]
+
+    def test_on_an_absent_device_is_refused(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        with pytest.raises(BackendError, match="no CUDA device"):
+            train(config(device="cuda"), tmp_path, tmp_path / "run")
+        with pytest.raises(ConfigError, match="fp16"):
+            train(config(precision="fp16"), tmp_path, tmp_path / "run")
+
+
+class TestARunFolder:
+    def test_that_exists_is_not_touched(self, tmp_path: Path) -> None:
+        train(config(), tmp_path, tmp_path / "run")
+        with pytest.raises(RunError, match="already exists"):
+            train(config(), tmp_path, tmp_path / "run")
+
+    def test_is_replaced_when_that_is_allowed(self, tmp_path: Path) -> None:
+        train(config(), tmp_path, tmp_path / "run")
+        (tmp_path / "run" / "bank.faiss").write_text("stale")
+        run = train(config(epochs=1), tmp_path, tmp_path / "run", exist_ok=True)
+        assert run.info.epoch == 1
+        assert not (run.root / "bank.faiss").exists()
+
+    def test_with_other_files_is_never_replaced(self, tmp_path: Path) -> None:
+        (tmp_path / "thesis.tex").write_text("years of work")
+        with pytest.raises(RunError, match="not a training run"):
+            train(config(), tmp_path, tmp_path, exist_ok=True)
+
+    def test_is_numbered_where_none_is_given(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "bottle").mkdir()
+        first = train(config(epochs=1), Path("bottle"))
+        second = train(config(epochs=1), Path("bottle"))
+        assert (first.root, second.root) == (Path("runs/toy/train1"), Path("runs/toy/train2"))
+
+    def test_number_follows_the_highest(self, tmp_path: Path) -> None:
+        for name in ("x1", "x10", "x2b", "xy3"):
+            (tmp_path / name).mkdir()
+        assert numbered(tmp_path, "x") == tmp_path / "x11"
+
+
+class TestTheLoader:
+    def test_gives_the_same_samples_with_and_without_workers(self) -> None:
+        batches = [
+            [batch["x"] for batch in loader(Points(), TrainConfig(workers=n), shuffle=True)]
+            for n in (0, 2)
+        ]
+        for alone, together in zip(*batches, strict=True):
+            assert torch.equal(alone, together)
+
+    def test_changes_order_and_augmentation_with_the_epoch(self) -> None:
+        batches = loader(Points(), TrainConfig(batch_size=22), shuffle=True)
+        first = next(iter(batches))
+        batches.sampler.set_epoch(1)
+        second = next(iter(batches))
+        assert not torch.equal(first["y"], second["y"])
+        assert not torch.equal(first["x"].sort(0).values, second["x"].sort(0).values)
+        assert torch.equal(first["y"].sort().values, second["y"].sort().values)
+
+
+def test_a_checkpoint_of_a_run_holds_no_pickle(tmp_path: Path) -> None:
+    run = train(config(epochs=1), tmp_path, tmp_path / "run")
+    path = checkpoint.latest(run.root)
+    assert path is not None
+    assert set(checkpoint.load(path)) >= {"model", "optimizer", "scheduler", "position", "rng"}
