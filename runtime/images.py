@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import re
+import sys
+import tempfile
+import threading
 from pathlib import Path
 
 import cv2
@@ -13,20 +18,25 @@ from runtime.tensors import Array
 
 SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 
-_JPEG_START, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
-_PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
-_TAIL_BYTES = 1 << 16  # cameras append thumbnails and notes behind the picture
+_JPEG_START, _PNG_START = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
+# What libjpeg prints when it fills missing pixels with grey; other remarks of it, such as bytes too
+# many before a marker, come with whole pictures as well.
+_DAMAGE = re.compile(rb"premature end|bad Huffman code|instead of RST", re.IGNORECASE)
+_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # no stuffed zero, no restart, no fill byte
+_STANDALONE = (0x01, *range(0xD0, 0xD9))  # markers without a length
+_END = 0xD9
 
-cv2.utils.logging.setLogLevel(
-    cv2.utils.logging.LOG_LEVEL_SILENT
-)  # errors are raised, not printed by the library
+_stderr_lock = threading.Lock()
+
+# errors are raised, not printed by the library
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
 
 def read(path: Path) -> Array:
     """Decode a picture.
 
-    EXIF orientation is applied, grey becomes three equal channels, alpha is dropped, and 16-bit
-    values are divided by 257.
+    EXIF orientation is applied, grey becomes three equal channels, alpha is dropped, 16-bit values
+    are divided by 257 and rounded. Trailing bytes behind the picture are ignored.
 
     Args:
         path: a file with one of ``SUFFIXES``, but its content decides.
@@ -35,33 +45,51 @@ def read(path: Path) -> Array:
         (H, W, 3) uint8 RGB.
 
     Raises:
-        ImageError: missing, truncated, corrupt, or no picture.
+        ImageError: missing, truncated, corrupt, or no picture. A changed byte in a format without
+            checksums (JPEG, BMP, TIFF, WebP) is noticed only where decoding trips over it.
     """
-    flags = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH
-    return np.asarray(cv2.cvtColor(_decode(path, flags), cv2.COLOR_BGR2RGB))
+    pixels = _decode(path, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
+    if pixels.dtype == np.uint16:
+        pixels = ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    _check_8_bit(path, pixels)
+    return np.asarray(cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB))
 
 
 def read_mask(path: Path) -> Array:
     """Decode a mask: (H, W) uint8, in the file's own values.
 
+    A 16-bit value above 255 becomes 255, so what is marked stays marked; colours become their
+    luminance.
+
     Raises:
         ImageError: as ``read``.
     """
-    return _decode(path, cv2.IMREAD_GRAYSCALE)
+    pixels = _decode(path, cv2.IMREAD_GRAYSCALE | cv2.IMREAD_ANYDEPTH)
+    if pixels.dtype == np.uint16:
+        pixels = np.minimum(pixels, 255).astype(np.uint8)
+    _check_8_bit(path, pixels)
+    return pixels
 
 
 def write(path: Path, image: Array) -> None:
     """Encode (H, W, 3) uint8 RGB or (H, W) uint8 by the path's suffix, atomically.
 
+    Folders on the way are made. JPEG is written with quality 95.
+
     Raises:
-        ImageError: a suffix that no encoder knows.
+        ImageError: a suffix that is not one of ``SUFFIXES``, or a size that the format cannot hold.
     """
-    pixels = cv2.cvtColor(image, cv2.COLOR_RGB2BGR) if image.ndim == 3 else image
     if path.suffix.lower() not in SUFFIXES:
         raise ImageError(
             f"{path} has no picture's suffix", fix=f"use one of {', '.join(sorted(SUFFIXES))}"
         )
-    _done, encoded = cv2.imencode(path.suffix, pixels)
+    pixels = cv2.cvtColor(image, cv2.COLOR_RGB2BGR) if image.ndim == 3 else image
+    try:
+        done, encoded = cv2.imencode(path.suffix, pixels)
+    except cv2.error as error:
+        raise ImageError(f"{path} cannot be encoded: {error.err}") from error
+    if not done:
+        raise ImageError(f"{path}: the format cannot hold {image.shape}", fix="write it as .png")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, encoded.tobytes())
 
@@ -73,25 +101,74 @@ def _decode(path: Path, flags: int) -> Array:
         raise ImageError(f"cannot read {path}: {error.strerror}") from error
     if _is_truncated(data):
         raise ImageError(f"{path} is truncated", fix="copy the file again")
-    pixels = None
-    if data:
+    if not data:
+        raise ImageError(f"{path} is empty", fix="copy the file again")
+    try:
+        pixels, remarks = _decode_quietly(data, flags)
+    except cv2.error as error:
+        raise ImageError(f"{path} cannot be decoded: {error.err}") from error
+    if pixels is None or _DAMAGE.search(remarks):
+        raise ImageError(f"{path} is corrupt or no picture", fix="copy the file again")
+    return pixels
+
+
+def _decode_quietly(data: bytes, flags: int) -> tuple[Array | None, bytes]:
+    """Decode, and catch what libjpeg and libpng print about it.
+
+    Both print to the process' standard error, past Python, and libjpeg says only there that it
+    made pixels up. So that stream is turned into a file for the moment of decoding. What other
+    threads write to it meanwhile is passed on afterwards.
+    """
+    buffer = np.frombuffer(data, np.uint8)
+    if sys.__stderr__ is None:  # the process was started without one
+        return cv2.imdecode(buffer, flags), b""
+    with _stderr_lock, tempfile.TemporaryFile() as printed:
+        stderr = os.dup(2)
+        os.dup2(printed.fileno(), 2)
         try:
-            pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
-        except cv2.error as error:
-            raise ImageError(f"{path} cannot be decoded: {error.err}") from error
-    if pixels is None:
-        raise ImageError(f"{path} is corrupt or no picture")
-    if pixels.dtype == np.uint16:
-        pixels = (pixels // 257).astype(np.uint8)
+            pixels = cv2.imdecode(buffer, flags)
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+        printed.seek(0)
+        lines = printed.readlines()
+    ours = [line for line in lines if re.search(rb"jpeg|jfif|libpng|TIFF", line, re.IGNORECASE)]
+    if others := b"".join(line for line in lines if line not in ours):
+        os.write(2, others)
+    return pixels, b"".join(ours)
+
+
+def _check_8_bit(path: Path, pixels: Array) -> None:
     if pixels.dtype != np.uint8:
         raise ImageError(f"{path} has {pixels.dtype} pixels", fix="save it with 8 or 16 bits")
-    return np.asarray(pixels)
 
 
 def _is_truncated(data: bytes) -> bool:
-    """Whether a JPEG or PNG lacks its end mark: OpenCV would fill the rest with grey."""
+    """Whether a JPEG or PNG breaks off before its end mark: the rest would decode as grey."""
     if data.startswith(_JPEG_START):
-        return _JPEG_END not in data[-_TAIL_BYTES:]
+        return _jpeg_breaks_off(data)
     if data.startswith(_PNG_START):
-        return _PNG_END not in data[-_TAIL_BYTES:]
+        return _png_breaks_off(data)
     return False
+
+
+def _jpeg_breaks_off(data: bytes) -> bool:
+    """Walk the segments to the end-of-image marker: an embedded thumbnail has one of its own."""
+    at = 2
+    while found := _MARKER.search(data, at):
+        kind, at = data[found.start() + 1], found.end()
+        if kind == _END:
+            return False
+        if kind not in _STANDALONE:
+            at += int.from_bytes(data[at : at + 2], "big")
+    return True
+
+
+def _png_breaks_off(data: bytes) -> bool:
+    """Walk the chunks (length, name, content, checksum) to the one named IEND."""
+    at = len(_PNG_START)
+    while at + 12 <= len(data):
+        if data[at + 4 : at + 8] == b"IEND":
+            return False
+        at += 12 + int.from_bytes(data[at : at + 4], "big")
+    return True
