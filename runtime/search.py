@@ -18,6 +18,8 @@ deviation sqrt(q² |m a|² + w² |x / a|²) / sqrt(12), and ``_SIGMAS`` of it bo
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
@@ -26,6 +28,7 @@ from runtime.engines import Engine, open_engine
 from runtime.tensors import Array
 
 _BLOCK = 8  # rows that share one bound
+_GROUP = 8  # blocks whose highest bound is looked at first
 _SPARE_BLOCKS = 5  # measured beyond one block per neighbour
 _SIGMAS = 6.0
 _PADDING = -1e30  # similarity of rows that only fill up the last block
@@ -60,18 +63,17 @@ class FastSearch:
 
     def _prepare(self, backend: str, threads: int | None) -> None:
         bank = self.bank
-        self._mean = bank.rows_MD.mean(axis=0)
-        centred = bank.rows_MD - self._mean
+        mean = bank.rows_MD.mean(axis=0)
+        centred = bank.rows_MD - mean
         norms_M = np.einsum("md,md->m", centred, centred)
         largest_D = np.abs(centred).max(axis=0)
         equaliser = np.sqrt(np.maximum(largest_D, largest_D.max() * 1e-6) + 1e-30)
         rows = centred * equaliser
-        self._inverse = (1.0 / equaliser).astype(np.float32)
-        query_step = np.float32((largest_D * self._inverse).max() / 127)
+        query_step = np.float32((largest_D / equaliser).max() / 127)
         row_steps = np.maximum(np.abs(rows).max(axis=1) / 127, 1e-12).astype(np.float32)
 
         # a query up to this length has its error inside the bounds; a longer one adds to them
-        self._length = float(np.sqrt(np.square(centred * self._inverse).sum(axis=1).max()))
+        self._length = float(np.sqrt(np.square(centred / equaliser).sum(axis=1).max()))
         self._excess = _SIGMAS * float(row_steps.max()) / np.sqrt(12)
         row_part = np.square(row_steps * self._length)
         query_part = np.square(query_step) * np.square(rows).sum(axis=1)
@@ -79,13 +81,13 @@ class FastSearch:
         self._reach = 127.5 * float(query_step)  # a larger value saturates: no bound holds
 
         order = _similar_rows_together(rows, _BLOCK)
-        num_blocks = -(-len(bank) // _BLOCK)
+        num_blocks = -(-len(bank) // (_BLOCK * _GROUP)) * _GROUP
         padded = np.full(num_blocks * _BLOCK, -1, np.int64)
         padded[: len(bank)] = order
         # the members of block b are columns b, b + num_blocks, ...: the maximum over a block then
         # runs over whole vectors
-        self._members = padded.reshape(num_blocks, _BLOCK)
-        columns = self._members.T.ravel()
+        members = padded.reshape(num_blocks, _BLOCK)
+        columns = members.T.ravel()
         filled = columns >= 0
         weights = np.zeros((len(columns), bank.width), np.int8)
         weights[filled] = np.rint(rows / row_steps[:, None]).astype(np.int8)[columns[filled]]
@@ -93,13 +95,22 @@ class FastSearch:
         steps[filled] = row_steps[columns[filled]]
         bias = np.full(len(columns), _PADDING, np.float32)
         bias[filled] = (margin - norms_M / 2)[columns[filled]]
-        # padding is measured as row 0, and its distance then set to infinity
-        self._candidates = np.maximum(self._members, 0)
+        # whole blocks of padding are never among the best; one block may be partly padding
+        self._members = np.maximum(members, 0)
+        short = np.flatnonzero((members[:, 0] >= 0) & (members[:, -1] < 0))
+        self._short = int(short[0]) if len(short) else -1
+        self._surplus = members[self._short] < 0
         self._tile = max(64, _SCORES_BYTES // (4 * len(columns)))
+        constants = {
+            "mean": mean,
+            "inverse": (1.0 / equaliser).astype(np.float32),
+            "weights": np.ascontiguousarray(weights.T),
+            "steps": steps,
+            "bias": bias,
+            "query_step": query_step,
+        }
         self._engine = open_engine(
-            _bounds_graph(
-                weights, steps, bias, float(query_step), self._blocks + 1, integer=backend == "ort"
-            ),
+            _bounds_graph(constants, self._blocks + 1, integer=backend == "ort"),
             backend,
             precision="int8",
             threads=threads,
@@ -129,23 +140,20 @@ class FastSearch:
     def _search_tile(self, queries: Array) -> tuple[Array, Array]:
         assert self._engine is not None
         count, k = len(queries), self.k
-        centred = queries - self._mean
-        scaled = centred * self._inverse
-        answer = self._engine.run({"queries": scaled})
+        answer = self._engine.run({"queries": queries})
         # the last bound belongs to the best block that is not measured
         bounds, blocks = answer["bounds"], answer["blocks"][:, : self._blocks]
-        indices = self._candidates[blocks].reshape(count, -1)
+        indices = self._members[blocks].reshape(count, -1)
         squared = self.bank.squared_distances(queries, indices)
-        squared[(self._members[blocks] < 0).reshape(count, -1)] = np.inf
+        rows, places = np.nonzero(blocks == self._short)
+        squared.reshape(count, -1, _BLOCK)[rows, places] += np.where(self._surplus, np.inf, 0)
         best = np.argpartition(squared, k - 1, axis=1)[:, :k]
         distances, indices = ascending(
             np.take_along_axis(squared, best, axis=1), np.take_along_axis(indices, best, axis=1)
         )
-
-        lengths_N = np.sqrt(np.einsum("nd,nd->n", scaled, scaled))
-        outside_N = bounds[:, -1] + self._excess * np.maximum(lengths_N - self._length, 0)
-        similarity_N = (np.einsum("nd,nd->n", centred, centred) - distances[:, -1] ** 2) / 2
-        unsure = (similarity_N < outside_N) | (np.abs(scaled).max(axis=1) > self._reach)
+        outside_N = bounds[:, -1] + self._excess * np.maximum(answer["lengths"] - self._length, 0)
+        similarity_N = (np.square(answer["norms"]) - np.square(distances[:, -1])) / 2
+        unsure = (similarity_N < outside_N) | (answer["largest"] > self._reach)
         if unsure.any():
             self.repeated += int(unsure.sum())
             distances[unsure], indices[unsure] = self.bank.search(queries[unsure], k)
@@ -184,67 +192,93 @@ def _similar_rows_together(rows_MD: Array, block: int) -> Array:
     return np.concatenate(sorted(leaves, key=lambda leaf: len(leaf) < block))
 
 
-def _bounds_graph(
-    weights_MD: Array, steps_M: Array, bias_M: Array, query_step: float, num: int, *, integer: bool
-) -> bytes:
+def _bounds_graph(constants: Mapping[str, Array], num: int, *, integer: bool) -> bytes:
     """ONNX: queries -> the highest bounds per query, descending, and their blocks.
 
+    The best ``num`` blocks lie in the ``num`` groups with the best blocks: groups are chosen first,
+    then blocks inside them, because choosing few of many is slow on every backend.
+
+    Further outputs per query x, relative to the bank's mean: ``norms`` |x|, ``lengths`` |x / a| and
+    ``largest`` max |x / a|.
+
     Args:
-        weights_MD, steps_M: int8 rows and their scales.
-        bias_M: added to the product of query and row.
-        query_step: scale of the quantised queries.
+        constants: ``mean``, ``inverse`` (1 / a), ``weights`` (D, columns) int8 with scales
+            ``steps``, ``bias`` (columns,), and ``query_step``, the scale of the queries.
         num: how many blocks to return.
         integer: write MatMulInteger on unsigned queries, ONNX Runtime's fast form; otherwise Q/DQ.
     """
-    width = weights_MD.shape[1]
-    constants = {
-        "query_step": np.float32(query_step),
-        "weights": np.ascontiguousarray(weights_MD.T),
-        "bias": bias_M,
-        "layout": np.array([-1, _BLOCK, len(weights_MD) // _BLOCK], np.int64),
+    width, num_columns = constants["weights"].shape
+    num_blocks = num_columns // _BLOCK
+    num_groups = num_blocks // _GROUP
+    few = min(num, num_groups)
+    used = dict(constants) | {
         "axis": np.array([1], np.int64),
+        "by_block": np.array([-1, _BLOCK, num_blocks], np.int64),
+        "by_group": np.array([-1, _GROUP, num_groups], np.int64),
+        "flat": np.array([-1, few * _GROUP], np.int64),
+        "few": np.array([few], np.int64),
         "num": np.array([num], np.int64),
+        # block b is member b // num_groups of group b % num_groups
+        "strides": (np.arange(_GROUP) * num_groups).reshape(1, 1, _GROUP),
+        "last": np.array([2], np.int64),
     }
     if integer:
-        constants |= {
+        used |= {
             "query_zero": np.uint8(128),
             "zero": np.int8(0),
-            "scales": steps_M * np.float32(query_step),
+            "scales": constants["steps"] * constants["query_step"],
         }
+        del used["steps"]
         product = [
-            helper.make_node("QuantizeLinear", ["queries", "query_step", "query_zero"], ["q"]),
+            helper.make_node("QuantizeLinear", ["scaled", "query_step", "query_zero"], ["q"]),
             helper.make_node("MatMulInteger", ["q", "weights", "query_zero", "zero"], ["whole"]),
             helper.make_node("Cast", ["whole"], ["real"], to=TensorProto.FLOAT),
             helper.make_node("Mul", ["real", "scales"], ["product"]),
         ]
     else:
-        constants |= {
-            "query_zero": np.int8(0),
-            "zeros": np.zeros(len(weights_MD), np.int8),
-            "steps": steps_M,
-        }
+        used |= {"query_zero": np.int8(0), "zeros": np.zeros(num_columns, np.int8)}
         product = [
-            helper.make_node("QuantizeLinear", ["queries", "query_step", "query_zero"], ["q"]),
+            helper.make_node("QuantizeLinear", ["scaled", "query_step", "query_zero"], ["q"]),
             helper.make_node("DequantizeLinear", ["q", "query_step", "query_zero"], ["dq"]),
             helper.make_node("DequantizeLinear", ["weights", "steps", "zeros"], ["rows"], axis=1),
             helper.make_node("MatMul", ["dq", "rows"], ["product"]),
         ]
     nodes = [
+        helper.make_node("Sub", ["queries", "mean"], ["centred"]),
+        helper.make_node("Mul", ["centred", "inverse"], ["scaled"]),
+        helper.make_node("ReduceL2", ["centred", "axis"], ["norms"], keepdims=0),
+        helper.make_node("ReduceL2", ["scaled", "axis"], ["lengths"], keepdims=0),
+        helper.make_node("Abs", ["scaled"], ["magnitudes"]),
+        helper.make_node("ReduceMax", ["magnitudes", "axis"], ["largest"], keepdims=0),
         *product,
         helper.make_node("Add", ["product", "bias"], ["upper"]),
-        helper.make_node("Reshape", ["upper", "layout"], ["by_block"]),
-        helper.make_node("ReduceMax", ["by_block", "axis"], ["block_bounds"], keepdims=0),
-        helper.make_node("TopK", ["block_bounds", "num"], ["bounds", "blocks"], axis=1),
+        helper.make_node("Reshape", ["upper", "by_block"], ["upper_by_block"]),
+        helper.make_node("ReduceMax", ["upper_by_block", "axis"], ["block_bounds"], keepdims=0),
+        helper.make_node("Reshape", ["block_bounds", "by_group"], ["bounds_by_group"]),
+        helper.make_node("ReduceMax", ["bounds_by_group", "axis"], ["group_bounds"], keepdims=0),
+        helper.make_node("TopK", ["group_bounds", "few"], ["group_best", "groups"], axis=1),
+        helper.make_node("Unsqueeze", ["groups", "last"], ["groups_3d"]),
+        helper.make_node("Add", ["groups_3d", "strides"], ["members"]),
+        helper.make_node("Reshape", ["members", "flat"], ["candidates"]),
+        helper.make_node(
+            "GatherElements", ["block_bounds", "candidates"], ["candidate_bounds"], axis=1
+        ),
+        helper.make_node("TopK", ["candidate_bounds", "num"], ["bounds", "places"], axis=1),
+        helper.make_node("GatherElements", ["candidates", "places"], ["blocks"], axis=1),
+    ]
+    outputs = [
+        ("bounds", TensorProto.FLOAT, ["queries", num]),
+        ("blocks", TensorProto.INT64, ["queries", num]),
+        ("norms", TensorProto.FLOAT, ["queries"]),
+        ("lengths", TensorProto.FLOAT, ["queries"]),
+        ("largest", TensorProto.FLOAT, ["queries"]),
     ]
     graph = helper.make_graph(
         nodes,
         "bounds",
         [helper.make_tensor_value_info("queries", TensorProto.FLOAT, ["queries", width])],
-        [
-            helper.make_tensor_value_info("bounds", TensorProto.FLOAT, ["queries", num]),
-            helper.make_tensor_value_info("blocks", TensorProto.INT64, ["queries", num]),
-        ],
-        [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
+        [helper.make_tensor_value_info(*output) for output in outputs],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in used.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     return bytes(model.SerializeToString())
