@@ -1,7 +1,12 @@
-"""Streams to frames and back: the only video decoder of the project (PyAV)."""
+"""Streams to frames and back: the only video decoder of the project (PyAV).
+
+A file is read whole, no frame is lost. A live stream is read as fast as it comes and only its
+newest frame is kept, so that answers are about now.
+"""
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -17,9 +22,13 @@ import numpy as np
 from runtime.errors import VideoError
 from runtime.tensors import Array
 
-LIVE_RATE = Fraction(25)  # of an annotated recording; frames keep their own times
+CODEC = "libx264" if "libx264" in av.codecs_available else "mpeg4"
+LIVE_RATE = Fraction(25)  # players' hint for a recorded stream; its frames keep their own times
+
 _RECONNECT_S = (0.5, 1.0, 2.0, 4.0, 8.0)  # waits between attempts; then the stream is given up
-_POLL_S = 0.5
+_TIMEOUT_S = 10.0  # of a connection that sends nothing
+# 24, 25, 30, 50, 60 and 30000/1001 frames per second are exact in it; MPEG-4 allows at most 65535
+_TICK = Fraction(1, 60000)
 
 
 @dataclass(frozen=True)
@@ -27,9 +36,10 @@ class Frame:
     """One picture of a stream.
 
     Attributes:
-        index: position in the stream, dropped and skipped frames counted.
-        time_s: presentation time in seconds from the stream's own clock, not index / rate.
-        image: (H, W, 3) uint8 RGB.
+        index: position among the decoded frames, dropped and skipped ones counted.
+        time_s: presentation time in seconds after the first frame, from the timestamps in the
+            stream, not from ``index`` and a rate.
+        image: (H, W, 3) uint8 RGB, turned upright as the stream says.
     """
 
     index: int
@@ -37,46 +47,67 @@ class Frame:
     image: Array
 
 
-def frame_rate(path: str) -> Fraction:
-    """Mean frames per second of a video file.
+@dataclass(frozen=True)
+class VideoInfo:
+    """What a video file says about itself.
+
+    Attributes:
+        rate: mean frames per second; ``LIVE_RATE`` where the format does not say.
+        num_frames: 0 where the format does not say.
+    """
+
+    rate: Fraction
+    num_frames: int
+
+
+def info(path: str | Path) -> VideoInfo:
+    """Read the head of a video file.
 
     Raises:
         VideoError: it cannot be opened or has no video.
     """
-    with _open(path) as container:
-        rate = _video_stream(container, path).average_rate
-        return Fraction(rate) if rate else Fraction(25)
+    with _open(str(path)) as container:
+        stream = _video_stream(container, path)
+        return VideoInfo(Fraction(stream.average_rate or LIVE_RATE), stream.frames)
 
 
-def frames(path: str, *, step: int = 1) -> Iterator[Frame]:
+def frames(path: str | Path, *, step: int = 1) -> Iterator[Frame]:
     """Every ``step``-th frame of a video file, none lost.
 
+    Damaged places are left out and reported at the end, after everything that can be decoded.
+
     Raises:
-        VideoError: it cannot be opened; or, after the frames before the fault, it is damaged.
+        VideoError: it cannot be opened; or, after the last frame, it is damaged or ends before the
+            length that its head states (MP4, MOV, AVI, Matroska; MPEG streams state none).
     """
-    with _open(path) as container:
+    with _open(str(path)) as container:
         stream = _video_stream(container, path)
         stream.thread_type = "AUTO"
-        index = 0
+        tally = _Tally()
+        index, first_s, last_s = 0, 0.0, 0.0
+        problem = None
         try:
-            for decoded in container.decode(stream):
+            for decoded in _pictures(container, stream, tally):
+                last_s = _time(decoded, path, index)
+                first_s = first_s if index else last_s
                 if index % step == 0:
-                    yield _frame(decoded, index)
+                    yield Frame(index, last_s - first_s, _upright(decoded))
                 index += 1
         except av.FFmpegError as error:
-            raise VideoError(
-                f"{path} is damaged after frame {index}: {error.strerror}", fix="copy it again"
-            ) from error
-        if index == 0:
-            raise VideoError(f"{path} holds no frames")
+            problem = f"cannot be read after frame {index}: {error.strerror}"
+        problem = problem or _fault(stream, tally, index, last_s)
+        if problem is not None:
+            raise VideoError(f"{path} {problem}", fix="copy or record it again")
 
 
 class LiveStream:
     """The newest frame of a camera or network stream.
 
-    A thread decodes all the time and keeps only the newest frame, so a slow consumer gets current
-    pictures and ``num_dropped`` counts what it missed. A broken connection is tried again with
-    growing pauses, ``num_reconnects`` times so far; the picture's size may change meanwhile.
+    A thread decodes all the time and keeps only the newest frame: a slow consumer gets current
+    pictures, and ``num_dropped`` counts what it missed. A connection that breaks is tried again
+    with growing pauses (``num_reconnects`` times so far); the size of the picture may change with
+    it, and times go on by the wall clock. An address that cannot be opened at the start is an error
+    at once. What has an end, such as a file on a web server, ends there.
 
     Args:
         address: a webcam's number (Video4Linux) or an address such as ``rtsp://...``.
@@ -88,95 +119,154 @@ class LiveStream:
         self.num_reconnects = 0
         self._address = address
         self._step = step
-        self._ready = threading.Condition()
+        self._changed = threading.Condition()
         self._newest: Frame | None = None
-        self._error: VideoError | None = None
-        self._stop = False
-        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._error: BaseException | None = None
+        self._ended = False
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
 
+    def __enter__(self) -> LiveStream:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
+
     def __iter__(self) -> Iterator[Frame]:
+        """Frames until the stream ends or ``close``.
+
+        Raises:
+            VideoError: it cannot be opened, or stays broken after all attempts.
+        """
         while True:
-            with self._ready:
-                while self._newest is None and self._error is None and not self._stop:
-                    self._ready.wait(_POLL_S)
+            with self._changed:
+                self._changed.wait_for(lambda: self._newest is not None or self._ended)
                 frame, self._newest = self._newest, None
-                if frame is None:
-                    if self._error is not None:
-                        raise self._error
-                    return
+            if frame is None:
+                if self._error is not None:
+                    raise self._error
+                return
             yield frame
 
     def close(self) -> None:
-        """Stop decoding."""
-        with self._ready:
-            self._stop = True
-            self._ready.notify_all()
-        self._thread.join(timeout=5)
+        """Stop decoding; waits for the read that is under way."""
+        self._closing.set()
+        self._thread.join(timeout=_TIMEOUT_S)
+
+    def _work(self) -> None:
+        try:
+            self._read()
+        except BaseException as error:  # handed over: the consumer raises it
+            self._error = error
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
 
     def _read(self) -> None:
-        index, attempt = 0, 0
-        while not self._stop:
+        index, last_s, attempt = 0, -1.0, 0
+        started = time.monotonic()
+        while True:
             try:
-                with _open(self._address) as container:
-                    for decoded in container.decode(_video_stream(container, self._address)):
+                with _open(self._address, live=True) as container:
+                    # the clock of the stream starts anew with each connection
+                    offset_s = None
+                    stream = _video_stream(container, self._address)
+                    for decoded in _pictures(container, stream, _Tally()):
                         attempt = 0
-                        if self._stop:
+                        if self._closing.is_set():
                             return
+                        arrived_s = time.monotonic() - started if index else 0.0
+                        stamp_s = decoded.time
+                        if offset_s is None and stamp_s is not None:
+                            offset_s = arrived_s - stamp_s
+                        if stamp_s is None or offset_s is None:
+                            time_s = arrived_s
+                        else:
+                            time_s = stamp_s + offset_s
+                        last_s = max(time_s, last_s + float(_TICK))
                         if index % self._step == 0:
-                            self._offer(_frame(decoded, index))
+                            self._offer(Frame(index, last_s, _upright(decoded)))
                         index += 1
+                    if container.duration:
+                        return
                 problem = "the stream ended"
             except (VideoError, av.FFmpegError) as error:
-                problem = str(error)
+                if index == 0:
+                    raise
+                problem = error.message if isinstance(error, VideoError) else error.strerror
             if attempt == len(_RECONNECT_S):
-                with self._ready:
-                    self._error = VideoError(
-                        f"{self._address}: {problem}; gave up after {attempt} attempts",
-                        fix="check the address and the camera",
-                    )
-                    self._ready.notify_all()
+                raise VideoError(
+                    f"{self._address}: {problem}; gave up after {attempt} attempts",
+                    fix="check the address and the camera",
+                )
+            if self._closing.wait(_RECONNECT_S[attempt]):
                 return
-            time.sleep(_RECONNECT_S[attempt])
             attempt += 1
             self.num_reconnects += 1
 
     def _offer(self, frame: Frame) -> None:
-        with self._ready:
+        with self._changed:
             self.num_dropped += self._newest is not None
             self._newest = frame
-            self._ready.notify_all()
+            self._changed.notify_all()
 
 
 class VideoWriter:
-    """An MP4 file (H.264, or MPEG-4 Part 2 where PyAV was built without libx264).
+    """An MP4 file: H.264 by libx264, or MPEG-4 Part 2 where PyAV came without it (``CODEC``).
 
-    Written beside its destination and renamed at the end; frames keep the times they are given.
+    Written beside its destination and renamed when it is closed, also after an interrupt: what was
+    annotated until then is a whole, playable file. Without a frame there is no file.
+
+    Args:
+        path: of the file, ending in ``.mp4``.
+        rate: mean frames per second, a hint for players; each frame keeps the time it is given.
     """
 
     def __init__(self, path: Path, rate: Fraction) -> None:
         self._path = path
-        self._temporary = path.with_name(f".{path.name}.tmp.mp4")
+        self._temporary = path.with_name(f".{path.name}.tmp")
         self._rate = rate
         self._stream: Any = None
+        self._last_tick = -1
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._container = av.open(str(self._temporary), "w")
+        self._container = av.open(str(self._temporary), "w", format="mp4")
 
     def write(self, image: Array, time_s: float) -> None:
-        """Add (H, W, 3) uint8 RGB at a time in seconds, later than the one before."""
-        height, width = (side // 2 * 2 for side in image.shape[:2])  # 4:2:0 needs even sides
+        """Add a frame.
+
+        Args:
+            image: (H, W, 3) uint8 RGB; the first one sets the size (an odd side loses a pixel, for
+                4:2:0 needs even sides), later ones are resized to it.
+            time_s: its time in seconds, kept to 1/60000 s; one that is not after the frame before
+                is moved just behind it, because the format has an order and sources do repeat.
+        """
         if self._stream is None:
-            codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
-            self._stream = self._container.add_stream(codec, rate=self._rate)
-            self._stream.width, self._stream.height = width, height
+            self._stream = self._container.add_stream(CODEC, rate=self._rate)
+            self._stream.height, self._stream.width = (
+                max(2, side // 2 * 2) for side in image.shape[:2]
+            )
             self._stream.pix_fmt = "yuv420p"
-            self._stream.codec_context.time_base = Fraction(1, 90000)
-        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image[:height, :width]), "rgb24")
-        if (width, height) != (self._stream.width, self._stream.height):
-            frame = frame.reformat(self._stream.width, self._stream.height)
-        frame.time_base = Fraction(1, 90000)
-        frame.pts = round(time_s * 90000)
+            self._stream.codec_context.time_base = _TICK
+        width, height = self._stream.width, self._stream.height
+        if width <= image.shape[1] <= width + 1 and height <= image.shape[0] <= height + 1:
+            image = image[:height, :width]
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), "rgb24")
+        frame = frame.reformat(width, height, "yuv420p")
+        self._last_tick = max(round(time_s / _TICK), self._last_tick + 1)
+        frame.time_base, frame.pts = _TICK, self._last_tick
         self._container.mux(self._stream.encode(frame))
+
+    def close(self) -> None:
+        """Finish the file and give it its name."""
+        try:
+            if self._stream is not None:
+                self._container.mux(self._stream.encode())
+            self._container.close()
+            if self._stream is not None:
+                self._temporary.replace(self._path)
+        finally:
+            self._temporary.unlink(missing_ok=True)
 
     def __enter__(self) -> VideoWriter:
         return self
@@ -187,24 +277,22 @@ class VideoWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._stream is not None:
-            self._container.mux(self._stream.encode())
-        self._container.close()
-        if self._stream is None:
-            self._temporary.unlink(missing_ok=True)
-        else:
-            # also after an interrupt: what was annotated is a whole, playable file
-            self._temporary.replace(self._path)
+        self.close()
 
 
-def _open(address: str) -> Any:
-    options = {"rtsp_transport": "tcp"} if address.startswith("rtsp") else {}
-    camera = address.isdecimal()
+def _open(address: str, *, live: bool = False) -> Any:
+    camera = live and address.isdecimal()
+    options = {}
+    if live:
+        options["fflags"] = "nobuffer"
+    if address.startswith("rtsp"):
+        options["rtsp_transport"] = "tcp"  # UDP loses packets, and with them pictures
     try:
         return av.open(
             f"/dev/video{address}" if camera else address,
             format="v4l2" if camera else None,
             options=options,
+            timeout=_TIMEOUT_S if live else None,
         )
     except (av.FFmpegError, ValueError) as error:
         raise VideoError(
@@ -213,11 +301,57 @@ def _open(address: str) -> Any:
         ) from error
 
 
-def _video_stream(container: Any, address: str) -> Any:
+def _video_stream(container: Any, address: str | Path) -> Any:
     if not container.streams.video:
-        raise VideoError(f"{address} has no video stream")
+        raise VideoError(f"{address} has no video stream", fix="give a file with pictures in it")
     return container.streams.video[0]
 
 
-def _frame(decoded: Any, index: int) -> Frame:
-    return Frame(index, float(decoded.time or 0.0), decoded.to_ndarray(format="rgb24"))
+@dataclass
+class _Tally:
+    """Packets of a stream that were read, and those of them that no decoder understands."""
+
+    num_packets: int = 0
+    num_damaged: int = 0
+
+
+def _pictures(container: Any, stream: Any, tally: _Tally) -> Iterator[Any]:
+    """Decoded frames; a damaged packet costs its own frames only."""
+    for packet in container.demux(stream):
+        tally.num_packets += packet.size > 0  # the last one is empty: it drains the decoder
+        try:
+            decoded = packet.decode()
+        except av.InvalidDataError:
+            tally.num_damaged += 1
+        else:
+            yield from decoded
+
+
+def _time(decoded: Any, path: str | Path, index: int) -> float:
+    if decoded.time is None:
+        raise VideoError(
+            f"{path}: frame {index} has no timestamp",
+            fix="put the stream into a container: ffmpeg -i FILE -c copy OUT.mkv",
+        )
+    return float(decoded.time)
+
+
+def _fault(stream: Any, tally: _Tally, num_frames: int, last_s: float) -> str | None:
+    """What was wrong with a file that was read to its end, in words."""
+    if tally.num_packets < stream.frames:
+        return f"breaks off after {tally.num_packets} of {stream.frames} frames"
+    # Matroska counts no frames, but its writers leave the time at which the last one ends
+    if stated := re.fullmatch(r"(\d+):(\d+):([\d.]+)", stream.metadata.get("DURATION", "")):
+        hours, minutes, seconds = (float(part) for part in stated.groups())
+        end_s = 3600 * hours + 60 * minutes + seconds
+        if last_s < end_s - max(1.0, 2 / (stream.average_rate or LIVE_RATE)):
+            return f"breaks off at {last_s:.2f} s of {end_s:.2f} s"
+    if tally.num_damaged:
+        return f"is damaged in {tally.num_damaged} places; {num_frames} frames could be decoded"
+    return None if num_frames else "holds no frames"
+
+
+def _upright(decoded: Any) -> Array:
+    """RGB pixels after the quarter turns that the container asks players for (phones do)."""
+    pixels = decoded.to_ndarray(format="rgb24")
+    return np.ascontiguousarray(np.rot90(pixels, k=round(decoded.rotation / 90)))
