@@ -1,0 +1,1 @@
+"""Measurements behind docs/benchmarks.md beside the rows of ``cli.py bench``."""
