@@ -3,7 +3,8 @@
     source -> decoder thread -> bounded queue -> system.infer -> JSON lines, CSV, overlays, video
 
 Files are written under temporary names and renamed at the end; after an interrupt they are renamed
-as well, so that no result is lost.
+as well, so that no result is lost. A live stream has no queue: its newest frame is taken, one at a
+time, until Ctrl-C.
 """
 
 from __future__ import annotations
@@ -14,15 +15,15 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
 from runtime import images, video
-from runtime.errors import EngineworksError, ImageError
+from runtime.errors import ImageError, InputError, VideoError
 from runtime.sources import Source
 from runtime.systems import Result, System
 from runtime.tensors import Array
@@ -37,9 +38,11 @@ class Summary:
     """What came of a source.
 
     Attributes:
-        failures: (name, message) of every picture or stream that could not be read.
+        failures: (name, message) of every picture or stream that could not be read, and of results
+            that are not finite.
         seconds: wall time; ``infer_seconds`` of it inside the system, ``wait_seconds`` waiting for
-            decoded pictures.
+            decoded pictures, the rest drawing and writing. ``decode_seconds`` is spent beside it,
+            in the decoder's thread (0 for a live stream).
         num_dropped: frames of a live stream that were skipped to stay current.
     """
 
@@ -48,6 +51,7 @@ class Summary:
     seconds: float = 0.0
     infer_seconds: float = 0.0
     wait_seconds: float = 0.0
+    decode_seconds: float = 0.0
     num_dropped: int = 0
 
     @property
@@ -83,8 +87,9 @@ def infer(
 ) -> Summary:
     """Run a system over a source.
 
-    Writes into ``out``: ``results.csv``; with ``jsonl`` ``results.jsonl``, one object per picture;
-    with ``overlays`` ``overlays/<name>.png`` per picture, or an annotated video.
+    Writes into ``out``: ``results.csv``, the scalar fields of each result, its header from the
+    first one; with ``jsonl`` ``results.jsonl``, one object per picture, those that failed included;
+    with ``overlays`` ``overlays/<name>.png`` per picture, or one annotated ``<name>.mp4``.
 
     Args:
         batch: pictures per call; a live stream is always served one by one.
@@ -93,34 +98,58 @@ def infer(
 
     Returns:
         Counts and times. Pictures that cannot be read are in ``failures``, not raised.
+
+    Raises:
+        InputError: results would be written over the source.
+        KeyboardInterrupt: passed on, after the results until then are in their files; for a live
+            stream it is the ordinary end and not raised.
     """
     out.mkdir(parents=True, exist_ok=True)
     summary = Summary()
-    total = len(source.paths) if source.kind == "images" else 0
+    total = _num_expected(source, frame_step)
     start = time.perf_counter()
     size = 1 if source.kind == "stream" else batch
-    with ExitStack() as stack:
-        decoder = stack.enter_context(_Decoder(source, frame_step, size))
-        writer = stack.enter_context(_Writer(out, source, jsonl, overlays))
-        for items in decoder.batches():
-            good = [item for item in items if item.image is not None]
-            begin = time.perf_counter()
-            results = system.infer([item.image for item in good if item.image is not None])
-            summary.infer_seconds += time.perf_counter() - begin
-            answers = iter(results)
-            for item in items:
-                if item.error is not None:
-                    summary.failures.append((item.name, item.error))
-                    writer.failed(item)
-                else:
-                    writer.add(system, item, next(answers))
-                    summary.num_done += 1
-            if progress:
-                progress(summary.num_done + summary.num_failed, total)
+    with (
+        _Writer(out, source, frame_step, jsonl=jsonl, overlays=overlays) as writer,
+        _Decoder(source, frame_step, size) as decoder,
+    ):
+        try:
+            for items in decoder.batches():
+                pictures = [item.image for item in items if item.image is not None]
+                begin = time.perf_counter()
+                answers = iter(system.infer(pictures) if pictures else ())
+                summary.infer_seconds += time.perf_counter() - begin
+                for item in items:
+                    error = item.error
+                    if item.image is not None:
+                        error = writer.add(system, item, item.image, next(answers))
+                    if error is None:
+                        summary.num_done += 1
+                    else:
+                        summary.failures.append((item.name, error))
+                        writer.failed(item, error)
+                if progress:
+                    progress(summary.num_done + summary.num_failed, total)
+        except KeyboardInterrupt:
+            if source.kind != "stream":
+                raise
     summary.seconds = time.perf_counter() - start
     summary.wait_seconds = decoder.wait_seconds
+    summary.decode_seconds = decoder.decode_seconds
     summary.num_dropped = decoder.num_dropped
     return summary
+
+
+def _num_expected(source: Source, step: int) -> int:
+    """How many pictures will come, 0 where that is not known."""
+    if source.num_images is not None:
+        return source.num_images
+    if source.kind == "stream":
+        return 0
+    try:
+        return -(-video.info(source.address).num_frames // step)
+    except VideoError:
+        return 0  # the decoder meets the same error and reports it
 
 
 class _Decoder:
@@ -128,6 +157,7 @@ class _Decoder:
 
     def __init__(self, source: Source, step: int, batch: int) -> None:
         self.wait_seconds = 0.0
+        self.decode_seconds = 0.0
         self.num_dropped = 0
         self._source = source
         self._step = step
@@ -135,28 +165,31 @@ class _Decoder:
         self._queue: queue.Queue[_Item | BaseException | None] = queue.Queue(_QUEUE_BATCHES * batch)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, daemon=True)
+        self._live: video.LiveStream | None = None
 
     def __enter__(self) -> _Decoder:
-        self._thread.start()
+        if self._source.kind == "stream":  # has a thread of its own
+            self._live = video.LiveStream(self._source.address, step=self._step)
+        else:
+            self._thread.start()
         return self
 
     def __exit__(self, *_error: object) -> None:
         self._stop.set()
-        while self._thread.is_alive():
-            try:  # a full queue would hold the thread back
-                self._queue.get(timeout=0.05)
-            except queue.Empty:
-                self._thread.join(timeout=0.05)
+        if self._live is not None:
+            self.num_dropped = self._live.num_dropped
+            self._live.close()
+        else:
+            self._thread.join()
 
     def batches(self) -> Iterator[list[_Item]]:
         """Lists of up to ``batch`` items, until the source ends."""
+        source = self._queued() if self._live is None else self._frames(self._live)
         items: list[_Item] = []
         while True:
             begin = time.perf_counter()
-            item = self._queue.get()
+            item = next(source, None)
             self.wait_seconds += time.perf_counter() - begin
-            if isinstance(item, BaseException):
-                raise item
             if item is not None:
                 items.append(item)
             if items and (item is None or len(items) == self._batch):
@@ -165,12 +198,25 @@ class _Decoder:
             if item is None:
                 return
 
+    def _queued(self) -> Iterator[_Item]:
+        while (item := self._queue.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
     def _work(self) -> None:
         last: BaseException | None = None
         try:
-            for item in self._items():
-                if not self._put(item):
-                    return
+            if self._source.kind == "images":
+                source = self._pictures()
+            else:
+                source = self._frames(video.frames(self._source.address, step=self._step))
+            while True:
+                begin = time.perf_counter()
+                item = next(source, None)
+                self.decode_seconds += time.perf_counter() - begin
+                if item is None or not self._put(item):
+                    break
         except BaseException as error:  # handed over: the consumer raises it
             last = error
         self._put(last)
@@ -185,44 +231,49 @@ class _Decoder:
                 continue
         return False
 
-    def _items(self) -> Iterator[_Item]:
-        if self._source.kind == "images":
-            for path in self._source.paths:
-                try:
-                    yield _Item(str(path), images.read(path))
-                except ImageError as error:
-                    yield _Item(str(path), error=str(error))
-            return
-        address = self._source.address
-        live = video.LiveStream(address, step=self._step) if self._source.kind == "stream" else None
+    def _pictures(self) -> Iterator[_Item]:
+        for path in self._source.paths:
+            try:
+                yield _Item(str(path), images.read(path))
+            except ImageError as error:
+                yield _Item(str(path), error=error.message)
+
+    def _frames(self, frames: Iterable[video.Frame]) -> Iterator[_Item]:
+        name = self._source.address
         try:
-            for frame in live or video.frames(address, step=self._step):
-                yield _Item(address, frame.image, index=frame.index, time_s=frame.time_s)
-                if live:
-                    self.num_dropped = live.num_dropped
-        except EngineworksError as error:
+            for frame in frames:
+                yield _Item(name, frame.image, index=frame.index, time_s=frame.time_s)
+        except VideoError as error:
             # what was decoded before stands; the source as a whole counts as failed
-            yield _Item(address, error=str(error))
-        finally:
-            if live:
-                live.close()
+            yield _Item(name, error=error.message)
 
 
 class _Writer:
     """Result files of one run of ``infer``."""
 
-    def __init__(self, out: Path, source: Source, jsonl: bool, overlays: bool) -> None:
+    def __init__(
+        self, out: Path, source: Source, step: int, *, jsonl: bool, overlays: bool
+    ) -> None:
         self._out = out
         self._source = source
+        self._step = step
+        self._jsonl = jsonl
         self._overlays = overlays
-        self._files: list[tuple[IO[str], Path, Path]] = []
-        self._lines = self._open("results.jsonl") if jsonl else None
-        self._table = self._open("results.csv")
-        self._csv: Any = None
+        names = overlay_names(source.paths) if source.kind == "images" else {}
+        self._pictures = {path: out / "overlays" / name for path, name in names.items()}
+        stem = source.paths[0].stem if source.kind == "video" else "stream"
+        self._video_path = out / f"{stem}.mp4"
+        if overlays:
+            _check_apart([*self._pictures.values(), self._video_path], source.paths)
+        self._stack = ExitStack()
+        self._lines: IO[str] | None = None
+        self._csv: csv.DictWriter[str] | None = None
         self._video: video.VideoWriter | None = None
-        self._names = overlay_names(source.paths) if source.kind == "images" else {}
 
     def __enter__(self) -> _Writer:
+        self._table = self._stack.enter_context(_text(self._out / "results.csv"))
+        if self._jsonl:
+            self._lines = self._stack.enter_context(_text(self._out / "results.jsonl"))
         return self
 
     def __exit__(
@@ -231,56 +282,64 @@ class _Writer:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._video is not None:
-            self._video.__exit__(kind, error, trace)
-        for file, temporary, final in self._files:
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
-            temporary.replace(final)
+        self._stack.__exit__(kind, error, trace)
 
-    def add(self, system: System, item: _Item, result: Result) -> None:
-        """Write one result everywhere that it was asked for."""
-        assert item.image is not None
-        height, width = item.image.shape[:2]
+    def add(self, system: System, item: _Item, image: Array, result: Result) -> str | None:
+        """Write one result everywhere that it was asked for.
+
+        Returns:
+            None, or why the result cannot be used; then nothing is written.
+        """
+        height, width = image.shape[:2]
         record = {**_origin(item), "width": width, "height": height, **result.to_json()}
-        self._line(record)
+        try:
+            line = json.dumps(record, allow_nan=False)
+        except ValueError:
+            return "the result holds a number that is not finite"
+        self._line(line)
+        scalars = dict(_scalars(record))
         if self._csv is None:
-            flat = [key for key, value in record.items() if not isinstance(value, (dict, list))]
-            self._csv = csv.DictWriter(self._table, flat, extrasaction="ignore")
+            self._csv = csv.DictWriter(self._table, list(scalars), extrasaction="ignore")
             self._csv.writeheader()
-        self._csv.writerow(record)
+        self._csv.writerow(scalars)
         self._table.flush()
         if self._overlays:
-            self._draw(item, system.draw(item.image, result))
+            self._draw(item, system.draw(image, result))
+        return None
 
-    def failed(self, item: _Item) -> None:
-        """Note that a picture could not be read."""
-        self._line({**_origin(item), "error": item.error})
+    def failed(self, item: _Item, error: str) -> None:
+        """Note that there is no result for a picture."""
+        self._line(json.dumps({**_origin(item), "error": error}))
 
-    def _line(self, record: dict[str, Any]) -> None:
+    def _line(self, line: str) -> None:
         if self._lines is not None:
-            self._lines.write(json.dumps(record, allow_nan=False) + "\n")
+            self._lines.write(line + "\n")
             self._lines.flush()
 
     def _draw(self, item: _Item, picture: Array) -> None:
-        if self._source.kind == "images":
-            images.write(self._out / "overlays" / self._names[Path(item.name)], picture)
+        if item.time_s is None:
+            images.write(self._pictures[Path(item.name)], picture)
             return
         if self._video is None:
-            path = Path(item.name)
             is_file = self._source.kind == "video"
-            rate = video.frame_rate(item.name) if is_file else video.LIVE_RATE
-            name = path.stem if is_file else "stream"
-            self._video = video.VideoWriter(self._out / f"{name}.mp4", rate)
-        assert item.time_s is not None
+            rate = video.info(item.name).rate if is_file else video.LIVE_RATE
+            writer = video.VideoWriter(self._video_path, rate / self._step)
+            self._video = self._stack.enter_context(writer)
         self._video.write(picture, item.time_s)
 
-    def _open(self, name: str) -> IO[str]:
-        temporary = self._out / f".{name}.tmp"
-        file = temporary.open("w", encoding="utf-8", newline="")
-        self._files.append((file, temporary, self._out / name))
-        return file
+
+@contextmanager
+def _text(path: Path) -> Iterator[IO[str]]:
+    """A text file that grows under a temporary name and gets its own at the end, come what may."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    # file names need not be UTF-8: their bytes pass through
+    with temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        try:
+            yield file
+        finally:
+            file.flush()
+            os.fsync(file.fileno())
+            temporary.replace(path)
 
 
 def overlay_names(paths: Sequence[Path]) -> dict[Path, Path]:
@@ -291,16 +350,30 @@ def overlay_names(paths: Sequence[Path]) -> dict[Path, Path]:
     """
     if not paths:
         return {}
-    base = Path(os.path.commonpath([path.absolute().parent for path in paths]))
+    # `..` in a list's entries must not lead out of the folder of overlays
+    places = {path: Path(os.path.abspath(path)) for path in paths}  # noqa: PTH100
+    base = Path(os.path.commonpath([place.parent for place in places.values()]))
     names: dict[Path, Path] = {}
     taken: set[Path] = set()
-    for path in paths:
-        name = path.absolute().relative_to(base).with_suffix(".png")
+    for path, place in places.items():
+        name = place.relative_to(base).with_suffix(".png")
         if name in taken:  # a.jpg beside a.png: keep the suffix in the name
             name = name.with_name(f"{path.name}.png")
+        while name in taken:
+            name = name.with_name(f"{name.name}.png")
         taken.add(name)
         names[path] = name
     return names
+
+
+def _check_apart(targets: Iterable[Path], sources: Sequence[Path]) -> None:
+    """Refuse to write over what is being read."""
+    clashes = {path.resolve() for path in targets} & {path.resolve() for path in sources}
+    if clashes:
+        raise InputError(
+            f"overlays would be written over their source {min(clashes)}",
+            fix="choose another --out",
+        )
 
 
 def _origin(item: _Item) -> dict[str, Any]:
@@ -311,3 +384,12 @@ def _origin(item: _Item) -> dict[str, Any]:
     if item.time_s is not None:
         origin["time_s"] = round(item.time_s, 6)
     return origin
+
+
+def _scalars(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The plain values of a record; nested names are joined by dots, lists left out."""
+    for key, value in record.items():
+        if isinstance(value, Mapping):
+            yield from _scalars(value, f"{prefix}{key}.")
+        elif not isinstance(value, (list, tuple)):
+            yield f"{prefix}{key}", value

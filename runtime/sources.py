@@ -29,14 +29,20 @@ class Source:
     paths: tuple[Path, ...] = ()
     address: str = ""
 
+    @property
+    def num_images(self) -> int | None:
+        """How many pictures it holds; None for a video (its file may say) and for a stream."""
+        return len(self.paths) if self.kind == "images" else None
+
 
 def open_source(text: str) -> Source:
     """Tell what the user means.
 
     Args:
         text: a picture, a folder (read recursively, sorted), a glob, a ``.txt`` list with one path
-            per line (relative to the list), a video file, a webcam's number, or an address such as
-            ``rtsp://...``.
+            per line (relative to the list; order kept, ``#`` starts a comment line), a video file,
+            a webcam's number, or an address such as ``rtsp://...``. A folder that is named like a
+            webcam is meant by ``./0``.
 
     Raises:
         InputError: nothing there, or nothing that can be read as pictures or video.
@@ -44,6 +50,8 @@ def open_source(text: str) -> Source:
     if text.isdecimal() or text.lower().startswith(_SCHEMES):
         return Source("stream", address=text)
     path = Path(text)
+    if not text:
+        raise InputError("the source is empty", fix="give a file, folder, glob, list or address")
     if path.is_dir():
         return _images(sorted(p for p in path.rglob("*") if p.is_file()), text)
     if path.is_file():
@@ -68,15 +76,22 @@ def open_source(text: str) -> Source:
 def _images(files: list[Path], text: str) -> Source:
     pictures = tuple(p for p in files if p.suffix.lower() in SUFFIXES)
     if not pictures:
+        videos = [p for p in files if p.suffix.lower() in VIDEO_SUFFIXES]
         raise InputError(
-            f"no pictures in {text}", fix=f"known suffixes are {', '.join(sorted(SUFFIXES))}"
+            f"no pictures in {text}",
+            fix=f"give one video at a time, e.g. {videos[0]}"
+            if videos
+            else f"known suffixes are {', '.join(sorted(SUFFIXES))}",
         )
     return Source("images", pictures)
 
 
 def _listed(path: Path) -> Source:
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is no text in UTF-8", fix="save the list as UTF-8") from error
     files = tuple(path.parent / line for line in lines if line and not line.startswith("#"))
     if not files:
-        raise InputError(f"{path} lists no pictures")
+        raise InputError(f"{path} lists no pictures", fix="write one path per line")
     return Source("images", files)
