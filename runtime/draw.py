@@ -13,10 +13,12 @@ MARK = (255, 40, 40)
 _BAR = (24, 24, 24)
 _TEXT = (240, 240, 240)
 _GAP = 4
+# sides in pixels between which a picture of a panel is legible, and a video of panels playable
+_MIN_HEIGHT, _MAX_SIDE = 192, 1280
 
 
 def heatmap(map_HW: Array, low: float, high: float) -> Array:
-    """Colours of a map: ``low`` and below dark blue, ``high`` and above dark red."""
+    """Colours of a map: ``low`` and below dark violet, ``high`` and above dark red."""
     scaled = np.clip((map_HW - low) / max(high - low, 1e-12), 0, 1)
     coloured = cv2.applyColorMap((scaled * 255).astype(np.uint8), cv2.COLORMAP_TURBO)
     return np.asarray(cv2.cvtColor(coloured, cv2.COLOR_BGR2RGB))
@@ -28,44 +30,77 @@ def blend(image: Array, over: Array, alpha: float) -> Array:
 
 
 def contour(image: Array, mask_HW: Array, colour: tuple[int, int, int] = MARK) -> Array:
-    """The image with the outline of a mask; thickness follows the image's size."""
+    """A copy of the image with the outlines of a mask, its holes included.
+
+    The line gets thicker with the image; a thin light rim sets it off from a ground of its colour.
+    """
     outlines, _ = cv2.findContours(
-        mask_HW.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE
+        np.ascontiguousarray(mask_HW != 0, np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE
     )
-    drawn = np.ascontiguousarray(image.copy())
-    cv2.drawContours(drawn, outlines, -1, colour, max(1, round(min(image.shape[:2]) / 160)))
+    drawn = np.array(image, order="C")
+    thickness = max(1, round(min(image.shape[:2]) / 160))
+    if thickness > 1:
+        cv2.drawContours(drawn, outlines, -1, _TEXT, thickness + 2)
+    cv2.drawContours(drawn, outlines, -1, colour, thickness)
     return drawn
 
 
 def panel(parts: Sequence[tuple[str, Array]]) -> Array:
-    """Pictures of equal height side by side, each below its title.
+    """Pictures side by side, each below its title.
+
+    All get the height of the first. Small ones are enlarged by a whole factor, so that the titles
+    can be read, and large ones reduced, so that a video of panels can be played.
 
     Args:
-        parts: (title, image); the images share their height.
+        parts: (title, image), at least one.
 
     Returns:
-        (H + bar, sum of widths + gaps, 3) uint8.
+        (bar + H', sum of widths + gaps, 3) uint8; 192 <= H' <= 1280 unless a side ratio is extreme.
     """
-    height = parts[0][1].shape[0]
-    bar_height = int(np.clip(height // 10, 18, 48))
+    height = _panel_height(*parts[0][1].shape[:2])
+    bar_height = int(np.clip(height // 10, 22, 56))
     columns = []
     for i, (title, image) in enumerate(parts):
-        bar = np.full((bar_height, image.shape[1], 3), _BAR, np.uint8)
-        text(bar, title, bar_height)
-        columns.append(np.concatenate([bar, image]))
-        if i + 1 < len(parts):
-            columns.append(np.full((height + bar_height, _GAP, 3), _BAR, np.uint8))
+        picture = _scaled(image, height)
+        bar = np.full((bar_height, picture.shape[1], 3), _BAR, np.uint8)
+        text(bar, title)
+        if i:
+            columns.append(np.full((bar_height + height, _GAP, 3), _BAR, np.uint8))
+        columns.append(np.concatenate([bar, picture]))
     return np.concatenate(columns, axis=1)
 
 
-def text(bar: Array, line: str, height: int) -> None:
-    """Write a line into a bar, shrunk until it fits its width."""
-    scale = height / 40
-    while scale > 0.2 and _width(line, scale) > bar.shape[1] - 6:
-        scale *= 0.9
-    origin = (4, round(height * 0.7))
-    cv2.putText(bar, line, origin, cv2.FONT_HERSHEY_SIMPLEX, scale, _TEXT, 1, cv2.LINE_AA)
+def text(bar: Array, line: str) -> None:
+    """Write a line into a bar (in place), shrunk until it fits its width."""
+    height, width = bar.shape[:2]
+    scale = height / 36
+    while scale > 0.2 and _width(line, scale) > width - 8:
+        scale *= 0.95
+    origin = (4, round(height * 0.5 + scale * 11))  # a capital is 22 pixels high at scale 1
+    cv2.putText(
+        bar, line, origin, cv2.FONT_HERSHEY_SIMPLEX, scale, _TEXT, _weight(scale), cv2.LINE_AA
+    )
+
+
+def _panel_height(height: int, width: int) -> int:
+    if max(height, width) > _MAX_SIDE:
+        return max(1, round(height * _MAX_SIDE / max(height, width)))
+    return height * max(1, min(-(-_MIN_HEIGHT // height), _MAX_SIDE // max(height, width)))
+
+
+def _scaled(image: Array, height: int) -> Array:
+    if image.shape[0] == height:
+        return image
+    width = max(1, round(image.shape[1] * height / image.shape[0]))
+    # enlarged pixels stay visible as such, reduced ones are averaged
+    method = cv2.INTER_NEAREST if height > image.shape[0] else cv2.INTER_AREA
+    return np.asarray(cv2.resize(image, (width, height), interpolation=method))
+
+
+def _weight(scale: float) -> int:
+    return max(1, round(scale * 1.4))
 
 
 def _width(line: str, scale: float) -> int:
-    return int(cv2.getTextSize(line, cv2.FONT_HERSHEY_SIMPLEX, scale, 1)[0][0])
+    font = cv2.FONT_HERSHEY_SIMPLEX
+    return int(cv2.getTextSize(line, font, scale, _weight(scale))[0][0])
