@@ -10,10 +10,13 @@ For a query x and a row m, both relative to the bank's mean, the similarity
 
     s = x·m - |m|²/2        (|x - m|² = |x|² - 2 s)
 
-is computed from x̂ = round(x / a / q) q and m̂ = round(m a / w) w, where the equaliser a (one factor
-per dimension) moves large values from the queries to the rows (Xiao et al., "SmoothQuant", 2023).
-Rounding errors are uniform in half a step, so the error of a product of D terms has the standard
-deviation sqrt(q² |m a|² + w² |x / a|²) / sqrt(12), and ``_SIGMAS`` of it bound the row.
+is computed from x̂ = (round(x / a / q + u) - u) q and m̂ = floor(m a / w + v) w, where the equaliser
+a (one factor per dimension) moves large values from the queries to the rows (Xiao et al.,
+"SmoothQuant", 2023). The random u in [-1/2, 1/2) and v in [0, 1), fixed once, keep the rounding
+errors of different dimensions independent even where their values are alike (Schuchman, "Dither
+signals and their effect on quantization noise", 1964): that of x̂ is uniform in half a step, that of
+m̂ twice as large in variance. So the error of a product of D terms has the standard deviation
+sqrt(q² |m a|² + 2 w² |x / a|²) / sqrt(12), and ``_SIGMAS`` of it bound the row.
 """
 
 from __future__ import annotations
@@ -71,11 +74,16 @@ class FastSearch:
         rows = centred * equaliser
         query_step = np.float32((largest_D / equaliser).max() / 127)
         row_steps = np.maximum(np.abs(rows).max(axis=1) / 127, 1e-12).astype(np.float32)
+        rng = np.random.default_rng(0)
+        dither = query_step * rng.uniform(-0.5, 0.5, bank.width).astype(np.float32)
+        whole = np.floor(rows / row_steps[:, None] + rng.random(rows.shape, np.float32))
+        whole = np.minimum(whole, 127)
 
-        # a query up to this length has its error inside the bounds; a longer one adds to them
-        self._length = float(np.sqrt(np.square(centred / equaliser).sum(axis=1).max()))
-        self._excess = _SIGMAS * float(row_steps.max()) / np.sqrt(12)
-        row_part = np.square(row_steps * self._length)
+        # a query up to this length has its error inside the bounds; a longer one adds to them, so
+        # the few longest rows need not widen the bounds of all queries
+        self._length = float(np.quantile(np.linalg.norm(centred / equaliser, axis=1), 0.98))
+        self._excess = _SIGMAS * float(row_steps.max()) / np.sqrt(6)
+        row_part = 2 * np.square(row_steps * self._length)
         query_part = np.square(query_step) * np.square(rows).sum(axis=1)
         margin = _SIGMAS * np.sqrt((row_part + query_part) / 12)
         self._reach = 127.5 * float(query_step)  # a larger value saturates: no bound holds
@@ -90,11 +98,11 @@ class FastSearch:
         columns = members.T.ravel()
         filled = columns >= 0
         weights = np.zeros((len(columns), bank.width), np.int8)
-        weights[filled] = np.rint(rows / row_steps[:, None]).astype(np.int8)[columns[filled]]
+        weights[filled] = whole.astype(np.int8)[columns[filled]]
         steps = np.full(len(columns), 1e-12, np.float32)
         steps[filled] = row_steps[columns[filled]]
         bias = np.full(len(columns), _PADDING, np.float32)
-        bias[filled] = (margin - norms_M / 2)[columns[filled]]
+        bias[filled] = (margin - norms_M / 2 - row_steps * (whole @ dither))[columns[filled]]
         # whole blocks of padding are never among the best; one block may be partly padding
         self._members = np.maximum(members, 0)
         short = np.flatnonzero((members[:, 0] >= 0) & (members[:, -1] < 0))
@@ -108,6 +116,7 @@ class FastSearch:
             "steps": steps,
             "bias": bias,
             "query_step": query_step,
+            "dither": dither,
         }
         self._engine = open_engine(
             _bounds_graph(constants, self._blocks + 1, integer=backend == "ort"),
@@ -230,7 +239,7 @@ def _bounds_graph(constants: Mapping[str, Array], num: int, *, integer: bool) ->
         }
         del used["steps"]
         product = [
-            helper.make_node("QuantizeLinear", ["scaled", "query_step", "query_zero"], ["q"]),
+            helper.make_node("QuantizeLinear", ["dithered", "query_step", "query_zero"], ["q"]),
             helper.make_node("MatMulInteger", ["q", "weights", "query_zero", "zero"], ["whole"]),
             helper.make_node("Cast", ["whole"], ["real"], to=TensorProto.FLOAT),
             helper.make_node("Mul", ["real", "scales"], ["product"]),
@@ -238,7 +247,7 @@ def _bounds_graph(constants: Mapping[str, Array], num: int, *, integer: bool) ->
     else:
         used |= {"query_zero": np.int8(0), "zeros": np.zeros(num_columns, np.int8)}
         product = [
-            helper.make_node("QuantizeLinear", ["scaled", "query_step", "query_zero"], ["q"]),
+            helper.make_node("QuantizeLinear", ["dithered", "query_step", "query_zero"], ["q"]),
             helper.make_node("DequantizeLinear", ["q", "query_step", "query_zero"], ["dq"]),
             helper.make_node("DequantizeLinear", ["weights", "steps", "zeros"], ["rows"], axis=1),
             helper.make_node("MatMul", ["dq", "rows"], ["product"]),
@@ -248,7 +257,8 @@ def _bounds_graph(constants: Mapping[str, Array], num: int, *, integer: bool) ->
         helper.make_node("Mul", ["centred", "inverse"], ["scaled"]),
         helper.make_node("ReduceL2", ["centred", "axis"], ["norms"], keepdims=0),
         helper.make_node("ReduceL2", ["scaled", "axis"], ["lengths"], keepdims=0),
-        helper.make_node("Abs", ["scaled"], ["magnitudes"]),
+        helper.make_node("Add", ["scaled", "dither"], ["dithered"]),
+        helper.make_node("Abs", ["dithered"], ["magnitudes"]),
         helper.make_node("ReduceMax", ["magnitudes", "axis"], ["largest"], keepdims=0),
         *product,
         helper.make_node("Add", ["product", "bias"], ["upper"]),
