@@ -19,11 +19,16 @@ from runtime.tensors import Array
 SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 
 _JPEG_START, _PNG_START = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
+# how the lines of libjpeg, libpng and libtiff begin
+_REMARK = re.compile(
+    rb"^(Corrupt JPEG|Premature end of JPEG|Invalid SOS|Inconsistent progression|Unrecognized compo"
+    rb"|Unknown Adobe|Warning: unknown JFIF|libpng |TIFF)"
+)
 # What libjpeg prints when it fills missing pixels with grey; other remarks of it, such as bytes too
 # many before a marker, come with whole pictures as well.
 _DAMAGE = re.compile(rb"premature end|bad Huffman code|instead of RST", re.IGNORECASE)
 _MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # no stuffed zero, no restart, no fill byte
-_STANDALONE = (0x01, *range(0xD0, 0xD9))  # markers without a length
+_STANDALONE = (0x01, 0xD8)  # markers without a length
 _END = 0xD9
 
 _stderr_lock = threading.Lock()
@@ -132,10 +137,10 @@ def _decode_quietly(data: bytes, flags: int) -> tuple[Array | None, bytes]:
             os.close(stderr)
         printed.seek(0)
         lines = printed.readlines()
-    ours = [line for line in lines if re.search(rb"jpeg|jfif|libpng|TIFF", line, re.IGNORECASE)]
-    if others := b"".join(line for line in lines if line not in ours):
+    remarks = [line for line in lines if _REMARK.match(line)]
+    if others := b"".join(line for line in lines if line not in remarks):
         os.write(2, others)
-    return pixels, b"".join(ours)
+    return pixels, b"".join(remarks)
 
 
 def _check_8_bit(path: Path, pixels: Array) -> None:
