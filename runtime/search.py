@@ -183,6 +183,7 @@ def _similar_rows_together(rows_MD: Array, block: int) -> Array:
         (M,) int64 permutation.
     """
     start = np.random.default_rng(0).standard_normal(rows_MD.shape[1]).astype(np.float32)
+    rows_MD = rows_MD / max(float(np.abs(rows_MD).max()), 1e-30)  # squares would overflow
     leaves: list[Array] = []
     pending = [np.arange(len(rows_MD))]
     while pending:
