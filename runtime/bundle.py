@@ -31,7 +31,10 @@ _CHUNK_BYTES = 1 << 20
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    # by default a NaN in a report would silently become null
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, ser_json_inf_nan="constants"
+    )
 
 
 class FileEntry(_Part):
@@ -86,11 +89,19 @@ class Manifest(_Part):
     digest: str = ""
 
     def canonical_json(self) -> bytes:
-        """The manifest without its digest, in the one spelling that the digest is taken of."""
+        """The manifest without its digest, in the one spelling that the digest is taken of.
+
+        Raises:
+            BundleError: a number that is not finite, which JSON cannot hold.
+        """
         content = self.model_dump(mode="json", exclude={"digest"})
-        return json.dumps(
-            content, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
-        ).encode()
+        try:
+            text = json.dumps(
+                content, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
+            )
+        except ValueError as error:
+            raise BundleError("the manifest holds a number that is not finite") from error
+        return text.encode()
 
     def sealed(self) -> Manifest:
         """The same manifest with its digest filled in."""
@@ -138,9 +149,9 @@ def sha256_file(path: Path) -> str:
 
 
 def _check_name(root: Path, name: str) -> None:
-    parts = PurePosixPath(name).parts
-    safe = bool(parts) and all(re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*", p) for p in parts)
-    if not safe or name == MANIFEST_NAME:
+    parts = name.split("/")
+    safe = all(re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*", part) for part in parts)
+    if not safe or parts[0] == MANIFEST_NAME:
         raise BundleError(
             f"bundle {root} lists the file name {name!r}, which is not a plain relative path",
             fix="do not use this bundle: it was not written by engineworks",
@@ -160,9 +171,10 @@ def load_manifest(root: Path) -> Manifest:
             f"{root} is no bundle: it has no {MANIFEST_NAME}",
             fix="give the folder that `cli.py export ... --out` wrote",
         )
+    _check_plain(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    except ValueError as error:  # no UTF-8, no JSON, or NaN and Infinity, which are not JSON
         raise BundleError(
             f"{path} is not valid JSON ({error})", fix="export or copy the bundle again"
         ) from error
@@ -198,6 +210,18 @@ def load_manifest(root: Path) -> Manifest:
     return manifest
 
 
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _check_plain(path: Path) -> None:
+    if path.is_symlink() or not path.is_file():
+        raise BundleError(
+            f"{path} is a link or no plain file; a bundle holds plain files only",
+            fix="copy the bundle again, following links",
+        )
+
+
 def verify(root: Path, manifest: Manifest) -> None:
     """Check that the folder holds exactly the files of the manifest, with their hashes.
 
@@ -218,8 +242,7 @@ def verify(root: Path, manifest: Manifest) -> None:
         )
     for name, entry in manifest.files.items():
         path = root / PurePosixPath(name)
-        if path.is_symlink():
-            raise BundleError(f"{path} is a link; a bundle holds plain files only")
+        _check_plain(path)
         size = path.stat().st_size
         if size != entry.size_bytes:
             raise BundleError(
@@ -256,12 +279,14 @@ def write(
         replace: put it in the place of a bundle that is already there; never of another folder.
 
     Raises:
-        BundleError: ``out`` exists and may not be replaced, or a name is not a plain path.
+        BundleError: ``out`` exists and may not be replaced, a name is not a plain path, or the
+            manifest refers to a file that is not given.
     """
-    if out.exists() and not (replace and (out / MANIFEST_NAME).is_file()):
+    if out.exists() and not (out / MANIFEST_NAME).is_file():
+        raise BundleError(f"{out} already exists and is no bundle", fix="choose another --out")
+    if out.exists() and not replace:
         raise BundleError(
-            f"{out} already exists",
-            fix="choose another --out, or pass --exist-ok to replace a bundle",
+            f"{out} already exists", fix="choose another --out, or pass --exist-ok to replace it"
         )
     for name in files:
         _check_name(out, name)
@@ -278,25 +303,36 @@ def write(
             entries[name] = FileEntry(sha256=sha256_file(target), size_bytes=target.stat().st_size)
         sealed = manifest.model_copy(update={"files": entries}).sealed()
         write_atomic(staging / MANIFEST_NAME, _manifest_text(sealed))
-        if out.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-            out.rename(old / out.name)
-            staging.rename(out)
-            shutil.rmtree(old)
-        else:
-            staging.rename(out)
-        _sync(out.parent)
+        written = load_manifest(staging)
+        _put_in_place(staging, out)
     finally:
         if staging.exists():
             shutil.rmtree(staging)
-    return Bundle(root=out, manifest=load_manifest(out))
+    return Bundle(root=out, manifest=written)
+
+
+def _put_in_place(staging: Path, out: Path) -> None:
+    if not out.exists():
+        staging.rename(out)
+        _sync(out.parent)
+        return
+    retired = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent)) / out.name
+    out.rename(retired)
+    try:
+        staging.rename(out)
+    except OSError:
+        retired.rename(out)
+        retired.parent.rmdir()
+        raise
+    _sync(out.parent)
+    shutil.rmtree(retired.parent)
 
 
 def set_threshold(bundle: Bundle, name: str, value: float) -> Bundle:
     """Move a decision border without exporting again; only ``manifest.json`` changes.
 
     Raises:
-        BundleError: the bundle has no threshold of that name.
+        BundleError: the bundle has no threshold of that name, or the value is not finite.
     """
     thresholds = bundle.manifest.thresholds
     if name not in thresholds:

@@ -9,6 +9,8 @@ from typing import Literal
 from runtime.errors import DatasetError
 from runtime.images import SUFFIXES
 
+NORMAL = "good"
+
 
 @dataclass(frozen=True)
 class MvtecSample:
@@ -28,60 +30,57 @@ class MvtecSample:
 
 
 def mvtec(root: Path, split: Literal["train", "test"]) -> list[MvtecSample]:
-    """Samples of an anomaly detection set, sorted by path.
+    """Samples of an anomaly detection set, sorted by path; training samples are normal.
 
-    Two layouts are known:
+    The layout is known by its folder of normal pictures:
 
-    * MVTec AD: ``train/good``, ``test/good``, ``test/<defect>`` and
+    * ``train/good``, MVTec AD: tested on ``test/good`` and ``test/<defect>``, with masks in
       ``ground_truth/<defect>/<name>_mask.png``.
-    * unsplit: ``images/good``, ``images/<defect>`` and the same ground truth. Of the sorted good
-      pictures the 1st, 3rd, 5th, ... are for training; all others are for testing.
+    * ``images/good``, not split: ``images/<defect>`` and the same masks. Of the normal pictures,
+      sorted by name, the 1st, 3rd, 5th, ... are for training; all others are for testing.
 
     Raises:
-        DatasetError: neither layout, or no normal pictures to train on.
+        DatasetError: neither layout, or no pictures for that split; the missing folder is named.
     """
-    if (root / "train" / "good").is_dir():
-        folder = root / split
+    if (root / "train" / NORMAL).is_dir():
         if split == "train":
-            return _normal(_pictures(folder / "good"), folder / "good")
-        if not folder.is_dir():
-            raise DatasetError(f"{root} has no folder test")
-        return _folders(folder, root / "ground_truth")
-    if (root / "images" / "good").is_dir():
-        everything = _folders(root / "images", root / "ground_truth")
-        good = [sample for sample in everything if not sample.label]
-        train = good[::2]
+            return _checked(_folder(root / "train" / NORMAL, root), root / "train" / NORMAL)
+        return _checked(_folders(root / "test", root), root / "test")
+    if (root / "images" / NORMAL).is_dir():
+        training = _folder(root / "images" / NORMAL, root)[::2]
         if split == "train":
-            return _normal([sample.path for sample in train], root / "images" / "good")
-        return [sample for sample in everything if sample not in train]
+            return _checked(training, root / "images" / NORMAL)
+        seen = {sample.path for sample in training}
+        found = [s for s in _folders(root / "images", root) if s.path not in seen]
+        return _checked(found, root / "images")
     raise DatasetError(
-        f"{root} has neither train/good nor images/good",
-        fix="put normal pictures into train/good, defective ones into test/<defect>",
+        f"{root} has neither train/{NORMAL} nor images/{NORMAL}",
+        fix=f"put normal pictures into train/{NORMAL}, and for testing normal ones into "
+        f"test/{NORMAL} and defective ones into test/<defect>",
     )
 
 
-def _normal(paths: list[Path], folder: Path) -> list[MvtecSample]:
-    if not paths:
-        raise DatasetError(f"{folder} has no pictures", fix="put normal pictures there")
-    return [MvtecSample(path, 0, "good", None) for path in paths]
-
-
-def _folders(root: Path, truth: Path) -> list[MvtecSample]:
-    samples = []
-    for folder in sorted(p for p in root.iterdir() if p.is_dir()):
-        for path in _pictures(folder):
-            mask = truth / folder.name / f"{path.stem}_mask.png"
-            defective = folder.name != "good"
-            samples.append(
-                MvtecSample(
-                    path,
-                    int(defective),
-                    folder.name,
-                    mask if defective and mask.is_file() else None,
-                )
-            )
+def _checked(samples: list[MvtecSample], folder: Path) -> list[MvtecSample]:
+    if not samples:
+        raise DatasetError(
+            f"{folder} {'has no pictures' if folder.is_dir() else 'does not exist'}",
+            fix=f"put pictures there; known suffixes are {', '.join(sorted(SUFFIXES))}",
+        )
     return samples
 
 
-def _pictures(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
+def _folders(parent: Path, root: Path) -> list[MvtecSample]:
+    folders = sorted(p for p in parent.iterdir() if p.is_dir()) if parent.is_dir() else []
+    return [sample for folder in folders for sample in _folder(folder, root)]
+
+
+def _folder(folder: Path, root: Path) -> list[MvtecSample]:
+    """All pictures of one folder, which is named after their defect."""
+    defect = folder.name
+    label = int(defect != NORMAL)
+    samples = []
+    for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES):
+        mask = root / "ground_truth" / defect / f"{path.stem}_mask.png"
+        known = label and mask.is_file()
+        samples.append(MvtecSample(path, label, defect, mask if known else None))
+    return samples

@@ -7,16 +7,16 @@ Training's evaluation, calibration, the INT8 gate and inference all call ``apply
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal, Self
 
 import cv2
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
 from runtime.errors import InputError
 from runtime.tensors import Array
 
-_INTERPOLATION = {"bilinear": cv2.INTER_LINEAR, "area": cv2.INTER_AREA, "cubic": cv2.INTER_CUBIC}
+_INTERPOLATION = {"bilinear": cv2.INTER_LINEAR, "cubic": cv2.INTER_CUBIC}
 
 
 class PreprocessSpec(BaseModel):
@@ -26,20 +26,27 @@ class PreprocessSpec(BaseModel):
         size: (height, width) of the network input in pixels.
         resize: ``squash`` (both sides, aspect ratio lost), ``crop`` (shorter side, then centre
             crop) or ``letterbox`` (longer side, then padding with ``pad_value``).
-        interpolation: ``bilinear``, ``area`` (averages when shrinking, so no aliasing; bilinear
-            when growing) or ``cubic``.
+        interpolation: ``bilinear``, ``area`` (averages along an axis that shrinks, so no aliasing;
+            bilinear along one that grows) or ``cubic``.
         mean, std: per channel, of pixels scaled to [0, 1]; output = (pixel / 255 - mean) / std.
+            Their length is the number of channels.
         pad_value: grey level in [0, 255] around a letterboxed image.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    size: tuple[int, int]
+    size: tuple[PositiveInt, PositiveInt]
     resize: Literal["squash", "crop", "letterbox"] = "squash"
     interpolation: Literal["bilinear", "area", "cubic"] = "area"
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    mean: Annotated[tuple[float, ...], Field(min_length=1)] = (0.485, 0.456, 0.406)
+    std: tuple[PositiveFloat, ...] = (0.229, 0.224, 0.225)
     pad_value: int = Field(default=114, ge=0, le=255)
+
+    @model_validator(mode="after")
+    def _one_std_per_mean(self) -> Self:
+        if len(self.mean) != len(self.std):
+            raise ValueError(f"{len(self.mean)} means and {len(self.std)} standard deviations")
+        return self
 
 
 def check_image(image: Array, channels: int = 3) -> None:
@@ -98,9 +105,14 @@ def place(spec: PreprocessSpec, image: Array, *, nearest: bool = False) -> Array
     height, width = image.shape[:2]
     affine = placement(spec, height, width)
     new_width, new_height = round(affine[0, 0] * width), round(affine[1, 1] * height)
-    interpolation = cv2.INTER_NEAREST_EXACT if nearest else _INTERPOLATION[spec.interpolation]
-    if (height, width) != (new_height, new_width):
-        image = cv2.resize(image, (new_width, new_height), interpolation=interpolation)
+    if nearest:
+        image = _resize(image, new_height, new_width, cv2.INTER_NEAREST_EXACT)
+    elif spec.interpolation == "area":
+        # cv2's "area" repeats pixels where it grows: that part is left to bilinear
+        image = _resize(image, min(height, new_height), min(width, new_width), cv2.INTER_AREA)
+        image = _resize(image, new_height, new_width, cv2.INTER_LINEAR)
+    else:
+        image = _resize(image, new_height, new_width, _INTERPOLATION[spec.interpolation])
     if spec.resize == "squash":
         return image
     top, left = int(affine[1, 2]), int(affine[0, 2])
@@ -111,6 +123,13 @@ def place(spec: PreprocessSpec, image: Array, *, nearest: bool = False) -> Array
     canvas = np.full(canvas_shape, 0 if nearest else spec.pad_value, image.dtype)
     canvas[top : top + new_height, left : left + new_width] = image
     return canvas
+
+
+def _resize(image: Array, height: int, width: int, interpolation: int) -> Array:
+    if image.shape[:2] == (height, width):
+        return image
+    resized = cv2.resize(image, (width, height), interpolation=interpolation)
+    return np.asarray(resized).reshape(height, width, *image.shape[2:])  # cv2 drops an axis of 1
 
 
 def apply(spec: PreprocessSpec, images: Sequence[Array]) -> Array:

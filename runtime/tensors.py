@@ -48,11 +48,16 @@ class TensorSpec(BaseModel):
         """Refuse an array that the graph cannot take.
 
         Raises:
-            InputError: another dtype, rank or fixed axis; both shapes are named.
+            InputError: no array, or another dtype, rank or fixed axis; both shapes are named.
         """
         if isinstance(array, np.ndarray):
             shape: tuple[int, ...] = array.shape
             dtype = array.dtype
+        elif not isinstance(array, DeviceArray):
+            raise InputError(
+                f"input '{name}' is a {type(array).__name__}, not an array",
+                fix="feed a NumPy array, or an array in CUDA memory",
+            )
         else:
             interface = array.__cuda_array_interface__
             shape, dtype = tuple(interface["shape"]), np.dtype(interface["typestr"])
