@@ -28,12 +28,10 @@ _FRAMES_STILL, _FRAMES_MOVING, _FPS = 10, 6, 12
 
 @dataclass(frozen=True)
 class _Part:
-    """One flange before light and camera. Polar fields are about its centre, in radii."""
+    """One flange before light and camera; lengths in pixels of the large drawing."""
 
     colour_HWC: Array
     solid_HW: Array
-    rho_HW: Array
-    theta_HW: Array
     centre: tuple[float, float]
     radius: float
     hole_angles: Array
@@ -156,7 +154,7 @@ def _flange(rng: Generator, side: int) -> _Part:
         tone = tone + 34 * np.exp(-(((distance - 0.125) / 0.014) ** 2))
         solid = solid * _inside(distance - 0.105, edge)
     colour = tone[..., None] * np.array([1.0, 0.985, 0.955], np.float32)
-    return _Part(colour, solid, rho, theta, centre, radius, hole_angles)
+    return _Part(colour, solid, centre, radius, hole_angles)
 
 
 def _inside(distance: Array, edge: float) -> Array:
@@ -210,11 +208,11 @@ def _scratch(rng: Generator, canvas: Array, belt: Array, part: _Part) -> tuple[A
         heading += bend / 6 + rng.normal(0, 0.06)
         x, y = x + step * np.cos(heading), y + step * np.sin(heading)
     line = np.zeros(part.solid_HW.shape, np.uint8)
-    width = int(rng.integers(3, 5)) * _SCALE // 2
+    width = int(rng.integers(4, 6)) * _SCALE // 2
     cv2.polylines(line, [np.array(points, np.int32)], isClosed=False, color=255, thickness=width)
     alpha = cv2.GaussianBlur(line.astype(np.float32) / 255, (0, 0), 0.5 * _SCALE)
     alpha *= part.solid_HW
-    depth = rng.choice([-75.0, 70.0])
+    depth = rng.choice([-85.0, 75.0])
     wide = cv2.dilate(line, np.ones((2 * _SCALE + 1, 2 * _SCALE + 1), np.uint8))
     return canvas + depth * alpha[..., None], (wide > 0) & (part.solid_HW > 0.5)
 
@@ -258,20 +256,17 @@ def _chip(rng: Generator, canvas: Array, belt: Array, part: _Part) -> tuple[Arra
 
 
 def _blocked(rng: Generator, canvas: Array, belt: Array, part: _Part) -> tuple[Array, Array]:
-    """One of the holes was not drilled."""
+    """One of the holes is filled with dull slag."""
     angle = rng.choice(part.hole_angles)
     x = part.centre[0] + 0.72 * part.radius * np.cos(angle)
     y = part.centre[1] + 0.72 * part.radius * np.sin(angle)
     height, width = part.solid_HW.shape
     grid_y, grid_x = np.mgrid[:height, :width].astype(np.float32)
-    inside = np.hypot(grid_x - x, grid_y - y) < 0.15 * part.radius
-    # the metal of the same ring, one hole pitch / 2 further on, where nothing was drilled
-    centre = (float(part.centre[0]), float(part.centre[1]))
-    turn = cv2.getRotationMatrix2D(centre, 180 / _NUM_HOLES, 1.0)
-    metal = cv2.warpAffine(canvas.astype(np.float32), turn, (width, height))
-    alpha = cv2.GaussianBlur(inside.astype(np.float32), (0, 0), 0.7 * _SCALE)[..., None]
-    hole = np.hypot(grid_x - x, grid_y - y) < 0.135 * part.radius
-    return canvas * (1 - alpha) + metal * alpha, hole
+    distance = np.hypot(grid_x - x, grid_y - y) / part.radius
+    alpha = _inside(0.105 - distance, 2.0 * _SCALE / part.radius)[..., None]
+    slag = rng.uniform(95, 125) + 9 * _noise(rng, height, width, 3.0 * _SCALE)
+    slag_HWC = slag[..., None] * np.array([1.0, 0.97, 0.92], np.float32)
+    return canvas * (1 - alpha) + slag_HWC * alpha, distance < 0.105
 
 
 DEFECTS: dict[str, Callable[[Generator, Array, Array, _Part], tuple[Array, Array]]] = {
