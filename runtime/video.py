@@ -282,11 +282,8 @@ class VideoWriter:
 
 def _open(address: str, *, live: bool = False) -> Any:
     camera = live and address.isdecimal()
-    options = {}
-    if live:
-        options["fflags"] = "nobuffer"
-    if address.startswith("rtsp"):
-        options["rtsp_transport"] = "tcp"  # UDP loses packets, and with them pictures
+    # UDP loses packets, and with them pictures
+    options = {"rtsp_transport": "tcp"} if address.startswith("rtsp") else {}
     try:
         return av.open(
             f"/dev/video{address}" if camera else address,

@@ -1,0 +1,448 @@
+from __future__ import annotations
+
+import itertools
+import socket
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing, suppress
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from runtime import video
+from runtime.errors import VideoError
+from runtime.tensors import Array
+
+TICK = Fraction(1, 60000)
+# a tick of 1/60000 s rounds by at most half of itself; MPEG-TS ticks are finer still
+TIME_TOLERANCE_S = 0.51 / 60000
+UNEVEN = [0.0, 0.04, 0.09, 0.2, 0.21, 0.5, 0.533, 1.2, 1.21, 2.0]
+
+
+def picture(i: int, height: int = 48, width: int = 64) -> Array:
+    """Grey whose level tells the frame, with a red square at the top left."""
+    image = np.full((height, width, 3), 20 + 20 * (i % 10), np.uint8)
+    image[: height // 3, : width // 3] = (255, 0, 0)
+    return image
+
+
+def number(image: Array) -> int:
+    """The ``i`` of ``picture``, read back from the lower right."""
+    return round((float(image[-8:, -8:].mean()) - 20) / 20)
+
+
+def encode(
+    path: Path,
+    times: Sequence[float] = UNEVEN,
+    *,
+    size: tuple[int, int] = (48, 64),
+    codec: str = "libx264",
+    **options: str,
+) -> Path:
+    """A video written with PyAV alone, one frame at each time."""
+    with av.open(str(path), "w", options=options) as container:
+        stream = container.add_stream(codec, rate=25, options={"g": "5"})
+        stream.height, stream.width = size
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.time_base = TICK
+        for i, time_s in enumerate(times):
+            frame = av.VideoFrame.from_ndarray(picture(i, *size), "rgb24")
+            frame.time_base, frame.pts = TICK, round(time_s / TICK)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def read_until_error(path: Path) -> tuple[list[video.Frame], VideoError]:
+    got: list[video.Frame] = []
+    with pytest.raises(VideoError, match=path.name) as caught:
+        for frame in video.frames(path):
+            got.append(frame)  # noqa: PERF402
+    return got, caught.value
+
+
+class TestFrames:
+    @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.ts"])
+    def test_come_in_order_at_their_own_uneven_times(self, tmp_path: Path, name: str) -> None:
+        got = list(video.frames(encode(tmp_path / name)))
+
+        assert [frame.index for frame in got] == list(range(len(UNEVEN)))
+        assert [number(frame.image) for frame in got] == list(range(len(UNEVEN)))
+        # Matroska counts in milliseconds
+        tolerance = 0.00051 if name == "a.mkv" else TIME_TOLERANCE_S
+        assert [frame.time_s for frame in got] == pytest.approx(UNEVEN, abs=tolerance)
+
+    def test_are_rgb_of_the_size_of_the_video(self, tmp_path: Path) -> None:
+        frame = next(video.frames(encode(tmp_path / "a.mp4")))
+
+        assert frame.image.shape == (48, 64, 3)
+        assert frame.image.dtype == np.uint8
+        # 12: BT.601 in 8 bits and lossy; red against blue would differ by 255
+        assert np.abs(frame.image[4, 4].astype(int) - (255, 0, 0)).max() < 12
+
+    @pytest.mark.parametrize("step", [2, 3, 100])
+    def test_can_be_thinned_and_keep_index_and_time(self, tmp_path: Path, step: int) -> None:
+        path = encode(tmp_path / "a.mp4")
+        all_frames = list(video.frames(path))
+
+        thinned = list(video.frames(path, step=step))
+
+        want = all_frames[::step]
+        assert [(f.index, f.time_s) for f in thinned] == [(f.index, f.time_s) for f in want]
+
+    def test_count_time_from_the_first_frame(self, tmp_path: Path) -> None:
+        late = encode(tmp_path / "a.mkv", [3600.0 + t for t in UNEVEN])
+
+        got = [frame.time_s for frame in video.frames(late)]
+
+        assert got == pytest.approx(UNEVEN, abs=0.00051)  # milliseconds
+
+    @pytest.mark.parametrize(
+        ("matrix", "turned"),
+        [
+            # x' = a x + c y, y' = b x + d y, y downwards (ISO 14496-12): a quarter turn clockwise
+            ((0, 1, -1, 0), lambda a: np.rot90(a, -1)),
+            ((-1, 0, 0, -1), lambda a: np.rot90(a, 2)),
+            ((0, -1, 1, 0), lambda a: np.rot90(a, 1)),
+        ],
+    )
+    def test_are_upright_as_a_phone_meant_them(
+        self, tmp_path: Path, matrix: tuple[int, ...], turned
+    ) -> None:
+        path = encode(tmp_path / "a.mp4")
+        plain = next(video.frames(path)).image
+        data = bytearray(path.read_bytes())
+        at = data.index(b"tkhd") + 4 + 40  # version 0: the matrix follows 40 bytes of header
+        assert data[at : at + 4] == (1 << 16).to_bytes(4, "big")
+        for place, value in zip((0, 4, 12, 16), matrix, strict=True):
+            data[at + place : at + place + 4] = (value << 16).to_bytes(4, "big", signed=True)
+        path.write_bytes(data)
+
+        assert np.array_equal(next(video.frames(path)).image, turned(plain))
+
+
+class TestADamagedVideo:
+    def test_gives_what_can_be_decoded_and_then_says_where_it_ends(self, tmp_path: Path) -> None:
+        times = [i / 25 for i in range(60)]
+        whole = encode(tmp_path / "whole.mp4", times, movflags="faststart").read_bytes()
+        (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) * 2 // 3])
+
+        got, error = read_until_error(tmp_path / "cut.mp4")
+
+        assert 10 < len(got) < 60
+        assert [number(frame.image) for frame in got] == [i % 10 for i in range(len(got))]
+        assert "of 60 frames" in error.message
+        assert error.fix is not None
+
+    def test_is_found_by_its_stated_length_where_frames_are_not_counted(
+        self, tmp_path: Path
+    ) -> None:
+        whole = encode(tmp_path / "whole.mkv", [i / 5 for i in range(60)]).read_bytes()
+        (tmp_path / "cut.mkv").write_bytes(whole[: len(whole) // 2])
+
+        got, error = read_until_error(tmp_path / "cut.mkv")
+
+        assert 10 < len(got) < 60
+        assert "of 11.84 s" in error.message  # the last frame starts at 11.8 and lasts 1/25 s
+
+    def test_loses_only_the_damaged_places(self, tmp_path: Path) -> None:
+        times = [i / 25 for i in range(60)]
+        data = bytearray(encode(tmp_path / "a.mp4", times).read_bytes())
+        middle = data.index(b"mdat") + (data.index(b"moov") - data.index(b"mdat")) // 2
+        data[middle : middle + 200] = b"\xff" * 200
+        (tmp_path / "hurt.mp4").write_bytes(data)
+
+        got, error = read_until_error(tmp_path / "hurt.mp4")
+
+        assert 30 < len(got) < 60
+        assert got[-1].time_s == pytest.approx(times[-1], abs=TIME_TOLERANCE_S)
+        assert "damaged" in error.message
+
+    @pytest.mark.parametrize(
+        "content", [b"", b"no video", b"\x00\x00\x00\x18ftypisom" + bytes(200), b"RIFF" + bytes(99)]
+    )
+    def test_that_is_none_is_refused_by_name(
+        self, tmp_path: Path, content: bytes, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        (tmp_path / "a.mp4").write_bytes(content)
+
+        got, error = read_until_error(tmp_path / "a.mp4")
+
+        assert got == []
+        assert error.fix is not None
+        assert capfd.readouterr().err == ""
+
+    def test_without_its_index_at_the_end_is_refused(self, tmp_path: Path) -> None:
+        data = encode(tmp_path / "a.mp4").read_bytes()
+        (tmp_path / "cut.mp4").write_bytes(data[: len(data) // 2])
+
+        assert read_until_error(tmp_path / "cut.mp4")[0] == []
+
+    def test_that_is_missing_is_refused(self, tmp_path: Path) -> None:
+        assert "cannot open" in read_until_error(tmp_path / "none.mp4")[1].message
+
+    def test_with_sound_alone_is_refused(self, tmp_path: Path) -> None:
+        with av.open(str(tmp_path / "a.mkv"), "w") as container:
+            stream = container.add_stream("pcm_s16le", rate=8000, layout="mono")
+            sound = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), "s16", "mono")
+            sound.sample_rate = 8000
+            container.mux(stream.encode(sound))
+
+        assert "no video stream" in read_until_error(tmp_path / "a.mkv")[1].message
+
+    @settings(max_examples=25, deadline=None)
+    @given(st.integers(0, 10**6), st.binary(min_size=1, max_size=60))
+    def test_is_never_a_crash_whatever_is_written_over_it(
+        self, tmp_path_factory: pytest.TempPathFactory, at: int, patch: bytes
+    ) -> None:
+        path = encode(tmp_path_factory.mktemp("patch") / "a.mp4")
+        data = bytearray(path.read_bytes())
+        at %= len(data)
+        data[at : at + len(patch)] = patch
+        path.write_bytes(data)
+
+        try:
+            got = list(itertools.islice(video.frames(path), 1000))
+        except VideoError as error:
+            assert "a.mp4" in error.message
+        else:
+            assert all(frame.image.ndim == 3 for frame in got)
+
+
+class TestInfo:
+    def test_tells_rate_and_number_of_frames(self, tmp_path: Path) -> None:
+        path = encode(tmp_path / "a.mp4", [i / 20 for i in range(30)])
+
+        got = video.info(path)
+
+        assert got.num_frames == 30
+        assert float(got.rate) == pytest.approx(20, abs=0.5)  # the last frame's length is a guess
+
+    def test_counts_nothing_where_the_format_does_not(self, tmp_path: Path) -> None:
+        assert video.info(encode(tmp_path / "a.mkv")).num_frames == 0
+
+
+class TestVideoWriter:
+    @settings(max_examples=15, deadline=None)
+    @given(
+        st.lists(st.integers(1, 60000), min_size=1, max_size=12),
+        st.integers(2, 40),
+        st.integers(2, 40),
+    )
+    def test_gives_back_times_and_size(
+        self, tmp_path_factory: pytest.TempPathFactory, gaps: list[int], height: int, width: int
+    ) -> None:
+        path = tmp_path_factory.mktemp("write") / "a.mp4"
+        times = [float(t * TICK) for t in itertools.accumulate([0, *gaps])]
+
+        with video.VideoWriter(path, Fraction(25)) as writer:
+            for i, time_s in enumerate(times):
+                writer.write(picture(i, height, width), time_s)
+
+        got = list(video.frames(path))
+        assert [frame.time_s for frame in got] == pytest.approx(times, abs=TIME_TOLERANCE_S)
+        # odd sides lose a pixel
+        assert got[0].image.shape == (height // 2 * 2, width // 2 * 2, 3)
+
+    def test_keeps_the_pictures_in_order(self, tmp_path: Path) -> None:
+        with video.VideoWriter(tmp_path / "a.mp4", Fraction(25)) as writer:
+            for i, time_s in enumerate(UNEVEN):
+                writer.write(picture(i), time_s)
+
+        assert [number(f.image) for f in video.frames(tmp_path / "a.mp4")] == list(range(10))
+
+    def test_can_do_without_x264(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(video, "CODEC", "mpeg4")
+
+        with video.VideoWriter(tmp_path / "a.mp4", Fraction(30000, 1001)) as writer:
+            for i, time_s in enumerate(UNEVEN):
+                writer.write(picture(i), time_s)
+
+        got = list(video.frames(tmp_path / "a.mp4"))
+        assert [number(frame.image) for frame in got] == list(range(10))
+        assert [frame.time_s for frame in got] == pytest.approx(UNEVEN, abs=TIME_TOLERANCE_S)
+
+    def test_takes_times_that_stand_still_or_go_back(self, tmp_path: Path) -> None:
+        with video.VideoWriter(tmp_path / "a.mp4", Fraction(25)) as writer:
+            for i, time_s in enumerate([0.0, 0.0, 0.5, 0.4, 0.4, 1.0]):
+                writer.write(picture(i), time_s)
+
+        got = [frame.time_s for frame in video.frames(tmp_path / "a.mp4")]
+        expected = [0, 1 / 60000, 0.5, 0.5 + 1 / 60000, 0.5 + 2 / 60000, 1]
+        assert got == pytest.approx(expected, abs=TIME_TOLERANCE_S)
+
+    def test_takes_pictures_whose_size_changes(self, tmp_path: Path) -> None:
+        with video.VideoWriter(tmp_path / "a.mp4", Fraction(25)) as writer:
+            for i in range(4):
+                writer.write(picture(i, 48 + 10 * i, 64 + 3 * i), i / 25)
+
+        got = list(video.frames(tmp_path / "a.mp4"))
+        assert {frame.image.shape for frame in got} == {(48, 64, 3)}
+        assert [number(frame.image) for frame in got] == [0, 1, 2, 3]
+
+    def test_appears_whole_and_only_at_the_end(self, tmp_path: Path) -> None:
+        with video.VideoWriter(tmp_path / "a.mp4", Fraction(25)) as writer:
+            writer.write(picture(0), 0.0)
+            assert not (tmp_path / "a.mp4").exists()
+
+        assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
+
+    def test_keeps_what_was_written_before_an_interrupt(self, tmp_path: Path) -> None:
+        with (
+            pytest.raises(KeyboardInterrupt),
+            video.VideoWriter(tmp_path / "a.mp4", Fraction(25)) as writer,
+        ):
+            for i in range(5):
+                writer.write(picture(i), i / 25)
+            raise KeyboardInterrupt
+
+        assert len(list(video.frames(tmp_path / "a.mp4"))) == 5
+
+    def test_without_a_frame_leaves_no_file(self, tmp_path: Path) -> None:
+        with video.VideoWriter(tmp_path / "a.mp4", Fraction(25)):
+            pass
+
+        assert list(tmp_path.iterdir()) == []
+
+
+class Camera:
+    """Sends one MPEG stream per connection over TCP on this machine, then hangs up for good."""
+
+    def __init__(self, streams: Sequence[bytes], *, seconds: float = 0.0) -> None:
+        self._streams = streams
+        self._seconds = seconds
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self.address = f"tcp://127.0.0.1:{self._server.getsockname()[1]}"
+        self._thread = threading.Thread(target=self._serve)
+        self._thread.start()
+
+    def _serve(self) -> None:
+        with self._server:
+            for data in self._streams:
+                connection, _peer = self._server.accept()
+                # a reader that hangs up early is no fault of the camera
+                with connection, suppress(ConnectionError):
+                    size = len(data) // 10 + 1
+                    for at in range(0, len(data), size):
+                        connection.sendall(data[at : at + size])
+                        time.sleep(self._seconds / 10)
+
+    def close(self) -> None:
+        self._thread.join()
+
+
+@pytest.fixture
+def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(video, "_RECONNECT_S", (0.01, 0.02))
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    times = [i / 25 for i in range(50)]
+    return encode(tmp_path_factory.mktemp("ts") / "a.ts", times).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    times = [i / 25 for i in range(50)]
+    return encode(tmp_path_factory.mktemp("ts") / "b.ts", times, size=(96, 128)).read_bytes()
+
+
+def take(stream: Iterator[video.Frame]) -> tuple[list[video.Frame], VideoError]:
+    got: list[video.Frame] = []
+    with pytest.raises(VideoError) as caught:
+        for frame in stream:
+            got.append(frame)  # noqa: PERF402
+    return got, caught.value
+
+
+class TestALiveStream:
+    @pytest.mark.usefixtures("hurry")
+    def test_connects_again_takes_another_size_and_then_gives_up(
+        self, small: bytes, large: bytes
+    ) -> None:
+        with (
+            closing(Camera([small, large])) as camera,
+            video.LiveStream(camera.address) as stream,
+        ):
+            got, error = take(iter(stream))
+
+            assert stream.num_reconnects >= 3
+        sizes = [frame.image.shape for frame in got]
+        assert {(48, 64, 3), (96, 128, 3)} == set(sizes)
+        assert sizes == sorted(sizes)
+        assert camera.address in error.message
+        assert "gave up after 2 attempts" in error.message
+
+    @pytest.mark.usefixtures("hurry")
+    def test_has_times_and_indices_that_only_grow(self, small: bytes, large: bytes) -> None:
+        with (
+            closing(Camera([small, large, small])) as camera,
+            video.LiveStream(camera.address) as stream,
+        ):
+            got, _error = take(iter(stream))
+
+        assert got[0].time_s >= 0
+        assert all(a.time_s < b.time_s for a, b in itertools.pairwise(got))
+        assert all(a.index < b.index for a, b in itertools.pairwise(got))
+
+    @pytest.mark.usefixtures("hurry")
+    def test_skips_to_the_newest_frame_for_a_slow_reader_and_counts_the_rest(
+        self, small: bytes
+    ) -> None:
+        got = []
+        with closing(Camera([small])) as camera, video.LiveStream(camera.address) as stream:
+            with pytest.raises(VideoError):
+                for frame in stream:
+                    got.append(frame)
+                    time.sleep(0.3)
+
+            assert stream.num_dropped == 50 - len(got)
+        assert len(got) < 10
+        assert got[-1].index == 49
+
+    def test_that_cannot_be_opened_is_an_error_at_once(self, tmp_path: Path) -> None:
+        begin = time.monotonic()
+        with video.LiveStream("tcp://127.0.0.1:9") as stream:
+            _got, error = take(iter(stream))
+
+        assert "tcp://127.0.0.1:9" in error.message
+        assert time.monotonic() - begin < 5  # seconds; nothing listens there, no time-out is due
+
+    def test_from_a_webcam_that_is_not_there_names_the_device(self) -> None:
+        with video.LiveStream("87") as stream:
+            _got, error = take(iter(stream))
+
+        assert "87" in error.message
+        assert error.fix is not None
+
+    def test_that_has_an_end_ends(self, tmp_path: Path) -> None:
+        path = encode(tmp_path / "a.mp4")
+
+        with video.LiveStream(str(path)) as stream:
+            last = list(stream)[-1]
+
+        assert last.index == len(UNEVEN) - 1
+
+    def test_offers_every_nth_frame(self, tmp_path: Path) -> None:
+        path = encode(tmp_path / "a.mp4")
+
+        with video.LiveStream(str(path), step=4) as stream:
+            assert {frame.index % 4 for frame in stream} == {0}
+
+    def test_stops_promptly_and_ends_for_its_reader(self, small: bytes) -> None:
+        with closing(Camera([small], seconds=0.4)) as camera:
+            stream = video.LiveStream(camera.address)
+            frames = iter(stream)
+            next(frames)
+            begin = time.monotonic()
+            stream.close()
+            assert time.monotonic() - begin < 2  # seconds; a pause between attempts is cut short
+
+            assert len(list(frames)) <= 1
