@@ -1,0 +1,94 @@
+# Each target sets up what it needs in .venv first: `make demo` works in a fresh clone.
+PYTHON ?= python3
+VENV := .venv
+GPU_VENV := .venv-gpu
+CLI := $(VENV)/bin/python cli.py
+
+SYSTEMS := noising
+# Weights of the backbone: none (random, so that no download is needed) | hub | FILE.safetensors
+WEIGHTS ?= none
+
+.PHONY: help demo test lint bench test-gpu
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo      draw data, train, export to INT8, infer, evaluate, time: about 3 minutes"
+	@echo "make test      all tests"
+	@echo "make lint      ruff, mypy, import borders"
+	@echo "make bench     the commands behind docs/benchmarks.md [DATA=DIR WEIGHTS=hub BACKBONE=NAME]"
+	@echo "make test-gpu  the tests that need a CUDA device; a skip is a failure"
+
+# --- set-up --------------------------------------------------------------------------------------
+
+$(VENV)/.installed: EXTRAS := cpu,train,dev
+$(GPU_VENV)/.installed: EXTRAS := gpu,train,dev
+%/.installed: setup.cfg pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("engineworks needs Python 3.11 or newer" * (sys.version_info < (3, 11)))'
+	$(PYTHON) -m venv $*
+	$*/bin/python -m pip install --quiet --editable ".[$(EXTRAS)]"
+	touch $@
+
+# --- demo ----------------------------------------------------------------------------------------
+
+demo: $(SYSTEMS:%=demo-%)
+
+# one early stage and a small bank: random weights see little further on, and it is quick
+demo_noising := --set backbone.weights=$(WEIGHTS) --set "backbone.stages=[1]" \
+	--set "preprocess.size=[192, 192]" --set fit.max_rows=1000
+
+demo-%: $(VENV)/.installed
+	rm -rf demo/$*
+	$(CLI) sample $* --out demo/$*/data
+	$(CLI) train $* --data demo/$*/data --out demo/$*/run $(demo_$*)
+	$(CLI) export demo/$*/run --out demo/$*/bundle --int8 --samples demo/$*/data/train \
+		--num-samples 16 --eval demo/$*/data
+	$(CLI) infer demo/$*/bundle --source demo/$*/data/test --out demo/$*/pictures \
+		--jsonl --save-overlays
+	$(CLI) infer demo/$*/bundle --source demo/$*/data/video.mp4 --out demo/$*/video \
+		--jsonl --save-overlays
+	$(CLI) eval demo/$*/bundle --data demo/$*/data --json demo/$*/metrics.json
+	$(CLI) bench demo/$*/bundle --run demo/$*/run --seconds 1 --json demo/$*/bench.json
+	@echo
+	@echo "$*: look at"
+	@echo "  demo/$*/pictures/overlays/      each test picture with what was found on it"
+	@echo "  demo/$*/video/video.mp4         the same on a video"
+	@echo "  demo/$*/pictures/results.csv    a line per picture"
+	@echo "  demo/$*/metrics.json            how well it does on the labelled pictures"
+	@echo "  demo/$*/bench.json              the table above"
+	@echo "  demo/$*/bundle/                 all that a machine without PyTorch needs"
+
+# --- checks --------------------------------------------------------------------------------------
+
+test: $(VENV)/.installed
+	$(VENV)/bin/python -m pytest
+
+test-gpu: $(GPU_VENV)/.installed
+	REQUIRE_GPU=1 $(GPU_VENV)/bin/python -m pytest -m gpu
+
+lint: $(VENV)/.installed
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+# --- benchmarks ----------------------------------------------------------------------------------
+
+BACKBONE ?= resnet18
+THREADS ?= 2
+DATA ?= bench/data
+BENCH := bench/$(BACKBONE)
+# its normal pictures, in either layout
+GOOD = $(shell ls -d $(DATA)/train/good $(DATA)/images/good 2>/dev/null)
+
+bench/data: | $(VENV)/.installed
+	$(CLI) sample noising --out $@
+
+bench: $(VENV)/.installed $(DATA)
+	$(CLI) train noising --data $(DATA) --out $(BENCH)/run --exist-ok \
+		--set backbone.name=$(BACKBONE) --set backbone.weights=$(WEIGHTS)
+	$(CLI) export $(BENCH)/run --out $(BENCH)/bundle --exist-ok --int8 --samples $(GOOD) \
+		--num-samples 32 --eval $(DATA) --threads $(THREADS)
+	$(CLI) eval $(BENCH)/bundle --data $(DATA) --precision float --json $(BENCH)/float.json
+	$(CLI) eval $(BENCH)/bundle --data $(DATA) --precision int8 --json $(BENCH)/int8.json
+	$(CLI) bench $(BENCH)/bundle --run $(BENCH)/run --eval $(DATA) --source $(GOOD) \
+		--threads $(THREADS) --batch 1,8 --json $(BENCH)/bench.json
