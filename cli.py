@@ -493,10 +493,11 @@ def _print_table(title: str, header: tuple[str, ...], rows: list[tuple[str, ...]
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(*header, title=title, title_justify="left")
+    table = Table(*header)
     for row in rows:
         table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+    console.print(title, table, sep="\n")
 
 
 def _print_results(results: dict[str, Any]) -> None:
