@@ -27,6 +27,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ from runtime.bank import Bank
 from runtime.bundle import Bundle, Threshold, write
 from runtime.coreset import Progress, greedy_k_centre, projection
 from runtime.engines import Engine
-from runtime.errors import BundleError, DatasetError, InputError
+from runtime.errors import BundleError, EngineError, InputError
 from runtime.metrics import AnomalyMetrics, false_reject_threshold
 from runtime.preprocess import PreprocessSpec, apply, place, restore
 from runtime.results import AnomalyMap
@@ -217,14 +218,10 @@ def response(differences_NKD: Array, distances_NK: Array, noise_std_ND: Array) -
 def concentration(influence_ND: Array) -> Array:
     """Minus the logarithm of the participation ratio of g^2: (N,) in [0, log D]."""
     square = np.square(influence_ND)
-    total = square.sum(axis=1)
-    fourth = np.square(square).sum(axis=1)
-    ratio = np.divide(
-        influence_ND.shape[1] * fourth,
-        np.square(total),
-        out=np.ones_like(total),
-        where=total > 0,
-    )
+    total = square.sum(axis=1, keepdims=True)
+    # shares first: the fourth power of a small influence would vanish
+    share_ND = np.divide(square, total, out=np.zeros_like(square), where=total > 0)
+    ratio = influence_ND.shape[1] * np.square(share_ND).sum(axis=1)
     return np.asarray(np.log(np.maximum(ratio, 1.0)))
 
 
@@ -353,11 +350,13 @@ def fit(
 
     count = min(config.statistics_images, num_images)
     left_out = np.sort(rng.choice(num_images, count, replace=False))
+    # one image may own the whole bank, and then cannot be searched without it; the others can
+    left_out = np.array([i for i in left_out if (image_of_row != i).any()])
     k = min(config.k, len(bank))
     found = [
         bank.search(features_IND[i], k, without=np.flatnonzero(image_of_row == i)) for i in left_out
     ]
-    # one image may own most rows; what all searches can answer is the system's K
+    # or one owns most rows: what all searches can answer is the system's K
     k = min(distances.shape[1] for distances, _ in found)
     found = [(distances[:, :k], indices[:, :k]) for distances, indices in found]
     mean_distance = _statistics(np.stack([distances.mean(axis=1) for distances, _ in found]))
@@ -389,7 +388,9 @@ def fit(
         score_std=score_std,
     )
     maps = [anomaly_map(s / score_std, grid, image_size, config.smoothing) for s in scores]
-    source = f"false-reject budget {config.false_reject} on {count} left-out training images"
+    source = (
+        f"false-reject budget {config.false_reject} on {len(left_out)} left-out training images"
+    )
     thresholds = {
         "image": Threshold(
             value=false_reject_threshold(scores.max(axis=1) / score_std, config.false_reject),
@@ -543,6 +544,7 @@ class System:
 
         Raises:
             InputError: an image of another dtype or layout.
+            EngineError: the network's features are not finite.
         """
         if not images:
             return []
@@ -551,9 +553,18 @@ class System:
         return [self.score(features_ND) for features_ND in features_BND]
 
     def score(self, features_ND: Array) -> AnomalyMap:
-        """Score one image's patch features: (N, D) float32."""
+        """Score one image's patch features: (N, D) float32.
+
+        Raises:
+            EngineError: features that are not finite.
+        """
         params, thresholds = self.params, self.bundle.manifest.thresholds
         distances, indices = self.search.search(features_ND)
+        if not np.isfinite(distances).all():  # no comparison with a threshold would notice
+            raise EngineError(
+                "the 'features' graph gave values that are not finite",
+                fix="run with --precision float, or export again",
+            )
         signals = patch_signals(
             self.bank,
             features_ND,
@@ -608,8 +619,6 @@ class System:
             ImageError: a picture that cannot be read.
         """
         samples = datasets.mvtec(data, "test")
-        if not samples:
-            raise DatasetError(f"{data} has no test images")
         metrics = AnomalyMetrics()
         for start in range(0, len(samples), _EVALUATION_BATCH):
             part = samples[start : start + _EVALUATION_BATCH]
@@ -662,20 +671,25 @@ def extend(
         Number of rows added.
 
     Raises:
-        InputError: no images; BundleError: another system's bundle, or ``out`` exists.
+        InputError: no pictures, or one that cannot be read.
+        BundleError: another system's bundle, or ``out`` exists.
     """
     if bundle.manifest.system != NAME:
         raise BundleError(f"bundle {bundle.root} holds '{bundle.manifest.system}', not '{NAME}'")
-    paths = [path for path in open_source(str(folder)).paths if path.suffix in images.SUFFIXES]
+    source = open_source(str(folder))
+    if source.kind != "images":
+        raise InputError(f"{folder} holds no pictures", fix="give a folder of normal pictures")
     # float features: the bank must serve every precision
     backend, _ = choose(bundle, backend, "float")
     engines = open_engines(bundle, backend, "float", threads=threads)
-    features = [
-        engines["features"].run({"images": apply(bundle.manifest.preprocess, [images.read(path)])})
-        for path in paths
-    ]
+    spec = bundle.manifest.preprocess
+    with closing(engines["features"]) as engine:
+        features = [
+            engine.run({"images": apply(spec, [images.read(path)])})["features"][0]
+            for path in source.paths
+        ]
     old = Bank.load(bundle.asset("bank"))
-    new = old.extended(np.concatenate([f["features"][0] for f in features]), max_rows)
+    new = old.extended(np.concatenate(features), max_rows)
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "bank.faiss"
         new.save(path)

@@ -227,7 +227,7 @@ class TestFeeds:
         )
         text = text.replace("int64 two = {2}", "int64[1] two = {1}")
         with closing(open_engine(parse(text), add_one.backend)) as engine:
-            with pytest.raises(EngineError, match=r"failed: \w"):
+            with pytest.raises(EngineError, match=r"failed: \S"):
                 engine.run({"x": feeds(4)["x"], "n": feeds(3)["n"]})
             # and the engine is still usable
             assert engine.run(feeds())["y"].tolist() == [[0, 1, 2], [4, 5, 6]]
