@@ -1,0 +1,279 @@
+"""Test doubles for this project's tests and for its users': an engine made of a function, and a
+small bundle of real graphs that every command takes. Nothing here needs PyTorch or a download.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import cv2
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from runtime import images
+from runtime.bundle import Bundle, GraphEntry, Manifest, write
+from runtime.engines import BACKENDS, open_engine
+from runtime.errors import BackendError, EngineError
+from runtime.preprocess import PreprocessSpec, apply
+from runtime.systems import noising
+from runtime.tensors import Array, Feeds, TensorSpec, check_feeds, check_host
+
+_STRIDE = 8  # pixels of the input per patch of the tiny graph
+_WIDTH = 16  # of its features
+_IMAGE_AMAX, _HIDDEN_AMAX = 3.0, 8.0  # more than drawn images reach, for the INT8 graphs
+
+
+@dataclass
+class FunctionEngine:
+    """An engine over a Python function.
+
+    Attributes:
+        function: called with the feeds; returns the outputs by name.
+        inputs, outputs: specs; both directions are checked against them.
+        calls: the feeds of every run so far.
+    """
+
+    function: Callable[[Mapping[str, Array]], Mapping[str, Array]]
+    inputs: Mapping[str, TensorSpec]
+    outputs: Mapping[str, TensorSpec]
+    backend: str = "function"
+    calls: list[dict[str, Array]] = field(default_factory=list)
+    closed: bool = False
+
+    def run(self, feeds: Feeds, *, stream: int | None = None) -> dict[str, Array]:
+        """See ``runtime.engines.Engine.run``.
+
+        Raises:
+            InputError: feeds, or what the function returns, do not fit the specs.
+            EngineError: the engine is closed, or was given a stream or device arrays.
+        """
+        if self.closed:
+            raise EngineError("this engine is closed", fix="open it again")
+        check_host(feeds, stream, self.backend)
+        check_feeds(self.inputs, feeds)
+        host = {name: np.array(feed) for name, feed in feeds.items()}
+        self.calls.append(host)
+        answer = {name: np.array(output) for name, output in self.function(host).items()}
+        check_feeds(self.outputs, answer)
+        return answer
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def draw_part(
+    rng: np.random.Generator, size: tuple[int, int], *, defective: bool
+) -> tuple[Array, Array]:
+    """A picture of a grey ring on a dark ground, and where it is defective.
+
+    Args:
+        size: (height, width) in pixels, at least 32 each.
+        defective: a bright scratch crosses it.
+
+    Returns:
+        (H, W, 3) uint8 RGB, and a (H, W) bool mask.
+    """
+    height, width = size
+    canvas = np.full((height, width, 3), 60, np.uint8)
+    radius = min(size) // 3
+    centre = (
+        width // 2 + int(rng.integers(-2, 3)),
+        height // 2 + int(rng.integers(-2, 3)),
+    )
+    cv2.circle(canvas, centre, radius, (120, 125, 130), max(2, radius // 3), cv2.LINE_AA)
+    marked = np.zeros((height, width), np.uint8)
+    if defective:
+        angle, length = rng.uniform(0, np.pi), 0.7 * radius
+        reach = np.array([np.cos(angle), np.sin(angle)]) * length
+        ends = [tuple(int(v) for v in np.round(centre + sign * reach)) for sign in (-1, 1)]
+        cv2.line(marked, ends[0], ends[1], 1, max(2, radius // 4))
+        canvas[marked > 0] = (250, 240, 60)
+    noisy = canvas + rng.normal(0, 3, canvas.shape)
+    return np.clip(noisy, 0, 255).astype(np.uint8), marked.astype(bool)
+
+
+def write_parts(
+    root: Path,
+    *,
+    size: tuple[int, int] = (64, 64),
+    num_train: int = 8,
+    num_good: int = 4,
+    num_defective: int = 4,
+    seed: int = 0,
+) -> Path:
+    """An MVTec-style folder of ``draw_part`` pictures, masks included; returns ``root``."""
+    rng = np.random.default_rng(seed)
+    counts = {"train/good": num_train, "test/good": num_good, "test/scratch": num_defective}
+    for folder, count in counts.items():
+        for i in range(count):
+            image, mask = draw_part(rng, size, defective=folder.endswith("scratch"))
+            images.write(root / folder / f"{i:03d}.png", image)
+            if mask.any():
+                name = f"{i:03d}_mask.png"
+                images.write(root / "ground_truth/scratch" / name, mask.astype(np.uint8) * 255)
+    return root
+
+
+def write_tiny_noising_bundle(
+    folder: Path,
+    *,
+    size: tuple[int, int] = (64, 64),
+    int8: bool = False,
+    graph: onnx.ModelProto | None = None,
+    gate: Mapping[str, float] | None = None,
+) -> Bundle:
+    """A ``noising`` bundle fitted to drawn parts: real graph, bank, statistics, thresholds.
+
+    It tells ``draw_part``'s defective pictures from its good ones.
+
+    Args:
+        folder: to make.
+        size: (height, width) of the network input, multiples of 8.
+        int8: add the variants ``int8`` and ``int8-u8``, with fixed ranges.
+        graph: float graph to take in the place of ``tiny_features``; images (batch, 3, H, W) ->
+            features (batch, H / 8 * W / 8, D).
+        gate: allowed drops; those of the real system where not given.
+
+    Raises:
+        BackendError: neither ONNX Runtime nor OpenVINO is installed.
+    """
+    spec = PreprocessSpec(size=size)
+    grid = (size[0] // _STRIDE, size[1] // _STRIDE)
+    graphs = {"float": graph or tiny_features(size)}
+    if int8:
+        graphs["int8"] = tiny_features(size, zero_point=0)
+        graphs["int8-u8"] = tiny_features(size, zero_point=128)
+    rng = np.random.default_rng(1)
+    pictures = [draw_part(rng, size, defective=False)[0] for _ in range(12)]
+    with tempfile.TemporaryDirectory() as scratch:
+        work = Path(scratch)
+        files = {}
+        for variant, model in graphs.items():
+            name = "features.onnx" if variant == "float" else f"features.{variant}.onnx"
+            files[name] = work / name
+            onnx.save(model, work / name)
+        features = _run(work / "features.onnx", apply(spec, pictures))
+        config = noising.FitConfig(k=3, coreset_ratio=0.3, smoothing=2.0, false_reject=0.0)
+        fitted = noising.fit(features, grid, size, config, seed=0)
+        files["bank.faiss"] = work / "bank.faiss"
+        fitted.bank.save(work / "bank.faiss")
+        entry = GraphEntry(
+            inputs={"images": TensorSpec(dtype="float32", shape=("batch", 3, *size))},
+            outputs={
+                "features": TensorSpec(
+                    dtype="float32", shape=("batch", grid[0] * grid[1], features.shape[2])
+                )
+            },
+            variants=dict(zip(graphs, list(files)[: len(graphs)], strict=True)),
+        )
+        manifest = Manifest(
+            system=noising.NAME,
+            graphs={"features": entry},
+            preprocess=spec,
+            thresholds=fitted.thresholds,
+            params=fitted.params.model_dump(mode="json"),
+            assets={"bank": "bank.faiss"},
+            gate={"image_auroc": 0.005, "pixel_auroc": 0.005} if gate is None else dict(gate),
+            provenance={"made_by": "runtime.testing"},
+        )
+        return write(folder, manifest, files)
+
+
+def _run(path: Path, images_BCHW: Array) -> Array:
+    for name, row in BACKENDS.items():
+        if row.why_not() is None and "float" in row.variants.get("float", ()):
+            engine = open_engine(path, name, threads=1)
+            features = engine.run({"images": images_BCHW})["features"]
+            engine.close()
+            return features
+    raise BackendError("no backend is installed here", fix='pip install "engineworks[cpu]"')
+
+
+def tiny_features(
+    size: tuple[int, int] = (64, 64), *, zero_point: int | None = None, seed: int = 0
+) -> onnx.ModelProto:
+    """Two convolutions with drawn weights, then a mean over pixels.
+
+    Args:
+        size: (height, width) of the input, multiples of 8.
+        zero_point: None for the float graph; 0 for canonical int8 Q/DQ pairs, 128 for the same
+            numbers with uint8 activations.
+        seed: of the weights.
+
+    Returns:
+        images (batch, 3, H, W) float32 -> features (batch, H / 8 * W / 8, 16) float32.
+    """
+    rng = np.random.default_rng(seed)
+    net = _Net(zero_point)
+    x = net.conv("conv1", "images", rng.normal(0, 0.2, (12, 3, 4, 4)), 4, _IMAGE_AMAX)
+    x = net.add("Relu", "relu1", [x])
+    x = net.conv("conv2", x, rng.normal(0, 0.3, (_WIDTH, 12, 1, 1)), 1, _HIDDEN_AMAX)
+    x = net.add("Relu", "relu2", [x])
+    x = net.add("AveragePool", "pool", [x], kernel_shape=[2, 2], strides=[2, 2])
+    shape = net.constant("shape", np.array([0, _WIDTH, -1], np.int64))
+    x = net.add("Reshape", "flatten", [x, shape])
+    net.add("Transpose", "transpose", [x], output="features", perm=[0, 2, 1])
+    patches = size[0] // _STRIDE * (size[1] // _STRIDE)
+    return net.model(["batch", 3, *size], ["batch", patches, _WIDTH])
+
+
+class _Net:
+    """Collects the nodes of a small graph."""
+
+    def __init__(self, zero_point: int | None) -> None:
+        self._zero_point = zero_point
+        self._nodes: list[onnx.NodeProto] = []
+        self._constants: list[onnx.TensorProto] = []
+
+    def constant(self, name: str, value: Array) -> str:
+        self._constants.append(numpy_helper.from_array(value, name))
+        return name
+
+    def add(
+        self,
+        op_type: str,
+        name: str,
+        inputs: Sequence[str],
+        *,
+        output: str | None = None,
+        **attributes: int | Sequence[int],
+    ) -> str:
+        output = output or f"{name}.out"
+        self._nodes.append(helper.make_node(op_type, inputs, [output], name=name, **attributes))
+        return output
+
+    def conv(self, name: str, x: str, weight: Array, stride: int, amax: float) -> str:
+        """A convolution; in a quantized graph behind Q/DQ of ``x`` and DQ of ``weight``."""
+        values = weight.astype(np.float32)
+        if self._zero_point is None:
+            w = self.constant(f"{name}.weight", values)
+        else:
+            dtype = np.int8 if self._zero_point == 0 else np.uint8
+            pair = [
+                self.constant(f"{x}.scale", np.asarray(amax / 127, np.float32)),
+                self.constant(f"{x}.zero", np.asarray(self._zero_point, dtype)),
+            ]
+            q = self.add("QuantizeLinear", f"{x}.quantize", [x, *pair])
+            x = self.add("DequantizeLinear", f"{x}.dequantize", [q, *pair])
+            scale = np.abs(values).max(axis=(1, 2, 3)) / np.float32(127)
+            steps = np.rint(values / scale[:, None, None, None]).astype(np.int8)
+            parts = {"int8": steps, "scale": scale, "zero": np.zeros(scale.shape, np.int8)}
+            names = [self.constant(f"{name}.weight.{k}", v) for k, v in parts.items()]
+            w = self.add("DequantizeLinear", f"{name}.weight.dequantize", names, axis=0)
+        kernel = list(weight.shape[2:])
+        return self.add("Conv", name, [x, w], kernel_shape=kernel, strides=[stride, stride])
+
+    def model(self, images: Sequence[int | str], features: Sequence[int | str]) -> onnx.ModelProto:
+        graph = helper.make_graph(
+            self._nodes,
+            "tiny",
+            [helper.make_tensor_value_info("images", TensorProto.FLOAT, images)],
+            [helper.make_tensor_value_info("features", TensorProto.FLOAT, features)],
+            self._constants,
+        )
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+        return onnx.shape_inference.infer_shapes(model, strict_mode=True)
