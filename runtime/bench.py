@@ -1,8 +1,8 @@
 """Timing that can be trusted: warm-up, percentiles, contenders taking turns, a stability verdict.
 
-On a shared machine a slow spell hits whoever runs in it. So contenders are called in turns, and
-samples during which other processes took more than ``FOREIGN_CORES`` of a core are set aside, as
-long as enough quiet ones are left.
+On a shared machine a slow spell hits whoever runs in it. So contenders are called in turns, their
+ratio is taken turn by turn, and turns during which other processes took more than
+``FOREIGN_CORES`` of a core are set aside, as long as enough quiet ones are left.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ import hashlib
 import os
 import platform
 import resource
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -23,38 +25,87 @@ from rich.console import Console
 from rich.table import Table
 
 from runtime.doctor import cpu_model, installed, int8_features
+from runtime.errors import InputError
 from runtime.tensors import Array
+from runtime.threads import available_threads
 
 FOREIGN_CORES = 0.15
-_MIN_RUNS = 15
+MIN_RUNS = 15
 _MAX_RUNS = 2000
-_TICK_S = 0.2  # load of other processes is read over at least this long
+_TURN_RUNS = 3  # calls of a turn, at least
+_TURN_S = 0.2  # shorter spans are too few of the kernel's ticks to read a load from
+_MIN_TURNS = 5
+_PACKAGES = (
+    "numpy",
+    "opencv-python-headless",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "openvino",
+    "tensorrt",
+    "faiss-cpu",
+    "faiss-gpu-cu12",
+    "torch",
+    "timm",
+)
 _STEADY = 0.1  # largest spread and drift, relative to the median, that counts as stable
 
 Clock = Callable[[], float]
 
 
 @dataclass(frozen=True)
-class Timing:
-    """Times of one contender.
+class Turn:
+    """Calls of one contender in a row.
 
     Attributes:
-        samples_ms: of the calls that count, in the order of the calls.
-        num_disturbed: calls set aside because other processes were busy.
-        num_runs: calls that count.
-        p50_ms, p90_ms, p95_ms, p99_ms, mean_ms, min_ms: of them.
-        spread: median absolute deviation over the median.
-        drift: median of the second half over that of the first, minus 1.
-        stable: spread and drift are small and the machine was quiet.
+        samples_ms: time of each call.
+        foreign_cores: CPU time that other processes used meanwhile, over the time passed.
     """
 
     samples_ms: tuple[float, ...]
-    num_disturbed: int
-    disturbed: bool
+    foreign_cores: float
+
+    @property
+    def quiet(self) -> bool:
+        return self.foreign_cores <= FOREIGN_CORES
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Times of one contender. All figures are over the calls that count: those of quiet turns, or
+    all of them where quiet turns hold fewer than ``MIN_RUNS`` calls.
+
+    Attributes:
+        samples_ms: those calls, in their order.
+        num_runs: their number.
+        num_disturbed: calls that do not count, because other processes were busy.
+        p50_ms, p90_ms, p95_ms, p99_ms, mean_ms, min_ms: of them.
+        spread: median absolute deviation over the median.
+        drift: median of the second half over that of the first, minus 1.
+        verdict: ``stable``, or what speaks against it.
+    """
+
+    turns: tuple[Turn, ...]
+
+    @cached_property
+    def disturbed(self) -> bool:
+        """Whether calls count during which other processes were busy."""
+        quiet = sum(len(turn.samples_ms) for turn in self.turns if turn.quiet)
+        return quiet < MIN_RUNS and not all(turn.quiet for turn in self.turns)
+
+    def counts(self, turn: Turn) -> bool:
+        return turn.quiet or self.disturbed
+
+    @cached_property
+    def samples_ms(self) -> tuple[float, ...]:
+        return tuple(ms for turn in self.turns if self.counts(turn) for ms in turn.samples_ms)
 
     @property
     def num_runs(self) -> int:
         return len(self.samples_ms)
+
+    @property
+    def num_disturbed(self) -> int:
+        return sum(len(turn.samples_ms) for turn in self.turns) - self.num_runs
 
     def percentile(self, q: float) -> float:
         return float(np.percentile(self.samples_ms, q))
@@ -95,18 +146,29 @@ class Timing:
 
     @property
     def stable(self) -> bool:
-        return not self.disturbed and self.spread <= _STEADY and abs(self.drift) <= _STEADY
+        return self.verdict == "stable"
+
+    @property
+    def verdict(self) -> str:
+        doubts = []
+        if self.disturbed:
+            doubts.append("others busy")
+        if self.spread > _STEADY:
+            doubts.append(f"spread {self.spread:.0%}")
+        if abs(self.drift) > _STEADY:
+            doubts.append(f"drift {self.drift:+.0%}")
+        return ", ".join(doubts) or "stable"
 
     def to_json(self) -> dict[str, Any]:
         """Figures without the samples."""
         names = ("num_runs", "num_disturbed", "p50_ms", "p90_ms", "p95_ms", "p99_ms", "mean_ms")
         figures = {name: getattr(self, name) for name in (*names, "min_ms", "spread", "drift")}
-        return {**figures, "stable": self.stable}
+        return {**figures, "stable": self.stable, "verdict": self.verdict}
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times as fast: the ratio of medians with its 95 % bootstrap interval."""
+    """How many times as fast, with its 95 % bootstrap interval."""
 
     median: float
     low: float
@@ -138,26 +200,40 @@ class Row:
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the single samples."""
-        plain = {key: value for key, value in asdict(self).items() if key != "timing"}
-        return {**plain, **self.timing.to_json(), "images_per_second": self.images_per_second}
+        return {
+            "name": self.name,
+            "precision": self.precision,
+            "batch": self.batch,
+            "threads": self.threads,
+            "covers": self.covers,
+            "accuracy": None if self.accuracy is None else dict(self.accuracy),
+            **self.timing.to_json(),
+            "images_per_second": self.images_per_second,
+        }
 
 
-class _Machine:
-    """CPU seconds that other processes used, from /proc; none are seen on other systems."""
+@dataclass(frozen=True)
+class ForeignLoad:
+    """Reads how much CPU time other processes have used; none is seen where /proc is not.
 
-    def __init__(self) -> None:
-        self._stat = Path("/proc/stat")
-        self._known = self._stat.is_file()
-        self._hertz = os.sysconf("SC_CLK_TCK") if self._known else 1
+    Attributes:
+        stat: the kernel's counters.
+        own: user and system seconds of this process and its children that have ended.
+        hertz: ticks per second of those counters.
+    """
 
-    def foreign_seconds(self) -> float:
-        if not self._known:
+    stat: Path = Path("/proc/stat")
+    own: Callable[[], float] = lambda: sum(os.times()[:4])
+    hertz: int = field(default_factory=lambda: os.sysconf("SC_CLK_TCK"))
+
+    def seconds(self) -> float:
+        """Since some fixed moment; time that a hypervisor took away counts as well."""
+        if not self.stat.is_file():
             return 0.0
-        fields = [int(value) for value in self._stat.read_text().split("\n", 1)[0].split()[1:9]]
-        user, nice, system, _idle, _iowait, irq, softirq, steal = fields
-        own = os.times()
-        busy = (user + nice + system + irq + softirq + steal) / self._hertz
-        return busy - own.user - own.system - own.children_user - own.children_system
+        with self.stat.open() as lines:
+            # cpu user nice system idle iowait irq softirq steal ...
+            ticks = [int(value) for value in lines.readline().split()[1:9]]
+        return (sum(ticks) - ticks[3] - ticks[4]) / self.hertz - self.own()
 
 
 def interleave(
@@ -167,110 +243,147 @@ def interleave(
     max_seconds: float = 10.0,
     max_runs: int = _MAX_RUNS,
     clock: Clock = time.perf_counter,
+    foreign_seconds: Clock | None = None,
 ) -> dict[str, Timing]:
-    """Time several functions in turns, a burst of calls each.
+    """Time functions that take turns, so that what disturbs one disturbs all.
+
+    A turn is one call that is not timed (the caches were another contender's), then at least 3
+    calls and 0.2 s of them.
 
     Args:
         contenders: name -> what to call.
         warmup: untimed calls of each before the first turn.
-        max_seconds: stop after this long in all, but never before ``15`` calls of each.
-        max_runs: stop after so many calls of each.
+        max_seconds: begin no further round after this long, but never stop before 15 calls and 5
+            turns of each.
+        max_runs: begin no further round after so many calls of each.
         clock: seconds.
+        foreign_seconds: seconds that other processes have computed; None reads /proc.
 
     Returns:
-        name -> timing.
+        name -> timing; the n-th turns of all contenders belong together.
     """
-    machine = _Machine()
+    foreign = foreign_seconds or ForeignLoad().seconds
     for call in contenders.values():
         for _ in range(warmup):
             call()
-    samples: dict[str, list[float]] = {name: [] for name in contenders}
-    foreign: dict[str, list[bool]] = {name: [] for name in contenders}
-    begin = clock()
+    turns: dict[str, list[Turn]] = {name: [] for name in contenders}
+    runs = dict.fromkeys(contenders, 0)
+    begin, rounds = clock(), 0
     while True:
         for name, call in contenders.items():
-            call()  # the caches were another contender's
-            burst_begin, busy = clock(), machine.foreign_seconds()
-            burst = 0
-            while burst < _MIN_RUNS // 3 or clock() - burst_begin < _TICK_S:
-                start = clock()
-                call()
-                samples[name].append(1000 * (clock() - start))
-                burst += 1
-                if burst >= max_runs:
-                    break
-            elapsed = max(clock() - burst_begin, 1e-9)
-            load = (machine.foreign_seconds() - busy) / elapsed
-            foreign[name] += [load > FOREIGN_CORES] * burst
-        fewest = min(len(taken) for taken in samples.values())
-        if fewest >= max_runs or (fewest >= _MIN_RUNS and clock() - begin >= max_seconds):
-            break
-    return {name: _timing(samples[name], foreign[name]) for name in contenders}
+            turn = _turn(call, max_runs, clock, foreign)
+            turns[name].append(turn)
+            runs[name] += len(turn.samples_ms)
+        rounds += 1
+        fewest = min(runs.values())
+        enough = fewest >= MIN_RUNS and rounds >= _MIN_TURNS
+        if enough and (fewest >= max_runs or clock() - begin >= max_seconds):
+            return {name: Timing(tuple(taken)) for name, taken in turns.items()}
 
 
-def _timing(samples: Sequence[float], foreign: Sequence[bool]) -> Timing:
-    quiet = [sample for sample, disturbed in zip(samples, foreign, strict=True) if not disturbed]
-    if len(quiet) >= _MIN_RUNS:
-        return Timing(tuple(quiet), len(samples) - len(quiet), disturbed=False)
-    return Timing(tuple(samples), 0, disturbed=any(foreign))
+def _turn(call: Callable[[], object], max_runs: int, clock: Clock, foreign: Clock) -> Turn:
+    call()
+    samples: list[float] = []
+    begin, busy = clock(), foreign()
+    while len(samples) < max_runs and (len(samples) < _TURN_RUNS or clock() - begin < _TURN_S):
+        start = clock()
+        call()
+        samples.append(1000 * (clock() - start))
+    return Turn(tuple(samples), (foreign() - busy) / (clock() - begin))
 
 
-def ratio(slow: Timing, fast: Timing, *, seed: int = 0, rounds: int = 1000) -> Ratio:
-    """Median time of ``slow`` over that of ``fast``, with a seeded bootstrap interval."""
-    rng = np.random.default_rng(seed)
-    a, b = np.array(slow.samples_ms), np.array(fast.samples_ms)
-    medians_a = np.median(rng.choice(a, (rounds, len(a))), axis=1)
-    medians_b = np.median(rng.choice(b, (rounds, len(b))), axis=1)
-    low, high = np.percentile(medians_a / medians_b, [2.5, 97.5])
-    return Ratio(float(np.median(a) / np.median(b)), float(low), float(high))
+def ratio(slow: Timing, fast: Timing, *, seed: int = 0, rounds: int = 2000) -> Ratio:
+    """How many times as fast ``fast`` is: the median over turns of the ratio of their medians.
+
+    Only turns that count for both are compared, or all where there are none. The interval is a
+    seeded bootstrap over turns, not over calls, because the calls of one turn are alike.
+
+    Raises:
+        InputError: the two did not take turns in one ``interleave``.
+    """
+    if len(slow.turns) != len(fast.turns):
+        raise InputError(
+            "these timings were not taken in turns", fix="time both in one call of interleave"
+        )
+    pairs = list(zip(slow.turns, fast.turns, strict=True))
+    common = [(a, b) for a, b in pairs if slow.counts(a) and fast.counts(b)]
+    ratios = np.array(
+        [np.median(a.samples_ms) / np.median(b.samples_ms) for a, b in common or pairs]
+    )
+    draws = np.random.default_rng(seed).choice(ratios, (rounds, len(ratios)))
+    low, high = np.percentile(np.median(draws, axis=1), [2.5, 97.5])
+    return Ratio(float(np.median(ratios)), float(low), float(high))
+
+
+def _groups(rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows that can be compared: the same batch size, the same thing covered by the clock."""
+    keys = [(row.covers, row.batch) for row in rows]
+    return [
+        [row for row, of in zip(rows, keys, strict=True) if of == key]
+        for key in dict.fromkeys(keys)
+    ]
+
+
+def to_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """The rows as plain values, each with its speed-up against the first one of its kind."""
+    return [
+        {**row.to_json(), "speedup": asdict(ratio(group[0].timing, row.timing))}
+        for group in _groups(rows)
+        for row in group
+    ]
 
 
 def render(rows: Sequence[Row]) -> str:
-    """The rows as a text table; speed-ups are against the first row of the same kind."""
-    header = ("what", "precision", "batch", "p50 ms", "p90", "p95", "p99", "images/s", "x", "")
+    """The rows as text tables, one per kind; speed-ups are against the first row of each."""
+    times = ("p50 ms", "p90", "p95", "p99")
     metrics = list(dict.fromkeys(key for row in rows for key in row.accuracy or ()))
     shown = [name for name in metrics if name.endswith(("auroc", "aupro", "top1", "map50"))]
     out = StringIO()
-    console = Console(file=out, width=150)
-    for covers in dict.fromkeys(row.covers for row in rows):
-        for batch in dict.fromkeys(row.batch for row in rows):
-            group = [row for row in rows if row.covers == covers and row.batch == batch]
-            if not group:
-                continue
-            table = Table(
-                *header,
-                *shown,
-                title=f"{covers}, batch {batch}, {group[0].threads} threads",
-                title_justify="left",
+    console = Console(file=out, width=170)
+    for group in _groups(rows):
+        first = group[0]
+        table = Table(
+            *("what", "precision", *times, "images/s", "speed-up (95 %)", "verdict", *shown),
+            title=f"{first.covers}, batch {first.batch}, {first.threads} threads",
+            title_justify="left",
+        )
+        for row in group:
+            faster = ratio(first.timing, row.timing)
+            accuracy = row.accuracy or {}
+            table.add_row(
+                row.name,
+                row.precision,
+                *(f"{row.timing.percentile(q):.2f}" for q in (50, 90, 95, 99)),
+                f"{row.images_per_second:.1f}",
+                "1"
+                if row is first
+                else f"{faster.median:.2f} ({faster.low:.2f} to {faster.high:.2f})",
+                row.timing.verdict,
+                *(f"{accuracy[name]:.4f}" if name in accuracy else "" for name in shown),
             )
-            for row in group:
-                timing = row.timing
-                accuracy = row.accuracy or {}
-                table.add_row(
-                    row.name,
-                    row.precision,
-                    str(row.batch),
-                    *(f"{timing.percentile(q):.2f}" for q in (50, 90, 95, 99)),
-                    f"{row.images_per_second:.1f}",
-                    f"{ratio(group[0].timing, timing).median:.2f}",
-                    "" if timing.stable else "unstable",
-                    *(f"{accuracy[name]:.4f}" if name in accuracy else "" for name in shown),
-                )
-            console.print(table)
+        console.print(table)
     return out.getvalue()
 
 
 def environment(*, threads: int) -> dict[str, Any]:
-    """Machine and versions: what a figure must be read with."""
-    names = ("numpy", "opencv-python-headless", "onnxruntime", "openvino", "faiss-cpu", "torch")
+    """Machine and versions: what a figure must be read with.
+
+    Returns:
+        cpu, int8_features (instruction sets), cores, threads, memory_bytes, load (processes that
+        wanted to run, mean of the last minute), system, python, packages (installed ones with
+        versions), peak_rss_bytes.
+    """
+    versions = {name: installed(name) for name in _PACKAGES}
     return {
         "cpu": cpu_model(),
         "int8_features": int8_features(),
-        "cores": os.cpu_count(),
+        "cores": available_threads(),
         "threads": threads,
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "load": os.getloadavg()[0],
         "system": platform.platform(),
         "python": platform.python_version(),
-        "packages": {name: installed(name) for name in names},
+        "packages": {name: version for name, version in versions.items() if version},
         "peak_rss_bytes": peak_rss_bytes(),
     }
 
@@ -285,5 +398,14 @@ def inputs_hash(arrays: Sequence[Array]) -> str:
 
 
 def peak_rss_bytes() -> int:
-    """Largest resident memory of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Largest resident memory of this process so far.
+
+    On Linux from VmHWM: ru_maxrss also knows that of the process which started this one.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return 1024 * int(line.split()[1])
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
