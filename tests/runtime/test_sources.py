@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runtime.errors import InputError
+from runtime.images import SUFFIXES
+from runtime.sources import VIDEO_SUFFIXES, open_source
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Pictures in two folders, a note and a video; contents do not matter here."""
+    for name in ("b.png", "a.JPG", "sub/c.webp", "sub/deep/d.tiff", "notes.md", "film.mp4"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    return tmp_path
+
+
+class TestASourceOfPictures:
+    def test_is_one_file(self, folder: Path) -> None:
+        source = open_source(str(folder / "b.png"))
+
+        assert (source.kind, source.paths, source.num_images) == (
+            "images",
+            (folder / "b.png",),
+            1,
+        )
+
+    def test_is_a_folder_with_all_below_it_sorted(self, folder: Path) -> None:
+        source = open_source(str(folder))
+
+        names = [path.relative_to(folder).as_posix() for path in source.paths]
+        assert names == ["a.JPG", "b.png", "sub/c.webp", "sub/deep/d.tiff"]
+        assert source.num_images == 4
+
+    @pytest.mark.parametrize(
+        ("pattern", "names"),
+        [
+            ("*.png", ["b.png"]),
+            ("*", ["a.JPG", "b.png"]),
+            ("**/*", ["a.JPG", "b.png", "sub/c.webp", "sub/deep/d.tiff"]),
+            ("sub/[a-c].web?", ["sub/c.webp"]),
+        ],
+    )
+    def test_is_a_glob(self, folder: Path, pattern: str, names: list[str]) -> None:
+        source = open_source(str(folder / pattern))
+
+        assert [path.relative_to(folder).as_posix() for path in source.paths] == names
+
+    def test_is_a_relative_glob(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(folder)
+
+        assert open_source("*.png").paths == (Path("b.png"),)
+
+    def test_is_a_file_whose_name_looks_like_a_glob(self, tmp_path: Path) -> None:
+        (tmp_path / "a[1].png").touch()
+
+        assert open_source(str(tmp_path / "a[1].png")).paths == (tmp_path / "a[1].png",)
+
+    def test_is_a_list_in_its_own_order_relative_to_itself(self, folder: Path) -> None:
+        elsewhere = folder / "sub" / "c.webp"
+        text = f"# two of them\n../b.png\n\n  {elsewhere}  \nmissing.png\n"
+        (folder / "sub" / "list.txt").write_text(text, encoding="utf-8-sig")
+
+        source = open_source(str(folder / "sub" / "list.txt"))
+
+        # what is missing is found out when it is read, and reported there
+        assert source.paths == (
+            folder / "sub" / "../b.png",
+            elsewhere,
+            folder / "sub" / "missing.png",
+        )
+
+
+class TestASourceThatMoves:
+    @pytest.mark.parametrize("suffix", [*sorted(VIDEO_SUFFIXES), ".MP4"])
+    def test_is_a_video_file(self, tmp_path: Path, suffix: str) -> None:
+        path = tmp_path / f"film{suffix}"
+        path.touch()
+
+        source = open_source(str(path))
+
+        assert (source.kind, source.paths, source.address) == ("video", (path,), str(path))
+        assert source.num_images is None
+
+    @pytest.mark.parametrize("text", ["0", "12", "rtsp://camera/1", "RTSP://camera/1", "udp://:99"])
+    def test_is_a_webcam_or_an_address(self, text: str) -> None:
+        source = open_source(text)
+
+        assert (source.kind, source.paths, source.address) == ("stream", (), text)
+        assert source.num_images is None
+
+    def test_is_not_a_folder_that_is_called_0(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "0").mkdir()
+        (tmp_path / "0" / "a.png").touch()
+        monkeypatch.chdir(tmp_path)
+
+        assert open_source("0").kind == "stream"
+        assert open_source("./0").kind == "images"
+
+
+class TestASourceThatHoldsNothing:
+    @pytest.mark.parametrize(
+        "text", ["none.png", "none", "*.none", "empty", "notes.md", "list.txt"]
+    )
+    def test_is_refused_by_name_with_a_way_out(self, folder: Path, text: str) -> None:
+        (folder / "empty").mkdir()
+        (folder / "list.txt").write_text("# nothing\n\n")
+
+        with pytest.raises(InputError) as caught:
+            open_source(str(folder / text))
+
+        assert text in caught.value.message
+        assert caught.value.fix
+
+    def test_is_refused_when_it_is_no_text_at_all(self) -> None:
+        with pytest.raises(InputError, match="empty"):
+            open_source("")
+
+    def test_is_refused_when_the_list_is_binary(self, tmp_path: Path) -> None:
+        (tmp_path / "list.txt").write_bytes(b"\xff\xfe\x00\x9f")
+
+        with pytest.raises(InputError, match="UTF-8"):
+            open_source(str(tmp_path / "list.txt"))
+
+    def test_names_the_video_in_a_folder_of_videos(self, tmp_path: Path) -> None:
+        (tmp_path / "film.mp4").touch()
+
+        with pytest.raises(InputError) as caught:
+            open_source(str(tmp_path))
+
+        assert "film.mp4" in (caught.value.fix or "")
+
+
+# without "/" and ".", which would make it search the whole machine
+@given(st.text(st.characters(exclude_characters="/."), max_size=30))
+def test_any_text_gives_a_source_or_one_clear_refusal(text: str) -> None:
+    try:
+        source = open_source(text)
+    except InputError as error:
+        assert error.fix
+    else:
+        assert source.kind in ("images", "video", "stream")
+
+
+def test_no_suffix_is_both_a_picture_and_a_video() -> None:
+    assert not SUFFIXES & VIDEO_SUFFIXES
