@@ -25,6 +25,8 @@ _CHUNK_BYTES = 64 << 20
 _FRONT_BYTES = 16 << 20
 # |x|² - 2xc + |c|² in float32 cannot tell a squared distance below this share of |x|² from zero;
 # without a floor, copies of a chosen row would be chosen for their rounding errors
+_MOST_TIED = 16  # more rows than this, equally far up to rounding, are taken as they come
+_LIKELY_NEAREST = 4
 _ROUNDING = 1e-6
 
 Progress = Callable[[int, int], None]
@@ -124,11 +126,15 @@ def greedy_k_centre(
             part = nearest_N[start : start + step]
             np.minimum(part, distance, out=part)
 
-    if centres_MD is not None and len(centres_MD):
+    num_old = 0 if centres_MD is None else len(centres_MD)
+    centres = np.empty((num_old + num, width), np.float32)  # relative to the origin
+    if centres_MD is not None and num_old:
+        centres[:num_old] = centres_MD - origin
         for start in range(0, len(centres_MD), 1024):
             absorb(np.asarray(centres_MD[start : start + 1024], np.float32))
     elif first is not None:
         picked, radii = [int(first)], [float("inf")]
+        centres[0] = rows_ND[first] - origin
         absorb(rows_ND[first : first + 1])
         nearest_N[first] = 0
 
@@ -147,9 +153,14 @@ def greedy_k_centre(
         batch: list[int] = []
         while len(picked) < num:
             best = int(nearest.argmax())
+            level = nearest[best] - 2 * floor[best]
+            close = np.flatnonzero(nearest >= level)[:_MOST_TIED]
+            if len(close) > 1:
+                best = int(close[_farthest(rows[close], centres[: num_old + len(picked)])])
             if nearest[best] <= limit or (batch and nearest[best] <= outside):
                 break
             batch.append(int(front[best]))
+            centres[num_old + len(picked)] = rows[best]
             picked.append(batch[-1])
             radii.append(float(np.sqrt(nearest[best])))
             distance = squared - 2 * (rows @ rows[best]) + squared[best]
@@ -165,3 +176,15 @@ def greedy_k_centre(
         radii=np.array(radii, np.float32),
         radius=float(np.sqrt(max(float(nearest_N.max()), 0.0))),
     )
+
+
+def _farthest(rows_ND: Array, centres_MD: Array) -> int:
+    """Which of a few rows, equally far up to rounding, is the farthest; the first of equal ones.
+
+    The product picks each row's likely nearest centres; these are measured by differences.
+    """
+    likely = np.argsort(
+        np.einsum("md,md->m", centres_MD, centres_MD) - 2 * (rows_ND @ centres_MD.T), axis=1
+    )[:, :_LIKELY_NEAREST]
+    differences = rows_ND[:, None] - centres_MD[likely]
+    return int(np.linalg.norm(differences, axis=2).min(axis=1).argmax())
