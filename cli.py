@@ -99,9 +99,13 @@ def train(
     """Train SYSTEM on a folder of data."""
     _need("torch", "train")
     from training.config import load_config
+    from training.run import open_run
     from training.train import train as train_run
 
-    merged = load_config(system, config, overrides)
+    if resume and out is not None and not config and not overrides:
+        merged = open_run(out).config
+    else:
+        merged = load_config(system, config, overrides)
     with _Progress(context) as progress:
         run = train_run(merged, data, out, resume=resume, exist_ok=exist_ok, progress=progress)
     _print_results(run.info.results)

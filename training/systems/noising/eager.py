@@ -127,7 +127,7 @@ def contenders(
     bank = Bank.load(bundle.asset("bank"))
     model, _ = build_model(opened.config, weights=False)
     model.load_state_dict(load_file(opened.weights("best")))
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.to(memory_format=torch.channels_last)
     found = []
     for name, compiled, bf16 in (
         ("eager channels_last", False, False),
