@@ -4,7 +4,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
-from residual_net import images, measured, residual_net
+from tests.export.residual_net import images, measured, residual_net
 
 from export import passes
 from export.legality import check_legal

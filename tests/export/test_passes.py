@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import helper, numpy_helper
-from residual_net import images, residual_net, run
+from tests.export.residual_net import images, residual_net, run
 
 from export import passes
 from runtime.errors import ExportError

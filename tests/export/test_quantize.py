@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from onnx import numpy_helper
-from residual_net import FUSED, LITERAL, images, measured, residual_net, run
+from tests.export.residual_net import FUSED, LITERAL, images, measured, residual_net, run
 
 from export import passes
 from export.quantize import (

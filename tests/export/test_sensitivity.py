@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from residual_net import LITERAL, images, measured, residual_net, run
+from tests.export.residual_net import LITERAL, images, measured, residual_net, run
 
 from export import passes
 from export.quantize import KeepFloat, quantizable, quantize
