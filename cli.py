@@ -189,6 +189,7 @@ def export(
             build(floats, out, config, exist_ok=exist_ok, say=say)
         elif from_bundle:
             raise UsageError("a bundle is exported already", fix="add --int8 --samples DIR")
+    _print_parity(bundles.load_manifest(out).reports)
     click.echo(out)
 
 
@@ -220,10 +221,9 @@ def infer(
     exist_ok: bool,
 ) -> None:
     """Run a BUNDLE on images or video, without PyTorch."""
+    from runtime.bundle import read
     from runtime.infer import infer as run_infer
     from runtime.sources import open_source
-
-    from runtime.bundle import read
     from runtime.systems import open_system
 
     if out.exists() and any(out.iterdir()) and not exist_ok:
@@ -318,9 +318,8 @@ def bench(
     json_file: Path | None,
 ) -> None:
     """Time a BUNDLE on every backend and precision, against eager PyTorch with --run."""
-    from runtime.bench import environment, render
-
     from runtime import contenders
+    from runtime.bench import environment, render
     from runtime.bundle import read, write_atomic
     from runtime.threads import available_threads
 
@@ -403,13 +402,25 @@ def show(folder: Path) -> None:
 @bundle.command(name="set-threshold")
 @click.argument("folder", type=PATH)
 @click.argument("name")
-@click.argument("value", type=float)
-def set_threshold(folder: Path, name: str, value: float) -> None:
-    """Move a decision border without exporting again."""
+@click.argument("value")
+def set_threshold(folder: Path, name: str, value: str) -> None:
+    """Move a decision border without exporting again.
+
+    VALUE is a number, or the name of another threshold of the bundle, such as image_f1max.
+    """
     from runtime import bundle as bundles
 
-    bundles.set_threshold(bundles.read(folder), name, value)
-    click.echo(f"{name} = {value:g}")
+    opened = bundles.read(folder)
+    known = opened.manifest.thresholds
+    try:
+        number = known[value].value if value in known else float(value)
+    except ValueError as error:
+        raise UsageError(
+            f"'{value}' is neither a number nor a threshold of {folder}",
+            fix=f"give a number or one of {', '.join(sorted(known))}",
+        ) from error
+    bundles.set_threshold(opened, name, number)
+    click.echo(f"{name} = {number:g}")
 
 
 @main.group()
@@ -502,6 +513,26 @@ def _print_table(title: str, header: tuple[str, ...], rows: list[tuple[str, ...]
         table.add_row(*row)
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
     console.print(title, table, sep="\n")
+
+
+def _print_parity(reports: dict[str, Any]) -> None:
+    """How far each stage is from the one before, per graph output."""
+    stages = {"torch to ONNX": reports.get("parity", {}).get("torch-float", {})}
+    for backend, graphs in reports.get("parity_int8", {}).items():
+        stages[f"float to INT8, {backend}"] = graphs
+    rows = [
+        (
+            stage,
+            f"{graph}.{output}",
+            *(f"{parity[key]:.2e}" for key in ("max_rel", "mean_rel")),
+            *(f"{parity[key]:.6f}" for key in ("cosine", "cosine_worst1pct")),
+        )
+        for stage, graphs in stages.items()
+        for graph, outputs in graphs.items()
+        for output, parity in outputs.items()
+    ]
+    header = ("parity", "output", "max rel", "mean rel", "cosine", "cosine, worst 1 %")
+    _print_table("same feeds through both", header, rows)
 
 
 def _print_results(results: dict[str, Any]) -> None:

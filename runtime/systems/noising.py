@@ -492,7 +492,7 @@ def ablation(
             distance_weight=params.distance_weight,
         )
         for name, weights in combinations.items():
-            scores = combine(signals, params.signals, weights)
+            scores = combine(signals, params.signals, weights) / np.float32(params.score_std)
             scored = anomaly_map(scores, params.grid, image_size, params.smoothing)
             metrics[name].update(float(scores.max()), label, scored, mask)
     return {name: metric.compute() for name, metric in metrics.items()}
@@ -559,12 +559,12 @@ class System:
             EngineError: features that are not finite.
         """
         params, thresholds = self.params, self.bundle.manifest.thresholds
-        distances, indices = self.search.search(features_ND)
-        if not np.isfinite(distances).all():  # no comparison with a threshold would notice
+        if not np.isfinite(features_ND).all():  # no comparison with a threshold would notice
             raise EngineError(
                 "the 'features' graph gave values that are not finite",
                 fix="run with --precision float, or export again",
             )
+        distances, indices = self.search.search(features_ND)
         signals = patch_signals(
             self.bank,
             features_ND,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from runtime import datasets
-from runtime.bundle import write_atomic
+from runtime.bundle import Threshold, write_atomic
 from runtime.errors import DatasetError
 from runtime.systems.noising import ablation, fit, target_mask
 from runtime.tensors import Array
@@ -98,14 +98,21 @@ class Task:
             progress=lambda done, of: progress("coreset", done, of),
         )
         fitted.bank.save(run.root / "bank.faiss")
-        thresholds = {name: t.model_dump(mode="json") for name, t in fitted.thresholds.items()}
-        _write_json(run.root / "params.json", fitted.params.model_dump(mode="json"))
-        _write_json(run.root / "thresholds.json", thresholds)
+        thresholds = dict(fitted.thresholds)
         results: dict[str, JsonValue] = {"fit": fitted.report}
         if self.labelled:
-            results["ablation"] = cast(
-                JsonValue, ablation(fitted.bank, fitted.params, size, self._judged(model, progress))
-            )
+            judged = self._judged(model, progress)
+            found = ablation(fitted.bank, fitted.params, size, judged)
+            results["ablation"] = cast(JsonValue, found)
+            for name in fitted.thresholds:  # offered beside the budget's; none is taken by itself
+                if (best := found["shipped"].get(f"{name}_f1max_threshold")) is not None:
+                    source = f"largest F1 on {len(self.labelled)} labelled images"
+                    thresholds |= {f"{name}_f1max": Threshold(value=best, source=source)}
+        _write_json(run.root / "params.json", fitted.params.model_dump(mode="json"))
+        _write_json(
+            run.root / "thresholds.json",
+            {name: threshold.model_dump(mode="json") for name, threshold in thresholds.items()},
+        )
         self.features_path.unlink()
         return results
 
