@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-from runtime.images import read as read_image
 
 from calibration import calibrate, ranges
 from calibration.samples import Sample, choose
@@ -26,10 +26,11 @@ from export.parity import Parity, compare
 from export.quantize import KeepFloat, activations, quantize, to_unsigned
 from export.sensitivity import NodeCost, sensitivity
 from runtime import bench
-from runtime.bundle import Bundle, Manifest, read, write
+from runtime.bundle import Bundle, Manifest, check_out, read, write
 from runtime.engines import BACKENDS, Engine
 from runtime.engines.ort import OrtEngine
-from runtime.errors import BackendError, ExportError, GateError
+from runtime.errors import BackendError, DatasetError, ExportError, GateError, UsageError
+from runtime.images import read as read_image
 from runtime.systems import open_engines, open_system
 from runtime.tensors import Array, TensorSpec
 from runtime.tensors import Feeds as EngineFeeds
@@ -45,7 +46,19 @@ _CANDIDATES: tuple[tuple[str, float], ...] = (
 METHODS = ("auto", *ranges.METHODS)
 _PARITY_SAMPLES = 8
 _MAX_RELAXED = 16
+_PRECISIONS = ("float", "bf16", "int8")  # whose speed the verdict names
+_SPEED_SECONDS = 10.0  # per backend
 _WORTH = 1.05  # a speed-up below this is not worth a second set of numbers
+# what this stage writes into the manifest's reports; those of an earlier build are dropped
+_REPORTS = (
+    "calibration",
+    "kept_float",
+    "parity_int8",
+    "gate",
+    "speed",
+    "verdict",
+    "sensitivity",
+)
 
 Say = Callable[[str], None]
 Feeds = Mapping[str, Sequence[Mapping[str, Array]]]
@@ -56,14 +69,14 @@ class BuildConfig:
     """What ``build`` is asked for.
 
     Attributes:
-        samples: folder of images that the system will meet; None makes no INT8 graphs.
+        samples: folder of images that the system will meet.
         num_samples: how many of them are shown.
         seed: of their choice.
         method: one of ``METHODS``.
         percentile: of method ``percentile``.
         evaluation: labelled folder for the gate; None leaves the gate unmeasured.
         sensitivity: measure each node's cost, and put the worst back to float while the gate fails.
-        fail_on_drop: raise where the gate fails.
+        fail_on_drop: raise where the gate fails; needs ``evaluation``.
         threads: CPU threads; None takes all cores that this process may use.
     """
 
@@ -88,6 +101,8 @@ def build(
 
     Raises:
         CalibrationError, QuantizationError: ranges or a graph that INT8 cannot take.
+        ExportError, UsageError: no samples, or ``fail_on_drop`` without ``evaluation``.
+        DatasetError: too few samples, or labelled data that give none of the gate's metrics.
         BackendError: no backend that can run INT8 graphs.
         GateError: the metric dropped by more than allowed and ``fail_on_drop``; ``out`` is written
             all the same, and its verdict ships float.
@@ -95,6 +110,9 @@ def build(
     """
     if config.samples is None:
         raise ExportError("INT8 needs sample images", fix="pass --samples DIR")
+    if config.fail_on_drop and config.evaluation is None:
+        raise UsageError("a drop cannot fail without labelled data", fix="pass --eval DIR")
+    check_out(out, replace=exist_ok)
     samples = choose(config.samples, config.num_samples, config.seed)
     floats = {
         name: onnx.load(bundle.path(graph.variants["float"]))
@@ -120,21 +138,21 @@ def build(
     with tempfile.TemporaryDirectory() as scratch:
         trial = Path(scratch)
         candidate = _assemble(bundle, floats, table, keep, trial / "0")
-        gate = _gate(candidate, config, say)
-        relaxed: list[str] = []
+        want = _metrics(candidate, "float", config)
+        gate = _gate(candidate, want, config, say)
         count = 1
         while costs and gate and not gate["passed"] and count <= _MAX_RELAXED:
             keep, relaxed = _relax(keep, costs, count)
             say(f"gate failed: back to float: {', '.join(relaxed)}")
             candidate = _assemble(bundle, floats, table, keep, trial / str(count))
-            gate = _gate(candidate, config, say)
+            gate = _gate(candidate, want, config, say)
             count *= 2
         parity = _parity(candidate, feeds, config.threads)
         say("timing float against INT8")
         speed = _speed(candidate, feeds, config.threads)
         verdict = _verdict(gate, speed)
         reports: dict[str, Any] = {
-            **bundle.manifest.reports,
+            **{k: v for k, v in bundle.manifest.reports.items() if k not in _REPORTS},
             "calibration": {
                 "method": table.method,
                 "percentile": table.percentile,
@@ -159,7 +177,7 @@ def build(
         say(line)
     if config.fail_on_drop and gate and not gate["passed"]:
         raise GateError(
-            f"INT8 lost more than allowed: {gate['failed']}",
+            f"INT8 lost more than allowed: {_lost(gate)}",
             fix="try --sensitivity, another --method, more --samples, or ship float "
             f"(the bundle {out} does)",
         )
@@ -216,10 +234,8 @@ def _choose_table(
     """The table of the method asked for, or of the one with the smallest output error."""
     if config.method != "auto":
         return histograms.table(config.method, percentile=config.percentile), {}
-    want = {
-        name: _outputs(engine, feeds[name])
-        for name, engine in open_engines(bundle, "ort", "float", threads=config.threads).items()
-    }
+    with _opened(bundle, "ort", "float", config.threads) as engines:
+        want = {name: _outputs(engine, feeds[name]) for name, engine in engines.items()}
     errors: dict[str, float] = {}
     tables: dict[str, Table] = {}
     for method, percentile in _CANDIDATES:
@@ -230,12 +246,25 @@ def _choose_table(
             graph = to_unsigned(quantize(model, tables[label].amax(name), keep[name]))
             engine = OrtEngine(graph.SerializeToString(), threads=config.threads)
             found = compare(_outputs(engine, feeds[name]), want[name])
+            engine.close()
             worst = max(worst, *(1 - parity.cosine_worst1pct for parity in found.values()))
         errors[label] = worst
         say(f"  {label}: cosine of the worst 1 % of vectors {1 - worst:.4f}")
     best = min(errors, key=errors.__getitem__)
     say(f"ranges by {best}")
     return tables[best], errors
+
+
+@contextmanager
+def _opened(
+    bundle: Bundle, backend: str, precision: str, threads: int | None
+) -> Iterator[dict[str, Engine]]:
+    engines = open_engines(bundle, backend, precision, threads=threads)
+    try:
+        yield engines
+    finally:
+        for engine in engines.values():
+            engine.close()
 
 
 def _outputs(engine: Engine, feeds: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
@@ -299,36 +328,46 @@ def _int8_backends() -> list[str]:
     return names
 
 
-def _gate(candidate: Bundle, config: BuildConfig, say: Say) -> dict[str, Any]:
-    """The task's metrics, float against INT8, through the same backend; {} where not asked for."""
+def _metrics(candidate: Bundle, precision: str, config: BuildConfig) -> dict[str, float]:
+    """The task's metrics through the backend that ``auto`` takes; {} where not asked for."""
     if config.evaluation is None:
         return {}
-    backend = _int8_backends()[0]
-    metrics = {}
-    for precision in ("float", "int8"):
-        system = open_system(
-            candidate, backend=backend, precision=precision, threads=config.threads
-        )
-        try:
-            metrics[precision] = system.evaluate(config.evaluation)
-        finally:
-            system.close()
+    system = open_system(
+        candidate, backend=_int8_backends()[0], precision=precision, threads=config.threads
+    )
+    try:
+        return system.evaluate(config.evaluation)
+    finally:
+        system.close()
+
+
+def _gate(
+    candidate: Bundle, want: Mapping[str, float], config: BuildConfig, say: Say
+) -> dict[str, Any]:
+    """Hold the INT8 metrics against the float ones; {} where not asked for."""
+    if config.evaluation is None:
+        return {}
     allowed = candidate.manifest.gate
-    drops = {
-        name: metrics["float"][name] - metrics["int8"][name]
-        for name in allowed
-        if name in metrics["float"]
-    }
+    if missing := sorted(set(allowed) - set(want)):
+        say(f"gate: {config.evaluation} does not give {', '.join(missing)}")
+    if not set(allowed) & set(want):
+        raise DatasetError(
+            f"{config.evaluation} gives none of the metrics that the gate needs: "
+            f"{', '.join(sorted(allowed)) or 'the bundle names none'}",
+            fix="give normal and defective images, or leave --eval out",
+        )
+    got = _metrics(candidate, "int8", config)
+    drops = {name: want[name] - got[name] for name in allowed if name in want}
     failed = {name: drop for name, drop in drops.items() if drop > allowed[name]}
     for name, drop in drops.items():
         say(
-            f"gate {name}: float {metrics['float'][name]:.4f}, INT8 {metrics['int8'][name]:.4f}, "
+            f"gate {name}: float {want[name]:.4f}, INT8 {got[name]:.4f}, "
             f"drop {drop:+.4f}, allowed {allowed[name]:.4f}: {'FAIL' if name in failed else 'ok'}"
         )
     return {
-        "backend": backend,
-        "float": metrics["float"],
-        "int8": metrics["int8"],
+        "backend": _int8_backends()[0],
+        "float": dict(want),
+        "int8": got,
         "drop": drops,
         "allowed": dict(allowed),
         "failed": failed,
@@ -349,15 +388,16 @@ def _parity(candidate: Bundle, feeds: Feeds, threads: int | None) -> dict[str, A
     """INT8 against float outputs of every graph, per backend."""
     report: dict[str, Any] = {}
     for backend in _int8_backends():
-        floats = open_engines(candidate, backend, "float", threads=threads)
-        int8s = open_engines(candidate, backend, "int8", threads=threads)
-        for name in floats:
-            found: Mapping[str, Parity] = compare(
-                _outputs(int8s[name], feeds[name]), _outputs(floats[name], feeds[name])
-            )
-            report.setdefault(backend, {})[name] = {k: v.model_dump() for k, v in found.items()}
-        for engine in (*floats.values(), *int8s.values()):
-            engine.close()
+        with (
+            _opened(candidate, backend, "float", threads) as floats,
+            _opened(candidate, backend, "int8", threads) as int8s,
+        ):
+            report[backend] = {}
+            for name in floats:
+                found: Mapping[str, Parity] = compare(
+                    _outputs(int8s[name], feeds[name]), _outputs(floats[name], feeds[name])
+                )
+                report[backend][name] = {k: v.model_dump() for k, v in found.items()}
     return report
 
 
@@ -365,19 +405,21 @@ def _speed(candidate: Bundle, feeds: Feeds, threads: int | None) -> dict[str, An
     """Float against INT8 network time on one sample, contenders taking turns, per backend."""
     report: dict[str, Any] = {}
     for backend in _int8_backends():
-        contenders = {}
-        for precision in [p for p in ("float", "bf16", "int8") if p in BACKENDS[backend].variants]:
-            engines = open_engines(candidate, backend, precision, threads=threads)
+        with ExitStack() as stack:
+            contenders = {}
+            for precision in [p for p in _PRECISIONS if p in BACKENDS[backend].variants]:
+                engines = stack.enter_context(_opened(candidate, backend, precision, threads))
 
-            def call(engines: Mapping[str, Engine] = engines) -> None:
-                for name, engine in engines.items():
-                    engine.run(feeds[name][0])
+                def call(engines: Mapping[str, Engine] = engines) -> None:
+                    for name, engine in engines.items():
+                        engine.run(feeds[name][0])
 
-            contenders[precision] = call
-        timings = bench.interleave(contenders)
+                contenders[precision] = call
+            timings = bench.interleave(contenders, max_seconds=_SPEED_SECONDS)
         ratio = bench.ratio(timings["float"], timings["int8"])
         report[backend] = {
             "p50_ms": {name: timing.p50_ms for name, timing in timings.items()},
+            "stable": all(timing.stable for timing in timings.values()),
             "int8_speedup": ratio.median,
             "int8_speedup_low": ratio.low,
             "int8_speedup_high": ratio.high,
@@ -386,23 +428,34 @@ def _speed(candidate: Bundle, feeds: Feeds, threads: int | None) -> dict[str, An
 
 
 def _verdict(gate: Mapping[str, Any], speed: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``--precision auto`` takes, and why."""
-    best = min(speed, key=lambda name: speed[name]["p50_ms"]["int8"])
-    found = speed[best]
-    reasons = [
-        f"{best}: INT8 is {found['int8_speedup']:.2f}x as fast as float "
-        f"(95 % interval {found['int8_speedup_low']:.2f} to {found['int8_speedup_high']:.2f})"
-    ]
-    pays = found["int8_speedup_low"] >= _WORTH
+    """What ``--precision auto`` takes, and why.
+
+    The first backend decides: ``--backend auto`` takes it, and the gate was measured with it.
+    """
+    decisive = next(iter(speed))
+    reasons = []
+    for backend, found in speed.items():
+        reasons.append(
+            f"{backend}: INT8 is {found['int8_speedup']:.2f}x as fast as float (95 % interval "
+            f"{found['int8_speedup_low']:.2f} to {found['int8_speedup_high']:.2f})"
+        )
+        if bf16 := found["p50_ms"].get("bf16"):
+            int8 = found["p50_ms"]["int8"]
+            reasons.append(f"{backend}: bf16 takes {bf16:.2f} ms, INT8 {int8:.2f} ms")
+    pays = speed[decisive]["int8_speedup_low"] >= _WORTH
     if not pays:
-        reasons.append("INT8 does not pay here")
-    if bf16 := found["p50_ms"].get("bf16"):
-        reasons.append(f"{best}: bf16 takes {bf16:.2f} ms, INT8 {found['p50_ms']['int8']:.2f} ms")
+        reasons.append(f"INT8 does not pay here with {decisive}")
+    if not speed[decisive]["stable"]:
+        reasons.append("the machine was not quiet while this was timed")
     if not gate:
         reasons.append("accuracy was not measured: pass --eval DIR")
     elif gate["passed"]:
         reasons.append("the task's metrics stayed within the allowed drop")
     else:
-        reasons.append(f"the task's metrics dropped too much: {gate['failed']}")
+        reasons.append(f"the task's metrics dropped too much: {_lost(gate)}")
     ship = "int8" if pays and (not gate or gate["passed"]) else "float"
-    return {"ship": ship, "backend": best, "pays": pays, "reasons": reasons}
+    return {"ship": ship, "backend": decisive, "pays": pays, "reasons": reasons}
+
+
+def _lost(gate: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} by {drop:.4f}" for name, drop in gate["failed"].items())

@@ -2,13 +2,15 @@
 
 This module owns the format; ``docs/bundle-format.md`` states it as promises. ``read`` checks
 everything (schema, digest, names, sizes, SHA-256) before any other code opens a file of it;
-``write`` builds the folder beside its destination and renames it, so a reader never sees half.
+``write`` builds the folder beside its destination and renames it, so a reader never sees half: the
+old bundle, for the instant between two renames none, then the new one.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -16,11 +18,11 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from runtime.errors import BundleError
+from runtime.errors import BundleError, InputError
 from runtime.preprocess import PreprocessSpec
 from runtime.tensors import TensorSpec
 
@@ -162,8 +164,8 @@ def load_manifest(root: Path) -> Manifest:
     """Read and check ``manifest.json`` alone: schema, digest, names; opens no other file.
 
     Raises:
-        BundleError: missing, not JSON, another schema version, unknown or ill-typed fields, a
-            digest that does not fit, or a listed path that leaves the folder.
+        BundleError: missing or a link, not JSON, another schema version, unknown or ill-typed
+            fields, any changed byte, or a listed path that leaves the folder.
     """
     path = root / MANIFEST_NAME
     if not path.is_file():
@@ -172,9 +174,11 @@ def load_manifest(root: Path) -> Manifest:
             fix="give the folder that `cli.py export ... --out` wrote",
         )
     _check_plain(path)
+    data = path.read_bytes()
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
-    except ValueError as error:  # no UTF-8, no JSON, or NaN and Infinity, which are not JSON
+        content = json.loads(data, parse_constant=_refuse_constant)
+    # no UTF-8, no JSON, NaN and Infinity, which are not JSON, or brackets without an end
+    except (ValueError, RecursionError) as error:
         raise BundleError(
             f"{path} is not valid JSON ({error})", fix="export or copy the bundle again"
         ) from error
@@ -195,7 +199,8 @@ def load_manifest(root: Path) -> Manifest:
             f"{path} does not follow the bundle format: {where}: {first['msg']}",
             fix="export the bundle again",
         ) from error
-    if manifest.sealed().digest != manifest.digest:
+    # the text as well: no byte may change, not even one that means nothing in JSON
+    if manifest.sealed().digest != manifest.digest or data != _manifest_text(manifest).encode():
         raise BundleError(
             f"{path} was changed after it was written: its digest does not fit",
             fix="export or copy the bundle again; move thresholds with "
@@ -210,7 +215,7 @@ def load_manifest(root: Path) -> Manifest:
     return manifest
 
 
-def _refuse_constant(name: str) -> None:
+def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON number")
 
 
@@ -226,7 +231,7 @@ def verify(root: Path, manifest: Manifest) -> None:
     """Check that the folder holds exactly the files of the manifest, with their hashes.
 
     Raises:
-        BundleError: a file is missing, extra, a link, of another size or of another SHA-256.
+        BundleError: a file is missing, extra, no plain file, of another size or another SHA-256.
     """
     present = {
         path.relative_to(root).as_posix()
@@ -267,33 +272,46 @@ def read(root: Path) -> Bundle:
     return Bundle(root=root, manifest=manifest)
 
 
+def check_out(out: Path, *, replace: bool) -> None:
+    """Refuse a destination that ``write`` would refuse; to be asked before long work.
+
+    Raises:
+        BundleError: ``out`` exists, and is no bundle or may not be replaced.
+    """
+    if not out.exists():
+        return
+    if not (out / MANIFEST_NAME).is_file():
+        raise BundleError(f"{out} already exists and is no bundle", fix="choose another --out")
+    if not replace:
+        raise BundleError(
+            f"{out} already exists", fix="choose another --out, or pass --exist-ok to replace it"
+        )
+
+
 def write(
     out: Path, manifest: Manifest, files: Mapping[str, Path], *, replace: bool = False
 ) -> Bundle:
     """Write a bundle atomically: all files are copied, hashed and synced before it appears.
 
+    When it fails, nothing is left over, and a bundle that was to be replaced is still there.
+
     Args:
         out: the folder to make.
         manifest: everything but ``files`` and ``digest``, which are filled in here.
-        files: name in the bundle -> file to copy.
+        files: name in the bundle -> file to copy; may lie in the bundle that is replaced.
         replace: put it in the place of a bundle that is already there; never of another folder.
 
     Raises:
         BundleError: ``out`` exists and may not be replaced, a name is not a plain path, or the
             manifest refers to a file that is not given.
     """
-    if out.exists() and not (out / MANIFEST_NAME).is_file():
-        raise BundleError(f"{out} already exists and is no bundle", fix="choose another --out")
-    if out.exists() and not replace:
-        raise BundleError(
-            f"{out} already exists", fix="choose another --out, or pass --exist-ok to replace it"
-        )
+    check_out(out, replace=replace)
     for name in files:
         _check_name(out, name)
     out.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        staging.chmod(0o755)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
+        staging = Path(scratch) / "new"
+        staging.mkdir()
         entries = {}
         for name, source in sorted(files.items()):
             target = staging / PurePosixPath(name)
@@ -304,36 +322,31 @@ def write(
         sealed = manifest.model_copy(update={"files": entries}).sealed()
         write_atomic(staging / MANIFEST_NAME, _manifest_text(sealed))
         written = load_manifest(staging)
-        _put_in_place(staging, out)
-    finally:
-        if staging.exists():
-            shutil.rmtree(staging)
+        _put_in_place(staging, out, retired=Path(scratch) / "old")
     return Bundle(root=out, manifest=written)
 
 
-def _put_in_place(staging: Path, out: Path) -> None:
-    if not out.exists():
-        staging.rename(out)
-        _sync(out.parent)
-        return
-    retired = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent)) / out.name
-    out.rename(retired)
+def _put_in_place(staging: Path, out: Path, *, retired: Path) -> None:
+    if out.exists():
+        out.rename(retired)
     try:
         staging.rename(out)
-    except OSError:
-        retired.rename(out)
-        retired.parent.rmdir()
+    except BaseException:
+        if retired.exists():
+            retired.rename(out)
         raise
     _sync(out.parent)
-    shutil.rmtree(retired.parent)
 
 
 def set_threshold(bundle: Bundle, name: str, value: float) -> Bundle:
     """Move a decision border without exporting again; only ``manifest.json`` changes.
 
     Raises:
-        BundleError: the bundle has no threshold of that name, or the value is not finite.
+        BundleError: the bundle has no threshold of that name.
+        InputError: the value is not finite.
     """
+    if not math.isfinite(value):
+        raise InputError(f"a threshold cannot be {value}", fix="give a finite number")
     thresholds = bundle.manifest.thresholds
     if name not in thresholds:
         raise BundleError(

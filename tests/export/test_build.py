@@ -1,0 +1,541 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from calibration.table import load
+from export import build as build_module
+from export.build import BuildConfig, build, describe_verdict
+from export.legality import check_legal
+from export.quantize import activations, quantizable
+from runtime.bench import Timing, Turn
+from runtime.bundle import Bundle, read, write
+from runtime.errors import (
+    BundleError,
+    CalibrationError,
+    DatasetError,
+    ExportError,
+    GateError,
+    UsageError,
+)
+from runtime.systems import open_system
+from runtime.testing import write_parts, write_tiny_noising_bundle
+
+SIZE = (64, 64)
+MILLISECONDS = {"float": 4.0, "bf16": 3.0, "int8": 1.0}
+
+
+def timing(ms: float) -> Timing:
+    return Timing(tuple(Turn((ms,) * 5, foreign_cores=0.0) for _ in range(5)))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def ran() -> Iterator[list[str]]:
+    """Every contender runs once and gets a fixed time; tests do not depend on the machine."""
+    names: list[str] = []
+
+    def interleave(
+        contenders: Mapping[str, Callable[[], object]], **_options: object
+    ) -> dict[str, Timing]:
+        for name, call in contenders.items():
+            call()
+            names.append(name)
+        return {name: timing(MILLISECONDS[name]) for name in contenders}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build_module.bench, "interleave", interleave)
+        yield names
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_parts(tmp_path_factory.mktemp("parts"), size=SIZE)
+
+
+@pytest.fixture(scope="module")
+def floats(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return write_tiny_noising_bundle(tmp_path_factory.mktemp("tiny") / "bundle", size=SIZE)
+
+
+def spoilt_by_one_node() -> onnx.ModelProto:
+    """A graph whose second convolution cannot be quantized.
+
+    One channel that it reads is a large constant: with one scale for all channels, the others,
+    which carry everything, become zero. Its own weights ignore that channel.
+    """
+    rng = np.random.default_rng(0)
+    first = rng.normal(0, 0.2, (12, 3, 4, 4))
+    first[0] = 0
+    bias = np.zeros(12)
+    bias[0] = 3000
+    second = rng.normal(0, 0.3, (16, 12, 1, 1))
+    second[:, 0] = 0
+    third = rng.normal(0, 0.3, (16, 16, 1, 1))
+    constants: dict[str, Any] = {
+        "w1": first.astype(np.float32),
+        "b1": bias.astype(np.float32),
+        "w2": second.astype(np.float32),
+        "w3": third.astype(np.float32),
+        "shape": np.array([0, 16, -1], np.int64),
+    }
+    node = helper.make_node
+    nodes = [
+        node("Conv", ["images", "w1", "b1"], ["c1"], "first", kernel_shape=[4, 4], strides=[4, 4]),
+        node("Relu", ["c1"], ["r1"], "relu1"),
+        node("Conv", ["r1", "w2"], ["c2"], "spoilt", kernel_shape=[1, 1]),
+        node("Relu", ["c2"], ["r2"], "relu2"),
+        node("Conv", ["r2", "w3"], ["c3"], "third", kernel_shape=[1, 1]),
+        node("AveragePool", ["c3"], ["p"], "pool", kernel_shape=[2, 2], strides=[2, 2]),
+        node("Reshape", ["p", "shape"], ["f"], "flatten"),
+        node("Transpose", ["f"], ["features"], "transpose", perm=[0, 2, 1]),
+    ]
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        nodes,
+        "spoilt",
+        [value("images", TensorProto.FLOAT, ["batch", 3, *SIZE])],
+        [value("features", TensorProto.FLOAT, ["batch", 64, 16])],
+        [numpy_helper.from_array(array, name) for name, array in constants.items()],
+    )
+    opset = helper.make_opsetid("", 18)
+    model = helper.make_model(graph, opset_imports=[opset], ir_version=9)
+    return onnx.shape_inference.infer_shapes(model, strict_mode=True)
+
+
+@pytest.fixture(scope="module")
+def spoilt(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    folder = tmp_path_factory.mktemp("spoilt") / "bundle"
+    return write_tiny_noising_bundle(folder, size=SIZE, graph=spoilt_by_one_node())
+
+
+def config(parts: Path, **changes: Any) -> BuildConfig:
+    options = {"samples": parts / "train", "num_samples": 6, "evaluation": parts, "threads": 1}
+    return BuildConfig(**{**options, **changes})
+
+
+def silent(_line: str) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Built:
+    bundle: Bundle
+    said: list[str]
+    ran: list[str]
+
+
+@pytest.fixture(scope="module")
+def once(
+    floats: Bundle, parts: Path, ran: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> Built:
+    said: list[str] = []
+    before = len(ran)
+    bundle = build(floats, tmp_path_factory.mktemp("once") / "out", config(parts), say=said.append)
+    return Built(bundle, said, ran[before:])
+
+
+class TestABuild:
+    @pytest.fixture
+    def built(self, once: Built) -> Bundle:
+        return once.bundle
+
+    def test_writes_a_bundle_that_passes_its_own_checks(self, built: Bundle) -> None:
+        assert read(built.root) == built
+        assert set(built.manifest.graphs["features"].variants) == {"float", "int8", "int8-u8"}
+
+    def test_keeps_the_float_graph_the_bank_and_the_thresholds(
+        self, built: Bundle, floats: Bundle
+    ) -> None:
+        for name, entry in floats.manifest.files.items():
+            assert built.manifest.files[name] == entry
+        assert built.manifest.thresholds == floats.manifest.thresholds
+        assert built.manifest.params == floats.manifest.params
+
+    def test_writes_int8_graphs_that_are_legal_and_quantized(self, built: Bundle) -> None:
+        variants = built.manifest.graphs["features"].variants
+        canonical = onnx.load(built.path(variants["int8"]))
+
+        check_legal(canonical)
+        expected = len(activations(onnx.load(built.path(variants["float"]))))
+        pairs = [node for node in canonical.graph.node if node.op_type == "QuantizeLinear"]
+        assert len(pairs) == expected > 0
+
+    @pytest.mark.parametrize("backend", ["ort", "openvino"])
+    def test_opens_in_int8_and_still_tells_good_from_bad(
+        self, built: Bundle, parts: Path, backend: str
+    ) -> None:
+        system = open_system(built, backend=backend, precision="int8", threads=1)
+        assert system.evaluate(parts)["image_auroc"] == 1.0
+        system.close()
+
+    def test_ships_its_calibration_table_bound_to_graph_and_samples(
+        self, built: Bundle, parts: Path
+    ) -> None:
+        table = load(built.asset("calibration"))
+        names = [f"good/{path.name}" for path in (parts / "train" / "good").iterdir()]
+
+        assert table.graphs["features"].sha256 == built.manifest.files["features.onnx"].sha256
+        assert len(table.samples) == 6
+        assert set(table.samples) <= set(names)
+
+    def test_reports_everything_that_it_measured(self, built: Bundle) -> None:
+        reports = built.manifest.reports
+
+        assert reports["calibration"]["num_samples"] == 6
+        assert len(reports["calibration"]["output_error"]) == 5
+        assert set(reports["parity_int8"]) == set(reports["speed"]) == {"openvino", "ort"}
+        parity = reports["parity_int8"]["ort"]["features"]["features"]
+        # INT8 steps of 1/127 of the range: the mean vector stays within a few degrees
+        assert parity["cosine"] > 0.99
+        assert reports["gate"]["passed"]
+        assert reports["gate"]["float"]["image_auroc"] == 1.0
+        assert reports["speed"]["ort"]["int8_speedup"] == 4.0
+        assert reports["verdict"]["ship"] == "int8"
+        assert "sensitivity" not in reports
+        json.dumps(reports, allow_nan=False)
+
+    def test_says_its_steps_and_its_verdict(self, once: Built) -> None:
+        lines = describe_verdict(once.bundle.manifest.reports["verdict"])
+
+        assert once.said[0].startswith("calibrating on 6 images")
+        assert once.said[-len(lines) :] == lines
+
+    def test_runs_every_precision_before_it_states_its_speed(self, once: Built) -> None:
+        assert once.ran == ["float", "bf16", "int8", "float", "int8"]
+
+    def test_is_what_auto_precision_opens(self, built: Bundle) -> None:
+        system = open_system(built, threads=1)
+        assert system.precision == "int8"
+        assert system.backend == built.manifest.reports["verdict"]["backend"]
+        system.close()
+
+
+class TestABuildOfABundleThatHasInt8:
+    def test_replaces_stale_graphs_tables_and_reports(
+        self, floats: Bundle, parts: Path, tmp_path: Path
+    ) -> None:
+        once = build(
+            floats, tmp_path / "a", config(parts, method="minmax", sensitivity=True), say=silent
+        )
+        stale = read(once.root).manifest.model_copy(
+            update={
+                "graphs": {
+                    "features": once.manifest.graphs["features"].model_copy(
+                        update={
+                            "variants": {
+                                **once.manifest.graphs["features"].variants,
+                                "int8-plan": "old.plan",
+                            }
+                        }
+                    )
+                }
+            }
+        )
+        (tmp_path / "old.plan").write_bytes(b"a plan of the old graph")
+        files = {name: once.path(name) for name in once.manifest.files}
+        before = write(tmp_path / "b", stale, {**files, "old.plan": tmp_path / "old.plan"})
+
+        after = build(
+            before, tmp_path / "b", config(parts, num_samples=3), exist_ok=True, say=silent
+        )
+
+        assert "old.plan" not in after.manifest.files
+        assert set(after.manifest.graphs["features"].variants) == {"float", "int8", "int8-u8"}
+        assert len(load(after.asset("calibration")).samples) == 3
+        assert "sensitivity" in before.manifest.reports
+        assert "sensitivity" not in after.manifest.reports
+        assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+    def test_keeps_reports_of_other_stages(
+        self, floats: Bundle, parts: Path, tmp_path: Path
+    ) -> None:
+        parity = {"torch-float": {"features": {"max_rel": 1e-6}}}
+        manifest = floats.manifest.model_copy(update={"reports": {"parity": parity}})
+        files = {name: floats.path(name) for name in floats.manifest.files}
+        traced = write(tmp_path / "traced", manifest, files)
+
+        built = build(traced, tmp_path / "built", config(parts, method="minmax"), say=silent)
+
+        assert built.manifest.reports["parity"] == parity
+
+    def test_gives_the_same_graphs_again(self, floats: Bundle, parts: Path, tmp_path: Path) -> None:
+        first = build(floats, tmp_path / "a", config(parts, method="mse"), say=silent)
+        second = build(first, tmp_path / "b", config(parts, method="mse"), say=silent)
+
+        assert second.manifest.files == first.manifest.files
+
+
+class TestTheGate:
+    def test_fails_a_graph_that_int8_spoils_and_ships_float(
+        self, spoilt: Bundle, parts: Path, tmp_path: Path
+    ) -> None:
+        built = build(spoilt, tmp_path / "out", config(parts, method="minmax"), say=silent)
+
+        gate = built.manifest.reports["gate"]
+        assert not gate["passed"]
+        assert gate["drop"]["pixel_auroc"] == pytest.approx(
+            gate["float"]["pixel_auroc"] - gate["int8"]["pixel_auroc"]
+        )
+        assert "pixel_auroc" in gate["failed"]
+        assert built.manifest.reports["verdict"]["ship"] == "float"
+        system = open_system(built, threads=1)
+        assert system.precision == "float"
+        system.close()
+
+    def test_raises_after_writing_where_a_drop_shall_fail(
+        self, spoilt: Bundle, parts: Path, tmp_path: Path
+    ) -> None:
+        with pytest.raises(
+            GateError, match=r"lost more than allowed: .*pixel_auroc by 0\."
+        ) as error:
+            build(
+                spoilt,
+                tmp_path / "out",
+                config(parts, method="minmax", fail_on_drop=True),
+                say=silent,
+            )
+
+        assert "--sensitivity" in str(error.value.fix)
+        assert read(tmp_path / "out").manifest.reports["verdict"]["ship"] == "float"
+
+    def test_puts_the_worst_node_back_to_float_until_it_passes(
+        self, spoilt: Bundle, parts: Path, tmp_path: Path
+    ) -> None:
+        said: list[str] = []
+        options = config(parts, method="minmax", sensitivity=True, fail_on_drop=True)
+
+        built = build(spoilt, tmp_path / "out", options, say=said.append)
+
+        reports = built.manifest.reports
+        assert reports["sensitivity"]["features"][0]["node"] == "spoilt"
+        assert len(reports["sensitivity"]["features"]) == 3
+        assert reports["kept_float"] == {"features": ["spoilt"]}
+        assert reports["gate"]["passed"]
+        assert "gate failed: back to float: spoilt" in said
+        graph = onnx.load(built.path(built.manifest.graphs["features"].variants["int8"])).graph
+        assert {n.name: list(n.input) for n in graph.node}["spoilt"] == ["r1", "w2"]
+
+    def test_measures_nodes_but_relaxes_none_while_it_passes(
+        self, floats: Bundle, parts: Path, tmp_path: Path
+    ) -> None:
+        options = config(parts, method="minmax", sensitivity=True)
+        built = build(floats, tmp_path / "out", options, say=silent)
+
+        names = quantizable(onnx.load(built.path("features.onnx")))
+        assert {c["node"] for c in built.manifest.reports["sensitivity"]["features"]} == set(names)
+        assert built.manifest.reports["kept_float"] == {}
+
+    def test_leaves_alone_what_the_recipe_keeps_float(
+        self, spoilt: Bundle, parts: Path, tmp_path: Path
+    ) -> None:
+        entry = spoilt.manifest.graphs["features"]
+        rule = {"op_types": [], "patterns": ["spo.*"], "nodes": []}
+        manifest = spoilt.manifest.model_copy(
+            update={"graphs": {"features": entry.model_copy(update={"keep_float": rule})}}
+        )
+        files = {name: spoilt.path(name) for name in spoilt.manifest.files}
+        ruled = write(tmp_path / "ruled", manifest, files)
+
+        built = build(ruled, tmp_path / "out", config(parts, method="minmax"), say=silent)
+
+        assert built.manifest.reports["gate"]["passed"]
+        assert built.manifest.graphs["features"].keep_float == rule
+
+    def test_is_not_measured_without_labelled_data(
+        self, floats: Bundle, parts: Path, tmp_path: Path
+    ) -> None:
+        options = config(parts, method="minmax", evaluation=None)
+        built = build(floats, tmp_path / "out", options, say=silent)
+
+        assert built.manifest.reports["gate"] == {}
+        assert (
+            "accuracy was not measured: pass --eval DIR"
+            in (built.manifest.reports["verdict"]["reasons"])
+        )
+
+    def test_names_metrics_that_the_labels_do_not_give(
+        self, floats: Bundle, parts: Path, tmp_path: Path
+    ) -> None:
+        unmasked = write_parts(tmp_path / "unmasked", size=SIZE)
+        for mask in (unmasked / "ground_truth" / "scratch").iterdir():
+            mask.unlink()
+        said: list[str] = []
+
+        options = config(parts, method="minmax", evaluation=unmasked)
+        built = build(floats, tmp_path / "out", options, say=said.append)
+
+        assert f"gate: {unmasked} does not give pixel_auroc" in said
+        assert set(built.manifest.reports["gate"]["drop"]) == {"image_auroc"}
+
+    def test_does_not_pass_where_nothing_was_measured(
+        self, floats: Bundle, parts: Path, tmp_path: Path
+    ) -> None:
+        normal = write_parts(tmp_path / "normal", size=SIZE, num_defective=0)
+
+        with pytest.raises(DatasetError, match="none of the metrics that the gate needs"):
+            build(
+                floats,
+                tmp_path / "out",
+                config(parts, method="minmax", evaluation=normal),
+                say=silent,
+            )
+        assert not (tmp_path / "out").exists()
+
+
+class TestRanges:
+    def test_of_auto_are_those_of_the_smallest_output_error(
+        self, floats: Bundle, parts: Path, tmp_path: Path
+    ) -> None:
+        options = config(parts, evaluation=None)
+        report = build(floats, tmp_path / "out", options, say=silent).manifest.reports
+
+        errors = report["calibration"]["output_error"]
+        best = min(errors, key=errors.__getitem__)
+        assert best.split()[0] == report["calibration"]["method"]
+        assert set(errors) == {"minmax", "percentile 99.99", "percentile 99.999", "entropy", "mse"}
+
+    @pytest.mark.parametrize("method", ["minmax", "percentile", "entropy", "mse"])
+    def test_of_a_method_that_was_asked_for_are_taken_without_trying_others(
+        self, floats: Bundle, parts: Path, tmp_path: Path, method: str
+    ) -> None:
+        options = config(parts, evaluation=None, method=method, percentile=99.5)
+        report = build(floats, tmp_path / "out", options, say=silent).manifest.reports
+
+        assert report["calibration"]["method"] == method
+        assert report["calibration"]["percentile"] == (99.5 if method == "percentile" else None)
+        assert report["calibration"]["output_error"] == {}
+
+
+class TestWhatCannotBeBuilt:
+    def refused(
+        self, floats: Bundle, out: Path, options: BuildConfig, error: type[Exception], match: str
+    ) -> None:
+        with pytest.raises(error, match=match):
+            build(floats, out, options, say=silent)
+        assert not out.exists()
+
+    def test_without_samples(self, floats: Bundle, parts: Path, tmp_path: Path) -> None:
+        options = config(parts, samples=None)
+        self.refused(floats, tmp_path / "out", options, ExportError, "needs sample images")
+
+    def test_from_an_empty_folder(self, floats: Bundle, parts: Path, tmp_path: Path) -> None:
+        (tmp_path / "empty").mkdir()
+        options = config(parts, samples=tmp_path / "empty")
+        self.refused(floats, tmp_path / "out", options, DatasetError, "no images in")
+
+    def test_from_fewer_samples_than_asked_for(
+        self, floats: Bundle, parts: Path, tmp_path: Path
+    ) -> None:
+        options = config(parts, num_samples=9)
+        self.refused(floats, tmp_path / "out", options, DatasetError, "8 images, 9 were asked for")
+
+    def test_by_an_unknown_method(self, floats: Bundle, parts: Path, tmp_path: Path) -> None:
+        options = config(parts, method="magic")
+        self.refused(floats, tmp_path / "out", options, UsageError, "magic")
+
+    def test_with_a_drop_that_shall_fail_but_is_not_measured(
+        self, floats: Bundle, parts: Path, tmp_path: Path
+    ) -> None:
+        options = config(parts, evaluation=None, fail_on_drop=True)
+        self.refused(floats, tmp_path / "out", options, UsageError, "without labelled data")
+
+    def test_over_a_bundle_is_refused_before_any_work(
+        self, floats: Bundle, parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def worked(*_args: object, **_options: object) -> None:
+            pytest.fail("work was done before the destination was checked")
+
+        monkeypatch.setattr(build_module.calibrate, "measure", worked)
+        with pytest.raises(BundleError, match="already exists") as error:
+            build(floats, floats.root, config(parts), say=silent)
+        assert "--exist-ok" in str(error.value.fix)
+
+    def test_from_a_graph_that_gives_nan(self, floats: Bundle, parts: Path, tmp_path: Path) -> None:
+        model = onnx.load(floats.path("features.onnx"))
+        weight = next(t for t in model.graph.initializer if t.name == "conv1.weight")
+        values = numpy_helper.to_array(weight).copy()
+        values[0, 0, 0, 0] = np.nan
+        weight.CopyFrom(numpy_helper.from_array(values, weight.name))
+        onnx.save(model, tmp_path / "features.onnx")
+        files = {name: floats.path(name) for name in floats.manifest.files}
+        files["features.onnx"] = tmp_path / "features.onnx"
+        broken = write(tmp_path / "broken", floats.manifest, files)
+
+        options = config(parts)
+        self.refused(broken, tmp_path / "out", options, CalibrationError, "NaN or infinity")
+
+
+def speed(low: float, *, bf16: float | None = None, stable: bool = True) -> dict[str, Any]:
+    p50 = {"float": 4.0, "int8": 1.0}
+    return {
+        "p50_ms": p50 if bf16 is None else {**p50, "bf16": bf16},
+        "stable": stable,
+        "int8_speedup": low + 0.5,
+        "int8_speedup_low": low,
+        "int8_speedup_high": low + 1,
+    }
+
+
+PASSED = {"passed": True, "failed": {}}
+FAILED = {"passed": False, "failed": {"image_auroc": 0.0123}}
+
+
+class TestTheVerdict:
+    @pytest.mark.parametrize(
+        ("gate", "low", "ship"),
+        [
+            (PASSED, 3.0, "int8"),
+            (FAILED, 3.0, "float"),
+            ({}, 3.0, "int8"),
+            (PASSED, 1.04, "float"),
+            (FAILED, 1.04, "float"),
+            ({}, 1.04, "float"),
+            (PASSED, 1.05, "int8"),
+        ],
+        ids=[
+            "good and fast",
+            "bad and fast",
+            "unmeasured and fast",
+            "good, hardly faster",
+            "bad, hardly faster",
+            "unmeasured, hardly faster",
+            "good, at the border",
+        ],
+    )
+    def test_ships_int8_where_it_pays_and_did_not_fail(
+        self, gate: dict[str, Any], low: float, ship: str
+    ) -> None:
+        verdict = build_module._verdict(gate, {"openvino": speed(low)})
+
+        assert verdict["ship"] == ship
+        assert verdict["pays"] == (low >= 1.05)
+        assert verdict["backend"] == "openvino"
+
+    def test_goes_by_the_backend_that_auto_takes(self) -> None:
+        slow, fast = speed(0.8), speed(5.0)
+
+        assert build_module._verdict(PASSED, {"openvino": slow, "ort": fast})["ship"] == "float"
+        assert build_module._verdict(PASSED, {"openvino": fast, "ort": slow})["ship"] == "int8"
+
+    def test_gives_its_reasons(self) -> None:
+        found = {"openvino": speed(0.5, bf16=1.5, stable=False), "ort": speed(3.0)}
+
+        lines = describe_verdict(build_module._verdict(FAILED, found))
+
+        assert lines == [
+            "verdict: ship float",
+            "  openvino: INT8 is 1.00x as fast as float (95 % interval 0.50 to 1.50)",
+            "  openvino: bf16 takes 1.50 ms, INT8 1.00 ms",
+            "  ort: INT8 is 3.50x as fast as float (95 % interval 3.00 to 4.00)",
+            "  INT8 does not pay here with openvino",
+            "  the machine was not quiet while this was timed",
+            "  the task's metrics dropped too much: image_auroc by 0.0123",
+        ]
