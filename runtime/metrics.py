@@ -2,37 +2,86 @@
 
 Everywhere a score at or above a threshold means "positive", and equal scores are never told apart:
 curves have one point per distinct score.
+
+All metrics of a set of scores are read off one sort: the negatives, which are nearly all pixels,
+are sorted by value alone, and only the positives are ordered. scikit-learn's metrics would each
+sort everything once more; the tests hold these ones against them.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
-from typing import Any
 
 import cv2
 import numpy as np
 
-from runtime.errors import BackendError, InputError
+from runtime.errors import InputError
 from runtime.tensors import Array
 
 AUPRO_LIMIT = 0.3
 
 
-def _sklearn() -> Any:
-    if importlib.util.find_spec("sklearn") is None:
-        raise BackendError(
-            "metrics need scikit-learn, which is not installed",
-            fix='pip install "engineworks[cpu]"  (or [gpu])',
-        )
-    import sklearn.metrics
+class _Curve:
+    """What a falling threshold finds, at each of the T distinct scores of positives.
 
-    return sklearn.metrics
+    Between two of them only negatives are added: no F1, precision at new recall, or region's
+    overlap changes for the better there, so these points carry all curves.
 
+    Attributes:
+        thresholds_T: from the highest down.
+        hits_T: positives at or above each.
+        above_T, reached_T: negatives above each, and at or above it.
+        found_T: sum of the shares of those positives.
+    """
 
-def _last_of_equals(descending: Array) -> Array:
-    """Indices at which a run of equal scores ends: the points of a curve."""
-    return np.flatnonzero(np.append(descending[1:] != descending[:-1], True))
+    def __init__(
+        self, positives_P: Array, negatives_N: Array, shares_P: Array | None = None
+    ) -> None:
+        order = np.argsort(-positives_P)
+        descending = positives_P[order]
+        last = np.flatnonzero(np.diff(descending, append=-np.inf))
+        ascending = np.sort(negatives_N)
+        self.num_positives, self.num_negatives = len(positives_P), len(negatives_N)
+        self.thresholds_T = descending[last]
+        self.hits_T = last + 1
+        self.above_T = len(ascending) - np.searchsorted(ascending, self.thresholds_T, "right")
+        self.reached_T = len(ascending) - np.searchsorted(ascending, self.thresholds_T, "left")
+        shares = np.ones(len(positives_P)) if shares_P is None else shares_P[order]
+        self.found_T = np.cumsum(shares)[last]
+
+    def auroc(self) -> float:
+        gained = np.diff(self.hits_T, prepend=0)
+        # in whole numbers: a pair that is won counts 2, a tie 1
+        twice = gained * (2 * self.num_negatives - self.reached_T - self.above_T)
+        return int(twice.sum()) / (2 * self.num_positives * self.num_negatives)
+
+    def average_precision(self) -> float:
+        precision = self.hits_T / (self.hits_T + self.reached_T)
+        return float(np.diff(self.hits_T, prepend=0) @ precision / self.num_positives)
+
+    def f1max(self) -> tuple[float, float]:
+        f1 = 2 * self.hits_T / (self.hits_T + self.reached_T + self.num_positives)
+        best = int(np.argmax(f1))
+        return float(f1[best]), float(self.thresholds_T[best])
+
+    def aupro(self, num_regions: int, limit: float) -> float:
+        # per score two points: what was found just above it at the rate there, then all of it
+        overlap = np.repeat(self.found_T / num_regions, 2)
+        rate = np.stack([self.above_T, self.reached_T], axis=1).ravel() / self.num_negatives
+        rate, overlap = np.concatenate([[0], rate, [1]]), np.concatenate([[0, 0], overlap])
+        at_limit = np.interp(limit, rate, overlap)
+        inside = rate <= limit
+        rate, overlap = np.append(rate[inside], limit), np.append(overlap[inside], at_limit)
+        return float(np.trapezoid(overlap, rate) / limit)
+
+    def ranking(self, prefix: str) -> dict[str, float]:
+        best, threshold = self.f1max()
+        return {
+            f"{prefix}_auroc": self.auroc(),
+            f"{prefix}_ap": self.average_precision(),
+            f"{prefix}_f1max": best,
+            f"{prefix}_f1max_threshold": threshold,
+        }
 
 
 def f1max(scores_N: Array, labels_N: Array) -> tuple[float, float]:
@@ -45,13 +94,10 @@ def f1max(scores_N: Array, labels_N: Array) -> tuple[float, float]:
     Returns:
         (F1, threshold); the highest threshold where several reach it.
     """
-    order = np.argsort(-scores_N)
-    scores, labels = scores_N[order], labels_N[order]
-    last = _last_of_equals(scores)
-    hits = np.cumsum(labels, dtype=np.int64)[last]
-    f1 = 2 * hits / (last + 1 + np.count_nonzero(labels))
-    best = int(np.argmax(f1))
-    return float(f1[best]), float(scores[last[best]])
+    positive = labels_N.astype(bool)
+    if not positive.any():
+        return 0.0, float(scores_N.max())
+    return _Curve(scores_N[positive], scores_N[~positive]).f1max()
 
 
 def aupro(maps: Sequence[Array], masks: Sequence[Array], limit: float = AUPRO_LIMIT) -> float:
@@ -71,27 +117,31 @@ def aupro(maps: Sequence[Array], masks: Sequence[Array], limit: float = AUPRO_LI
 
     Source: Bergmann et al., "The MVTec Anomaly Detection Dataset", 2021, section 4.2.
     """
-    shares, num_regions = [], 0
-    for mask in masks:
-        count, regions = cv2.connectedComponents(mask.astype(np.uint8), connectivity=8)
-        sizes = np.bincount(regions.ravel(), minlength=count)
-        share = 1.0 / np.maximum(sizes, 1)
-        share[0] = 0.0  # the background is no region
-        shares.append(share[regions].ravel())
-        num_regions += count - 1
-    scores = np.concatenate([scores.ravel() for scores in maps])
-    normal = ~np.concatenate([mask.ravel() for mask in masks])
-    if not num_regions or not normal.any():
+    curve, num_regions = _pixel_curve(maps, masks)
+    if not curve.num_positives or not curve.num_negatives:
         raise InputError("AUPRO needs a defect region and normal pixels")
-    order = np.argsort(-scores)
-    last = _last_of_equals(scores[order])
-    overlap = np.cumsum(np.concatenate(shares)[order])[last] / num_regions
-    rate = np.cumsum(normal[order], dtype=np.int64)[last] / np.count_nonzero(normal)
-    rate, overlap = np.append(0.0, rate), np.append(0.0, overlap)
-    inside = rate <= limit
-    at_limit = np.interp(limit, rate, overlap)
-    rate, overlap = np.append(rate[inside], limit), np.append(overlap[inside], at_limit)
-    return float(np.trapezoid(overlap, rate) / limit)
+    return curve.aupro(num_regions, limit)
+
+
+def _pixel_curve(maps: Sequence[Array], masks: Sequence[Array]) -> tuple[_Curve, int]:
+    """All pixels, each of a region with its share of it, and the number of regions."""
+    positives, negatives, shares = [], [], []
+    num_regions = 0
+    for scores, mask in zip(maps, masks, strict=True):
+        negatives.append(scores[~mask])
+        if mask.any():
+            count, regions = cv2.connectedComponents(mask.astype(np.uint8), connectivity=8)
+            region_of_pixel = regions[mask]
+            positives.append(scores[mask])
+            shares.append(1.0 / np.bincount(region_of_pixel)[region_of_pixel])
+            num_regions += count - 1
+    nothing = [np.empty(0)]
+    curve = _Curve(
+        np.concatenate(positives or nothing),
+        np.concatenate(negatives or nothing),
+        np.concatenate(shares or nothing),
+    )
+    return curve, num_regions
 
 
 def false_reject_threshold(normal_scores_N: Array, budget: float) -> float:
@@ -172,32 +222,15 @@ class AnomalyMetrics:
         self._masks.append(None if mask_HW is None else mask_HW.astype(bool))
 
     def compute(self) -> dict[str, float]:
-        """All metrics that the images allow.
-
-        Raises:
-            BackendError: scikit-learn is not installed.
-        """
-        found = _ranking("image", np.array(self._scores), np.array(self._labels, bool))
+        """All metrics that the images allow."""
+        scores, labels = np.array(self._scores), np.array(self._labels, bool)
+        found: dict[str, float] = {}
+        if labels.any() and not labels.all():
+            found |= _Curve(scores[labels], scores[~labels]).ranking("image")
         masks = [mask for mask in self._masks if mask is not None]
-        if masks and len(masks) == len(self._masks):
-            pixels = np.concatenate([scores.ravel() for scores in self._maps])
-            truth = np.concatenate([mask.ravel() for mask in masks])
-            if ranking := _ranking("pixel", pixels, truth):
-                found |= ranking | {"aupro": aupro(self._maps, masks)}
+        if len(masks) == len(self._masks):
+            curve, num_regions = _pixel_curve(self._maps, masks)
+            if curve.num_positives and curve.num_negatives:
+                found |= curve.ranking("pixel")
+                found["aupro"] = curve.aupro(num_regions, AUPRO_LIMIT)
         return found
-
-
-def _ranking(prefix: str, scores_N: Array, labels_N: Array) -> dict[str, float]:
-    if not labels_N.any() or labels_N.all():
-        return {}
-    metrics = _sklearn()
-    # scikit-learn sorts twice, and several times faster what is sorted already
-    order = np.argsort(-scores_N)
-    scores, labels = scores_N[order], labels_N[order]
-    best, threshold = f1max(scores, labels)
-    return {
-        f"{prefix}_auroc": float(metrics.roc_auc_score(labels, scores)),
-        f"{prefix}_ap": float(metrics.average_precision_score(labels, scores)),
-        f"{prefix}_f1max": best,
-        f"{prefix}_f1max_threshold": threshold,
-    }
