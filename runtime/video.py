@@ -66,7 +66,7 @@ def info(path: str | Path) -> VideoInfo:
     Raises:
         VideoError: it cannot be opened or has no video.
     """
-    with _open(str(path)) as container:
+    with _open_file(path) as container:
         stream = _video_stream(container, path)
         return VideoInfo(Fraction(stream.average_rate or LIVE_RATE), stream.frames)
 
@@ -80,7 +80,7 @@ def frames(path: str | Path, *, step: int = 1) -> Iterator[Frame]:
         VideoError: it cannot be opened; or, after the last frame, it is damaged or ends before the
             length that its head states (MP4, MOV, AVI, Matroska; MPEG streams state none).
     """
-    with _open(str(path)) as container:
+    with _open_file(path) as container:
         stream = _video_stream(container, path)
         stream.thread_type = "AUTO"
         tally = _Tally()
@@ -230,7 +230,7 @@ class VideoWriter:
         self._stream: Any = None
         self._last_tick = -1
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._container = av.open(str(self._temporary), "w", format="mp4")
+        self._container = av.open(str(self._temporary.absolute()), "w", format="mp4")
 
     def write(self, image: Array, time_s: float) -> None:
         """Add a frame.
@@ -240,22 +240,35 @@ class VideoWriter:
                 4:2:0 needs even sides), later ones are resized to it.
             time_s: its time in seconds, kept to 1/60000 s; one that is not after the frame before
                 is moved just behind it, because the format has an order and sources do repeat.
+
+        Raises:
+            VideoError: the encoder refuses it, or the disk is full.
         """
-        if self._stream is None:
-            self._stream = self._container.add_stream(CODEC, rate=self._rate)
-            self._stream.height, self._stream.width = (
-                max(2, side // 2 * 2) for side in image.shape[:2]
-            )
-            self._stream.pix_fmt = "yuv420p"
-            self._stream.codec_context.time_base = _TICK
-        width, height = self._stream.width, self._stream.height
-        if width <= image.shape[1] <= width + 1 and height <= image.shape[0] <= height + 1:
-            image = image[:height, :width]
-        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), "rgb24")
-        frame = frame.reformat(width, height, "yuv420p")
-        self._last_tick = max(round(time_s / _TICK), self._last_tick + 1)
-        frame.time_base, frame.pts = _TICK, self._last_tick
-        self._container.mux(self._stream.encode(frame))
+        try:
+            if self._stream is None:
+                self._stream = self._add_stream(*(max(2, n // 2 * 2) for n in image.shape[:2]))
+            width, height = self._stream.width, self._stream.height
+            if 0 <= image.shape[1] - width <= 1 and 0 <= image.shape[0] - height <= 1:
+                image = image[:height, :width]
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), "rgb24")
+            frame = frame.reformat(width, height, "yuv420p")
+            self._last_tick = max(round(time_s / _TICK), self._last_tick + 1)
+            frame.time_base, frame.pts = _TICK, self._last_tick
+            self._container.mux(self._stream.encode(frame))
+        except av.FFmpegError as error:
+            raise VideoError(
+                f"cannot write {self._path}: {error.strerror}",
+                fix="make room on the disk, or draw smaller pictures",
+            ) from error
+
+    def _add_stream(self, height: int, width: int) -> Any:
+        # inference needs the cores more than the file needs to be small
+        options = {"preset": "veryfast"} if CODEC == "libx264" else {}
+        stream: Any = self._container.add_stream(CODEC, rate=self._rate, options=options)
+        stream.height, stream.width = height, width
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.time_base = _TICK
+        return stream
 
     def close(self) -> None:
         """Finish the file and give it its name."""
@@ -278,6 +291,10 @@ class VideoWriter:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _open_file(path: str | Path) -> Any:
+    return _open(str(Path(path).absolute()))  # a colon in a relative path would mean a protocol
 
 
 def _open(address: str, *, live: bool = False) -> Any:
@@ -306,22 +323,26 @@ def _video_stream(container: Any, address: str | Path) -> Any:
 
 @dataclass
 class _Tally:
-    """Packets of a stream that were read, and those of them that no decoder understands."""
+    """Packets of a stream that were read, and how often one could not be decoded in full."""
 
     num_packets: int = 0
     num_damaged: int = 0
 
 
 def _pictures(container: Any, stream: Any, tally: _Tally) -> Iterator[Any]:
-    """Decoded frames; a damaged packet costs its own frames only."""
+    """Decoded frames; a damaged packet costs its own frames only, also where FFmpeg conceals it."""
     for packet in container.demux(stream):
         tally.num_packets += packet.size > 0  # the last one is empty: it drains the decoder
         try:
             decoded = packet.decode()
         except av.InvalidDataError:
             tally.num_damaged += 1
-        else:
-            yield from decoded
+            continue
+        for frame in decoded:
+            if frame.is_corrupt:
+                tally.num_damaged += 1
+            else:
+                yield frame
 
 
 def _time(decoded: Any, path: str | Path, index: int) -> float:
@@ -335,8 +356,11 @@ def _time(decoded: Any, path: str | Path, index: int) -> float:
 
 def _fault(stream: Any, tally: _Tally, num_frames: int, last_s: float) -> str | None:
     """What was wrong with a file that was read to its end, in words."""
-    if tally.num_packets < stream.frames:
-        return f"breaks off after {tally.num_packets} of {stream.frames} frames"
+    num_stated = stream.frames
+    if "mp4" in stream.container.format.name:  # a trimmed clip states more than it indexes
+        num_stated = min(num_stated, len(stream.index_entries))
+    if tally.num_packets < num_stated:
+        return f"breaks off after {tally.num_packets} of {num_stated} frames"
     # Matroska counts no frames, but its writers leave the time at which the last one ends
     if stated := re.fullmatch(r"(\d+):(\d+):([\d.]+)", stream.metadata.get("DURATION", "")):
         hours, minutes, seconds = (float(part) for part in stated.groups())

@@ -4,6 +4,7 @@ import itertools
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 from fractions import Fraction
@@ -96,6 +97,14 @@ class TestFrames:
         want = all_frames[::step]
         assert [(f.index, f.time_s) for f in thinned] == [(f.index, f.time_s) for f in want]
 
+    def test_are_let_go_one_by_one(self, tmp_path: Path) -> None:
+        path = encode(tmp_path / "a.mp4", [i / 25 for i in range(300)])
+        alive: list[weakref.ref[video.Frame]] = []
+
+        for frame in video.frames(path):
+            alive = [*(each for each in alive if each() is not None), weakref.ref(frame)]
+            assert len(alive) <= 2  # this one, and the one that the loop has just let go
+
     def test_count_time_from_the_first_frame(self, tmp_path: Path) -> None:
         late = encode(tmp_path / "a.mkv", [3600.0 + t for t in UNEVEN])
 
@@ -125,6 +134,32 @@ class TestFrames:
         path.write_bytes(data)
 
         assert np.array_equal(next(video.frames(path)).image, turned(plain))
+
+    def test_come_from_a_name_with_a_colon(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        with video.VideoWriter(Path("a:b.mp4"), Fraction(25)) as writer:
+            writer.write(picture(0), 0.0)
+
+        assert len(list(video.frames("a:b.mp4"))) == 1
+
+    def test_of_a_trimmed_clip_are_all_that_it_shows(self, tmp_path: Path) -> None:
+        path = encode(tmp_path / "a.mp4", [i / 25 for i in range(50)])
+        data = bytearray(path.read_bytes())
+        # one edit: its length in the movie's clock (milliseconds), then where it starts in the
+        # track's; ISO 14496-12, edit list box, version 0
+        at = data.index(b"elst") + 12
+        track_ticks_per_s = int.from_bytes(data[(m := data.index(b"mdhd") + 16) : m + 4], "big")
+        start = int.from_bytes(data[at + 4 : at + 8], "big")
+        data[at : at + 4] = (400).to_bytes(4, "big")
+        data[at + 4 : at + 8] = (start + track_ticks_per_s).to_bytes(4, "big")
+        path.write_bytes(data)
+
+        got = list(video.frames(path))
+
+        assert 10 <= len(got) <= 12  # 0.4 s at 25 per second, and what the format rounds up to
+        assert got[-1].time_s - got[0].time_s == pytest.approx(0.4, abs=0.05)
 
 
 class TestADamagedVideo:
@@ -163,6 +198,22 @@ class TestADamagedVideo:
         assert 30 < len(got) < 60
         assert got[-1].time_s == pytest.approx(times[-1], abs=TIME_TOLERANCE_S)
         assert "damaged" in error.message
+
+    def test_does_not_show_what_the_decoder_made_up(self, tmp_path: Path) -> None:
+        times = [i / 25 for i in range(60)]
+        path = encode(tmp_path / "a.avi", times, codec="mpeg4")
+        with av.open(str(path)) as container:
+            packets = [(p.pos, p.size) for p in container.demux(video=0) if p.size]
+        at, size = packets[20]  # a key frame, for there is one every five
+        data = bytearray(path.read_bytes())
+        # the packet's head of 8 bytes stays, and so does its first third
+        data[at + 8 + size // 3 : at + 8 + size] = b"\xff" * (size - size // 3)
+        path.write_bytes(data)
+
+        got, error = read_until_error(path)
+
+        assert "damaged" in error.message
+        assert 20 <= len(got) < 60
 
     @pytest.mark.parametrize(
         "content", [b"", b"no video", b"\x00\x00\x00\x18ftypisom" + bytes(200), b"RIFF" + bytes(99)]
