@@ -1,0 +1,283 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from runtime.bench import (
+    ForeignLoad,
+    Row,
+    Timing,
+    Turn,
+    environment,
+    inputs_hash,
+    interleave,
+    peak_rss_bytes,
+    ratio,
+    render,
+    to_json,
+)
+from runtime.errors import InputError
+
+
+class Machine:
+    """A clock that only moves while a contender works, and the load of other processes."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.foreign = 0.0
+        self.log: list[str] = []
+
+    def clock(self) -> float:
+        return self.now
+
+    def foreign_seconds(self) -> float:
+        return self.foreign
+
+    def contender(
+        self, name: str, *seconds: float, busy: Callable[[], float] = lambda: 0.0
+    ) -> Callable[[], None]:
+        """Takes the given times in turn; others use `busy()` of a core meanwhile."""
+        calls = 0
+
+        def call() -> None:
+            nonlocal calls
+            took = seconds[calls % len(seconds)]
+            calls += 1
+            self.now += took
+            self.foreign += took * busy()
+            self.log.append(name)
+
+        return call
+
+    def measure(self, contenders: dict[str, Callable[[], None]], **options) -> dict[str, Timing]:
+        return interleave(
+            contenders, clock=self.clock, foreign_seconds=self.foreign_seconds, **options
+        )
+
+
+def timing(*turns: list[float], foreign: tuple[float, ...] = ()) -> Timing:
+    loads = foreign or (0.0,) * len(turns)
+    return Timing(tuple(Turn(tuple(t), load) for t, load in zip(turns, loads, strict=True)))
+
+
+class TestInterleaving:
+    def test_warms_up_before_it_counts(self) -> None:
+        machine = Machine()
+
+        timings = machine.measure({"a": machine.contender("a", 9.0, 9.0, 0.1)}, warmup=1)
+
+        # the warm-up call and the untimed one of the first turn took the two slow times
+        assert timings["a"].samples_ms[0] == pytest.approx(100)
+
+    def test_lets_the_contenders_take_turns(self) -> None:
+        machine = Machine()
+        names = {name: machine.contender(name, 0.1) for name in "ab"}
+
+        machine.measure(names, warmup=0, max_seconds=0)
+
+        runs = [name for i, name in enumerate(machine.log) if i == 0 or machine.log[i - 1] != name]
+        assert runs == list("ab" * (len(runs) // 2))
+        assert len(runs) >= 10
+
+    def test_never_stops_before_fifteen_calls_and_five_turns(self) -> None:
+        machine = Machine()
+
+        timings = machine.measure(
+            {"slow": machine.contender("slow", 3.0), "fast": machine.contender("fast", 0.01)},
+            max_seconds=0,
+        )
+
+        assert timings["slow"].num_runs >= 15
+        assert len(timings["slow"].turns) == len(timings["fast"].turns) >= 5
+
+    def test_stops_when_the_time_is_over(self) -> None:
+        machine = Machine()
+
+        machine.measure({"a": machine.contender("a", 0.05)}, max_seconds=4)
+
+        assert 4 <= machine.now < 5  # one turn takes 0.25 s, the warm-up 0.15 s
+
+    def test_stops_after_the_largest_number_of_calls(self) -> None:
+        machine = Machine()
+
+        timings = machine.measure({"a": machine.contender("a", 0.001)}, max_runs=100)
+
+        assert 100 <= timings["a"].num_runs <= 5 * 100
+
+    def test_times_each_call(self) -> None:
+        machine = Machine()
+
+        found = machine.measure({"a": machine.contender("a", 0.08)})["a"]
+
+        assert found.samples_ms == pytest.approx([80.0] * found.num_runs)
+        assert found.verdict == "stable"
+
+    def test_sets_turns_aside_in_which_others_were_busy(self) -> None:
+        machine = Machine()
+        call = machine.contender("a", 0.1, busy=lambda: float(1 < machine.now < 2))
+
+        found = machine.measure({"a": call}, max_seconds=10)["a"]
+
+        assert found.num_disturbed > 0
+        assert found.stable
+        assert sum(not turn.quiet for turn in found.turns) * 3 == found.num_disturbed
+
+    def test_counts_all_calls_where_others_never_rest_and_says_so(self) -> None:
+        machine = Machine()
+
+        found = machine.measure({"a": machine.contender("a", 0.1, busy=lambda: 0.5)})["a"]
+
+        assert found.num_disturbed == 0
+        assert found.num_runs >= 15
+        assert found.verdict == "others busy"
+
+
+class TestATiming:
+    def test_has_the_percentiles_of_its_calls(self) -> None:
+        found = timing([float(i) for i in range(101)])
+
+        figures = (found.p50_ms, found.p90_ms, found.p95_ms, found.p99_ms)
+        assert figures == pytest.approx((50, 90, 95, 99))
+        assert (found.mean_ms, found.min_ms, found.num_runs) == (50, 0, 101)
+
+    def test_counts_only_quiet_turns(self) -> None:
+        found = timing([1.0] * 20, [50.0] * 3, [2.0] * 20, foreign=(0.0, 0.2, 0.15))
+
+        assert found.samples_ms == (1.0,) * 20 + (2.0,) * 20
+        assert found.num_disturbed == 3
+
+    def test_with_a_wide_spread_is_not_stable(self) -> None:
+        found = timing([1.0, 2.0, 3.0] * 10)
+
+        # median 2, absolute deviations 1 or 0: their median is 1
+        assert found.spread == 0.5
+        assert found.verdict == "spread 50%"
+
+    def test_that_becomes_slower_is_not_stable(self) -> None:
+        found = timing([1.0] * 15, [1.2] * 15)
+
+        assert found.drift == pytest.approx(0.2)
+        assert not found.stable
+        assert "drift +20%" in found.verdict
+
+    def test_goes_into_json_without_its_samples(self) -> None:
+        plain = json.loads(json.dumps(timing([1.0] * 20).to_json()))
+
+        assert plain["p50_ms"] == 1
+        assert plain["stable"] is True
+        assert "samples_ms" not in plain
+
+
+class TestARatio:
+    def test_is_that_of_the_medians_turn_by_turn(self) -> None:
+        slow = timing([4.0, 4.0, 9.0], [8.0, 8.0, 8.0], [6.0, 6.0, 6.0])
+        fast = timing([2.0, 2.0, 2.0], [2.0, 2.0, 2.0], [2.0, 2.0, 9.0])
+
+        assert ratio(slow, fast).median == 3
+
+    def test_does_not_see_what_slows_both_in_the_same_turn(self) -> None:
+        slow = timing([3.0] * 5, [30.0] * 5, [6.0] * 5)
+        fast = timing([1.0] * 5, [10.0] * 5, [2.0] * 5)
+
+        found = ratio(slow, fast)
+
+        assert (found.median, found.low, found.high) == (3, 3, 3)
+
+    def test_leaves_out_turns_that_do_not_count_for_both(self) -> None:
+        slow = timing([2.0] * 15, [90.0] * 15, [2.0] * 15, foreign=(0, 1, 0))
+        fast = timing([1.0] * 15, [1.0] * 15, [1.0] * 15)
+
+        assert ratio(slow, fast).high == 2
+
+    def test_is_the_same_for_the_same_seed(self, rng: np.random.Generator) -> None:
+        slow = timing(*rng.uniform(2, 4, (9, 5)).tolist())
+        fast = timing(*rng.uniform(1, 2, (9, 5)).tolist())
+
+        assert ratio(slow, fast, seed=3) == ratio(slow, fast, seed=3)
+        assert ratio(slow, fast).low <= ratio(slow, fast).median <= ratio(slow, fast).high
+
+    def test_covers_the_truth_about_as_often_as_it_says(self, rng: np.random.Generator) -> None:
+        hits = 0
+        for _ in range(100):
+            slow = timing(*(3 * rng.lognormal(0, 0.1, (25, 4))).tolist())
+            fast = timing(*rng.lognormal(0, 0.1, (25, 4)).tolist())
+            found = ratio(slow, fast, rounds=300)
+            hits += found.low <= 3 <= found.high
+
+        # 95 of 100 expected; four binomial standard deviations (2.2 each) below
+        assert hits >= 86
+
+    def test_of_timings_without_common_turns_is_refused(self) -> None:
+        with pytest.raises(InputError, match="not taken in turns"):
+            ratio(timing([1.0]), timing([1.0], [1.0]))
+
+
+class TestTheTable:
+    def rows(self) -> list[Row]:
+        network = {"float": timing([6.0] * 20), "int8": timing([2.0] * 20)}
+        path = {"float": timing([10.0] * 20), "int8": timing([8.0] * 20)}
+        return [
+            Row("ort", precision, 4, 2, covers, found, {"image_auroc": 0.98765, "x_f1max": 0.5})
+            for covers, timings in (("network", network), ("images to results", path))
+            for precision, found in timings.items()
+        ]
+
+    def test_has_one_part_per_thing_that_the_clock_covers(self) -> None:
+        text = render(self.rows())
+
+        assert "network, batch 4, 2 threads" in text
+        assert "images to results, batch 4, 2 threads" in text
+        assert text.count("0.9877") == 4
+        assert "x_f1max" not in text
+
+    def test_compares_with_the_first_row_of_its_part(self) -> None:
+        plain = to_json(self.rows())
+
+        assert [row["speedup"]["median"] for row in plain] == [1, 3, 1, 1.25]
+        assert [row["images_per_second"] for row in plain] == pytest.approx(
+            [4000 / 6, 2000, 400, 500]
+        )
+        assert json.loads(json.dumps(plain)) == plain
+
+
+class TestForeignLoad:
+    def test_is_what_is_busy_and_not_our_own(self, tmp_path: Path) -> None:
+        stat = tmp_path / "stat"
+        # user nice system idle iowait irq softirq steal guest guest_nice
+        stat.write_text("cpu  1000 20 300 99999 888 4 5 6 70 80\ncpu0 1 1 1 1 1 1 1 1 1 1\n")
+
+        load = ForeignLoad(stat=stat, own=lambda: 3.0, hertz=100)
+
+        assert load.seconds() == pytest.approx(13.35 - 3.0)
+
+    def test_is_none_where_the_kernel_does_not_tell(self, tmp_path: Path) -> None:
+        assert ForeignLoad(stat=tmp_path / "absent").seconds() == 0
+
+
+class TestProvenance:
+    def test_the_environment_goes_into_json(self) -> None:
+        plain = json.loads(json.dumps(environment(threads=2)))
+
+        assert plain["threads"] == 2
+        assert plain["packages"]["numpy"] == np.__version__
+        assert plain["memory_bytes"] > plain["peak_rss_bytes"] > 1 << 20
+
+    def test_the_hash_of_inputs_knows_values_shape_and_dtype(self) -> None:
+        image = np.arange(12, dtype=np.uint8).reshape(3, 4)
+        others = [image.T.reshape(3, 4), image.reshape(4, 3), image.astype(np.int8), image + 1]
+
+        hashes = {inputs_hash([other]) for other in [image, *others]}
+
+        assert len(hashes) == 5
+        assert inputs_hash([image.T]) == inputs_hash([np.ascontiguousarray(image.T)])
+
+    def test_peak_memory_grows_with_what_is_touched(self) -> None:
+        before = peak_rss_bytes()
+        block = np.ones(before + (64 << 20), np.uint8)
+
+        assert peak_rss_bytes() >= before + (32 << 20)
+        assert block[-1] == 1
