@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,9 @@ import numpy as np
 
 from runtime import bench, images
 from runtime.bundle import Bundle
-from runtime.engines import BACKENDS
+from runtime.engines import BACKENDS, check_backend
 from runtime.errors import BundleError, UsageError
-from runtime.preprocess import apply
+from runtime.preprocess import PreprocessSpec, apply
 from runtime.sources import open_source
 from runtime.systems import choose, open_system
 from runtime.tensors import Array
@@ -72,8 +73,20 @@ def describe_images(samples: Sequence[Array]) -> dict[str, Any]:
 
 
 def of_bundle(bundle: Bundle, backend: str, threads: int) -> list[Contender]:
-    """One contender per usable backend and precision that the bundle has graphs for."""
-    names = [backend] if backend != "auto" else [n for n in BACKENDS if not BACKENDS[n].why_not()]
+    """One contender per usable backend and precision that the bundle has graphs for.
+
+    Args:
+        backend: only this one; ``auto`` takes all that can be used here.
+
+    Raises:
+        UsageError, BackendError: there is no such backend, or not here.
+        BundleError: the bundle has no graphs for any of them.
+    """
+    if backend != "auto":
+        check_backend(backend)
+        names = [backend]
+    else:
+        names = [name for name in BACKENDS if BACKENDS[name].why_not() is None]
     found = []
     for name in names:
         for precision in ("float", "bf16", "int8"):
@@ -94,6 +107,11 @@ def of_bundle(bundle: Bundle, backend: str, threads: int) -> list[Contender]:
             found.append(
                 Contender(name, precision, network, system.infer, system.evaluate, system.close)
             )
+    if not found:
+        raise BundleError(
+            f"bundle {bundle.root} has no graphs for backend {' or '.join(names) or '(none here)'}",
+            fix="choose another --backend, or export the bundle for it",
+        )
     return found
 
 
@@ -120,11 +138,37 @@ def measure(
     Returns:
         Rows by batch size and what the clock covers, in the order of the contenders.
     """
-    contenders: list[Contender] = []
+    found: list[Contender] = []
     if run is not None:
         eager = importlib.import_module(f"training.systems.{bundle.manifest.system}.eager")
-        contenders += eager.contenders(run, bundle, threads=threads, say=say)
-    contenders += of_bundle(bundle, backend, threads)
+        found += eager.contenders(run, bundle, threads=threads, say=say)
+    found += of_bundle(bundle, backend, threads)
+    with ExitStack() as stack:
+        for contender in found:
+            stack.callback(contender.close)
+        return _measure(
+            found,
+            bundle.manifest.preprocess,
+            samples,
+            batches=batches,
+            threads=threads,
+            seconds=seconds,
+            evaluation=evaluation,
+            say=say,
+        )
+
+
+def _measure(
+    contenders: Sequence[Contender],
+    spec: PreprocessSpec,
+    samples: Sequence[Array],
+    *,
+    batches: Sequence[int],
+    threads: int,
+    seconds: float,
+    evaluation: Path | None,
+    say: Say,
+) -> list[bench.Row]:
     accuracy = {}
     if evaluation is not None:
         for contender in contenders:
@@ -134,7 +178,7 @@ def measure(
     rows = []
     for size in batches:
         batch = [samples[i % len(samples)] for i in range(size)]
-        prepared = apply(bundle.manifest.preprocess, batch)
+        prepared = apply(spec, batch)
         for covers in (NETWORK, PATH):
             say(f"batch {size}, {covers}: {len(contenders)} contenders take turns")
             calls: dict[str, Callable[[], object]] = {}
@@ -157,8 +201,6 @@ def measure(
                 )
                 for contender in contenders
             ]
-    for contender in contenders:
-        contender.close()
     return rows
 
 

@@ -14,13 +14,24 @@ from runtime.engines import BACKENDS
 from runtime.threads import available_threads
 
 # pairs of packages that install the same files over each other
-_CLASHES = (("onnxruntime", "onnxruntime-gpu"), ("faiss-cpu", "faiss-gpu-cu12"))
+_CLASHES = (
+    ("onnxruntime", "onnxruntime-gpu"),
+    ("faiss-cpu", "faiss-gpu-cu12"),
+    ("opencv-python", "opencv-python-headless"),
+)
 _PACKAGES = {
-    "base": ("numpy", "opencv-python-headless", "av", "onnx", "pydantic", "click"),
-    "cpu": ("onnxruntime", "openvino", "faiss-cpu", "scikit-learn"),
+    "base": (
+        *("numpy", "opencv-python-headless", "av", "onnx"),
+        *("pydantic", "PyYAML", "click", "rich"),
+    ),
+    "cpu": ("onnxruntime", "openvino", "faiss-cpu"),
     "gpu": ("onnxruntime-gpu", "tensorrt", "pycuda", "faiss-gpu-cu12"),
-    "train": ("torch", "torchvision", "timm", "accelerate", "onnxscript", "onnxslim"),
+    "train": (
+        *("torch", "torchvision", "timm", "accelerate"),
+        *("safetensors", "tensorboard", "onnxscript", "onnxslim"),
+    ),
 }
+_ALTERNATIVES = {"cpu": "gpu", "gpu": "cpu"}
 
 
 @dataclass(frozen=True)
@@ -59,7 +70,8 @@ def examine() -> Iterator[Finding]:
         if reason is None:
             yield Finding("ok", f"backend {name}: usable ({', '.join(backend.variants)})")
         else:
-            yield Finding("missing", f"backend {name}: {reason}", backend.install)
+            fix = _install("gpu") if backend.install == _line("gpu") else backend.install
+            yield Finding("missing", f"backend {name}: {reason}", fix)
     for extra, packages in _PACKAGES.items():
         found = {package: installed(package) for package in packages}
         there = [f"{package} {number}" for package, number in found.items() if number]
@@ -67,9 +79,8 @@ def examine() -> Iterator[Finding]:
         if there:
             yield Finding("ok", f"{extra}: {', '.join(there)}")
         if absent:
-            line = f'pip install "engineworks[{extra}]"' if extra != "base" else "pip install ."
             level: Literal["missing", "problem"] = "problem" if extra == "base" else "missing"
-            yield Finding(level, f"{extra}: without {', '.join(absent)}", line)
+            yield Finding(level, f"{extra}: without {', '.join(absent)}", _install(extra))
     for first, second in _CLASHES:
         if installed(first) and installed(second):
             yield Finding(
@@ -77,6 +88,18 @@ def examine() -> Iterator[Finding]:
                 f"{first} and {second} are both installed; they overwrite each other's files",
                 f"pip uninstall -y {first} {second}, then install one of them",
             )
+
+
+def _line(extra: str) -> str:
+    return f'pip install "engineworks[{extra}]"' if extra != "base" else "pip install ."
+
+
+def _install(extra: str) -> str:
+    """The line that brings an extra, and where not to type it."""
+    other = _ALTERNATIVES.get(extra)
+    if other and any(installed(package) for package in _PACKAGES[other]):
+        return f"{_line(extra)}  in another environment: here it would overwrite parts of [{other}]"
+    return _line(extra)
 
 
 def cpu_model() -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from runtime.tensors import Array
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class AnomalyMap:
     """The answer of ``noising`` for one image.
 
