@@ -70,8 +70,7 @@ def examine() -> Iterator[Finding]:
         if reason is None:
             yield Finding("ok", f"backend {name}: usable ({', '.join(backend.variants)})")
         else:
-            fix = _install("gpu") if backend.install == _line("gpu") else backend.install
-            yield Finding("missing", f"backend {name}: {reason}", fix)
+            yield Finding("missing", f"backend {name}: {reason}", _warned(backend.install))
     for extra, packages in _PACKAGES.items():
         found = {package: installed(package) for package in packages}
         there = [f"{package} {number}" for package, number in found.items() if number]
@@ -80,7 +79,7 @@ def examine() -> Iterator[Finding]:
             yield Finding("ok", f"{extra}: {', '.join(there)}")
         if absent:
             level: Literal["missing", "problem"] = "problem" if extra == "base" else "missing"
-            yield Finding(level, f"{extra}: without {', '.join(absent)}", _install(extra))
+            yield Finding(level, f"{extra}: without {', '.join(absent)}", _warned(_line(extra)))
     for first, second in _CLASHES:
         if installed(first) and installed(second):
             yield Finding(
@@ -94,12 +93,12 @@ def _line(extra: str) -> str:
     return f'pip install "engineworks[{extra}]"' if extra != "base" else "pip install ."
 
 
-def _install(extra: str) -> str:
-    """The line that brings an extra, and where not to type it."""
-    other = _ALTERNATIVES.get(extra)
-    if other and any(installed(package) for package in _PACKAGES[other]):
-        return f"{_line(extra)}  in another environment: here it would overwrite parts of [{other}]"
-    return _line(extra)
+def _warned(line: str) -> str:
+    """An install line, and where not to type it."""
+    for extra, other in _ALTERNATIVES.items():
+        if line == _line(extra) and any(installed(package) for package in _PACKAGES[other]):
+            return f"{line}  in another environment: here it would overwrite parts of [{other}]"
+    return line
 
 
 def cpu_model() -> str:

@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+import pytest
+
+from runtime import doctor, threads
+from runtime.doctor import Finding, examine
+
+BASE = doctor._PACKAGES["base"]
+CPU = doctor._PACKAGES["cpu"]
+GPU = doctor._PACKAGES["gpu"]
+
+Install = Callable[[Collection[str]], list[Finding]]
+
+
+@pytest.fixture
+def examined_with(monkeypatch: pytest.MonkeyPatch) -> Install:
+    """What the doctor finds where exactly these distributions are installed."""
+    modules = {"tensorrt": "tensorrt", "openvino": "openvino", "onnxruntime": "onnxruntime"}
+
+    def examined(packages: Collection[str]) -> list[Finding]:
+        monkeypatch.setattr(doctor, "installed", lambda name: "1.0" if name in packages else None)
+        real = importlib.util.find_spec
+
+        def find_spec(name: str) -> object:
+            return real(name) if name not in modules or name in packages else None
+
+        monkeypatch.setattr(importlib.util, "find_spec", find_spec)
+        return list(examine())
+
+    return examined
+
+
+def fixes(found: list[Finding], start: str) -> list[str | None]:
+    return [finding.fix for finding in found if finding.text.startswith(start)]
+
+
+class TestTheDoctor:
+    def test_finds_no_problem_here(self) -> None:
+        found = list(examine())
+
+        assert [finding.text for finding in found if finding.level == "problem"] == []
+        assert found[0].text.startswith("engineworks ")
+
+    def test_names_a_missing_base_package_as_a_problem(self, examined_with: Install) -> None:
+        found = examined_with([*BASE[1:], *CPU])
+
+        problems = [finding for finding in found if finding.level == "problem"]
+        assert [problem.text for problem in problems] == [f"base: without {BASE[0]}"]
+        assert problems[0].fix == "pip install ."
+
+    def test_takes_a_missing_backend_as_no_problem_but_says_how_to_get_it(
+        self, examined_with: Install
+    ) -> None:
+        found = examined_with([*BASE, "onnxruntime", "faiss-cpu"])
+
+        assert not [finding for finding in found if finding.level == "problem"]
+        assert fixes(found, "backend openvino") == ['pip install "engineworks[cpu]"']
+        assert fixes(found, "cpu: without openvino") == ['pip install "engineworks[cpu]"']
+
+    @pytest.mark.parametrize(
+        ("have", "other"), [(CPU, "gpu"), (GPU, "cpu")], ids=["on a CPU", "on a GPU"]
+    )
+    def test_never_advises_to_install_one_extra_over_the_other(
+        self, examined_with: Install, have: tuple[str, ...], other: str
+    ) -> None:
+        found = examined_with([*BASE, *have])
+
+        (advice,) = fixes(found, f"{other}: without")
+        assert advice is not None
+        assert "in another environment" in advice
+        for finding in found:
+            line = f'pip install "engineworks[{other}]"'
+            assert finding.fix != line, "without the warning"
+
+    @pytest.mark.parametrize("pair", doctor._CLASHES, ids="/".join)
+    def test_detects_packages_that_overwrite_each_other(
+        self, examined_with: Install, pair: tuple[str, str]
+    ) -> None:
+        found = examined_with({*BASE, *CPU, *pair})
+
+        problems = [finding for finding in found if finding.level == "problem"]
+        assert [problem.text for problem in problems] == [
+            f"{pair[0]} and {pair[1]} are both installed; they overwrite each other's files"
+        ]
+        assert problems[0].fix is not None
+        assert "pip uninstall" in problems[0].fix
+
+    def test_knows_a_backend_that_this_version_lacks(self, examined_with: Install) -> None:
+        found = examined_with([*BASE, *CPU, "tensorrt"])
+
+        (line,) = [f for f in found if f.text.startswith("backend tensorrt")]
+        assert line.level in ("ok", "missing")
+
+
+class TestTheProcessor:
+    CPUINFO = (
+        "processor\t: 0\nmodel name\t: Some CPU @ 2 GHz\n"
+        "flags\t\t: fpu avx2 avx512_vnni amx_int8\n\nprocessor\t: 1\nmodel name\t: Other\n"
+    )
+
+    def test_is_named_with_its_int8_instructions(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "cpuinfo").write_text(self.CPUINFO)
+        monkeypatch.setattr(doctor, "Path", lambda _path: tmp_path / "cpuinfo")
+
+        assert doctor.cpu_model() == "Some CPU @ 2 GHz"
+        assert doctor.int8_features() == ["avx512_vnni", "amx_int8"]
+
+    def test_on_arm_is_read_from_its_features(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "cpuinfo").write_text("processor : 0\nFeatures : fp asimd asimddp i8mm\n")
+        monkeypatch.setattr(doctor, "Path", lambda _path: tmp_path / "cpuinfo")
+
+        assert doctor.int8_features() == ["asimddp", "i8mm"]
+        assert doctor.cpu_model()
+
+    def test_without_proc_has_no_known_instructions(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(doctor, "Path", lambda _path: tmp_path / "cpuinfo")
+
+        assert doctor.int8_features() == []
+        assert doctor.cpu_model()
+
+
+class TestThreads:
+    @pytest.mark.parametrize(
+        ("quota", "allowed"),
+        [
+            ("max 100000\n", 8),
+            ("200000 100000\n", 2),
+            ("150000 100000\n", 2),
+            ("50000 100000\n", 1),
+            ("6400000 100000\n", 8),
+        ],
+        ids=["no limit", "two", "one and a half", "half", "more than there are"],
+    )
+    def test_are_no_more_than_a_container_may_use(
+        self, quota: str, allowed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "cpu.max").write_text(quota)
+        monkeypatch.setattr(threads, "_CGROUP_QUOTA", tmp_path / "cpu.max")
+        monkeypatch.setattr("os.sched_getaffinity", lambda _pid: set(range(8)), raising=False)
+
+        assert threads.available_threads() == allowed
+
+    def test_outside_of_a_container_are_the_cores_of_this_process(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(threads, "_CGROUP_QUOTA", tmp_path / "none")
+        monkeypatch.setattr("os.sched_getaffinity", lambda _pid: {3, 5, 7}, raising=False)
+
+        assert threads.available_threads() == 3
