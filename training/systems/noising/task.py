@@ -55,7 +55,8 @@ class Task:
     def __init__(self, config: TaskConfig, data: Path, root: Path, *, weights: bool = True) -> None:
         self.config = config
         self.samples = datasets.mvtec(data, "train")
-        self.labelled = datasets.mvtec(data, "test") if (data / "test").is_dir() else []
+        untested = (data / "train").is_dir() and not (data / "test").is_dir()
+        self.labelled = [] if untested else datasets.mvtec(data, "test")
         if not self.samples:
             raise DatasetError(
                 f"{data} has no training images", fix="put normal images into train/good"
