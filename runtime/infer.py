@@ -1,6 +1,7 @@
-"""A whole source through a system: decoding overlaps inference, results are written as they come.
+"""A whole source through a system: decoding and drawing overlap inference, results keep the order.
 
-    source -> decoder thread -> bounded queue -> system.infer -> JSON lines, CSV, overlays, video
+    source -> decoder thread -> bounded queue -> system.infer -> JSON lines, CSV
+                                                            `--> drawing threads -> overlays, video
 
 Files are written under temporary names and renamed at the end; after an interrupt they are renamed
 as well, so that no result is lost. A live stream has no queue: its newest frame is taken, one at a
@@ -15,9 +16,12 @@ import os
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import chain, count
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -31,6 +35,8 @@ from runtime.tensors import Array
 Progress = Callable[[int, int], None]
 
 _QUEUE_BATCHES = 2  # decoded ahead of inference
+_DRAWING_THREADS = 2
+_MAX_UNDRAWN = 8  # results that wait for a drawing thread, each with its picture
 
 
 @dataclass
@@ -41,8 +47,8 @@ class Summary:
         failures: (name, message) of every picture or stream that could not be read, and of results
             that are not finite.
         seconds: wall time; ``infer_seconds`` of it inside the system, ``wait_seconds`` waiting for
-            decoded pictures, the rest drawing and writing. ``decode_seconds`` is spent beside it,
-            in the decoder's thread (0 for a live stream).
+            decoded pictures, the rest writing results and waiting for overlays. ``decode_seconds``
+            is spent beside it, in the decoder's thread (0 for a live stream).
         num_dropped: frames of a live stream that were skipped to stay current.
     """
 
@@ -90,6 +96,7 @@ def infer(
     Writes into ``out``: ``results.csv``, the scalar fields of each result, its header from the
     first one; with ``jsonl`` ``results.jsonl``, one object per picture, those that failed included;
     with ``overlays`` ``overlays/<name>.png`` per picture, or one annotated ``<name>.mp4``.
+    ``system.draw`` is called in other threads than ``system.infer``.
 
     Args:
         batch: pictures per call; a live stream is always served one by one.
@@ -109,10 +116,12 @@ def infer(
     total = _num_expected(source, frame_step)
     start = time.perf_counter()
     size = 1 if source.kind == "stream" else batch
-    with (
-        _Writer(out, source, frame_step, jsonl=jsonl, overlays=overlays) as writer,
-        _Decoder(source, frame_step, size) as decoder,
-    ):
+    with ExitStack() as stack:
+        drawer = _Drawer(system, out, source, frame_step) if overlays else None
+        tables = stack.enter_context(_Tables(out, jsonl=jsonl))
+        if drawer:
+            stack.enter_context(drawer)
+        decoder = stack.enter_context(_Decoder(source, frame_step, size))
         try:
             for items in decoder.batches():
                 pictures = [item.image for item in items if item.image is not None]
@@ -122,12 +131,15 @@ def infer(
                 for item in items:
                     error = item.error
                     if item.image is not None:
-                        error = writer.add(system, item, item.image, next(answers))
+                        result = next(answers)
+                        error = tables.add(item, item.image, result)
+                        if drawer and error is None:
+                            drawer.add(item, item.image, result)
                     if error is None:
                         summary.num_done += 1
                     else:
                         summary.failures.append((item.name, error))
-                        writer.failed(item, error)
+                        tables.failed(item, error)
                 if progress:
                     progress(summary.num_done + summary.num_failed, total)
         except KeyboardInterrupt:
@@ -248,29 +260,17 @@ class _Decoder:
             yield _Item(name, error=error.message)
 
 
-class _Writer:
-    """Result files of one run of ``infer``."""
+class _Tables:
+    """``results.csv`` and, if asked for, ``results.jsonl``."""
 
-    def __init__(
-        self, out: Path, source: Source, step: int, *, jsonl: bool, overlays: bool
-    ) -> None:
+    def __init__(self, out: Path, *, jsonl: bool) -> None:
         self._out = out
-        self._source = source
-        self._step = step
         self._jsonl = jsonl
-        self._overlays = overlays
-        names = overlay_names(source.paths) if source.kind == "images" else {}
-        self._pictures = {path: out / "overlays" / name for path, name in names.items()}
-        stem = source.paths[0].stem if source.kind == "video" else "stream"
-        self._video_path = out / f"{stem}.mp4"
-        if overlays:
-            _check_apart([*self._pictures.values(), self._video_path], source.paths)
         self._stack = ExitStack()
         self._lines: IO[str] | None = None
         self._csv: csv.DictWriter[str] | None = None
-        self._video: video.VideoWriter | None = None
 
-    def __enter__(self) -> _Writer:
+    def __enter__(self) -> _Tables:
         self._table = self._stack.enter_context(_text(self._out / "results.csv"))
         if self._jsonl:
             self._lines = self._stack.enter_context(_text(self._out / "results.jsonl"))
@@ -284,8 +284,8 @@ class _Writer:
     ) -> None:
         self._stack.__exit__(kind, error, trace)
 
-    def add(self, system: System, item: _Item, image: Array, result: Result) -> str | None:
-        """Write one result everywhere that it was asked for.
+    def add(self, item: _Item, image: Array, result: Result) -> str | None:
+        """Write one result.
 
         Returns:
             None, or why the result cannot be used; then nothing is written.
@@ -303,8 +303,6 @@ class _Writer:
             self._csv.writeheader()
         self._csv.writerow(scalars)
         self._table.flush()
-        if self._overlays:
-            self._draw(item, system.draw(image, result))
         return None
 
     def failed(self, item: _Item, error: str) -> None:
@@ -316,16 +314,62 @@ class _Writer:
             self._lines.write(line + "\n")
             self._lines.flush()
 
-    def _draw(self, item: _Item, picture: Array) -> None:
+
+class _Drawer:
+    """Draws, encodes and writes overlays in threads: that takes longer than many a network.
+
+    An error there is raised by a later ``add`` or at the end.
+    """
+
+    def __init__(self, system: System, out: Path, source: Source, step: int) -> None:
+        self._system = system
+        self._step = step
+        self._is_file = source.kind == "video"
+        names = overlay_names(source.paths) if source.kind == "images" else {}
+        self._pictures = {path: out / "overlays" / name for path, name in names.items()}
+        stem = source.paths[0].stem if self._is_file else "stream"
+        self._video_path = out / f"{stem}.mp4"
+        _check_apart([*self._pictures.values(), self._video_path], source.paths)
+        self._video: video.VideoWriter | None = None
+        # the frames of a video stay in order
+        self._threads = ThreadPoolExecutor(_DRAWING_THREADS if source.kind == "images" else 1)
+        self._undrawn: deque[Future[None]] = deque()
+
+    def __enter__(self) -> _Drawer:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        with ExitStack() as stack:
+            stack.callback(self._close_video)
+            self._threads.shutdown()  # draws what is left: its results have been written
+            if error is None:
+                for each in self._undrawn:
+                    each.result()
+
+    def add(self, item: _Item, image: Array, result: Result) -> None:
+        """Queue one overlay; waits while too many are queued."""
+        while self._undrawn and (len(self._undrawn) == _MAX_UNDRAWN or self._undrawn[0].done()):
+            self._undrawn.popleft().result()
+        self._undrawn.append(self._threads.submit(self._draw, item, image, result))
+
+    def _draw(self, item: _Item, image: Array, result: Result) -> None:
+        picture = self._system.draw(image, result)
         if item.time_s is None:
             images.write(self._pictures[Path(item.name)], picture)
             return
         if self._video is None:
-            is_file = self._source.kind == "video"
-            rate = video.info(item.name).rate if is_file else video.LIVE_RATE
-            writer = video.VideoWriter(self._video_path, rate / self._step)
-            self._video = self._stack.enter_context(writer)
+            rate = video.info(item.name).rate if self._is_file else video.LIVE_RATE
+            self._video = video.VideoWriter(self._video_path, rate / self._step)
         self._video.write(picture, item.time_s)
+
+    def _close_video(self) -> None:
+        if self._video is not None:
+            self._video.close()
 
 
 @contextmanager
@@ -353,16 +397,17 @@ def overlay_names(paths: Sequence[Path]) -> dict[Path, Path]:
     # `..` in a list's entries must not lead out of the folder of overlays
     places = {path: Path(os.path.abspath(path)) for path in paths}  # noqa: PTH100
     base = Path(os.path.commonpath([place.parent for place in places.values()]))
+    wanted = {path: place.relative_to(base) for path, place in places.items()}
     names: dict[Path, Path] = {}
-    taken: set[Path] = set()
-    for path, place in places.items():
-        name = place.relative_to(base).with_suffix(".png")
-        if name in taken:  # a.jpg beside a.png: keep the suffix in the name
-            name = name.with_name(f"{path.name}.png")
-        while name in taken:
-            name = name.with_name(f"{name.name}.png")
-        taken.add(name)
-        names[path] = name
+    taken = {folder for name in wanted.values() for folder in name.parents}
+    for path, name in wanted.items():
+        # a.jpg beside a.png: keep the suffix in the name, and count where that is taken as well
+        candidates = chain(
+            (name.with_suffix(".png"), name.with_name(f"{name.name}.png")),
+            (name.with_name(f"{name.name}.{i}.png") for i in count(2)),
+        )
+        names[path] = next(each for each in candidates if each not in taken)
+        taken.add(names[path])
     return names
 
 

@@ -68,7 +68,7 @@ def info(path: str | Path) -> VideoInfo:
     """
     with _open_file(path) as container:
         stream = _video_stream(container, path)
-        return VideoInfo(Fraction(stream.average_rate or LIVE_RATE), stream.frames)
+        return VideoInfo(Fraction(stream.average_rate or LIVE_RATE), _num_indexed(stream))
 
 
 def frames(path: str | Path, *, step: int = 1) -> Iterator[Frame]:
@@ -327,12 +327,18 @@ class _Tally:
 
     num_packets: int = 0
     num_damaged: int = 0
+    last_tick: int = 0  # of the last one, in the time base of the stream
+    longest_gap: int = 1  # between two of them, in ticks
 
 
 def _pictures(container: Any, stream: Any, tally: _Tally) -> Iterator[Any]:
     """Decoded frames; a damaged packet costs its own frames only, also where FFmpeg conceals it."""
     for packet in container.demux(stream):
-        tally.num_packets += packet.size > 0  # the last one is empty: it drains the decoder
+        if packet.size:  # the last one is empty: it drains the decoder
+            tally.num_packets += 1
+            tick = tally.last_tick if packet.dts is None else packet.dts
+            tally.longest_gap = max(tally.longest_gap, tick - tally.last_tick)
+            tally.last_tick = tick
         try:
             decoded = packet.decode()
         except av.InvalidDataError:
@@ -354,12 +360,20 @@ def _time(decoded: Any, path: str | Path, index: int) -> float:
     return float(decoded.time)
 
 
+def _num_indexed(stream: Any) -> int:
+    """Frames that a file's index leads to: a trimmed clip and an AVI with gaps state more."""
+    return int(min(stream.frames, len(stream.index_entries) or stream.frames))
+
+
 def _fault(stream: Any, tally: _Tally, num_frames: int, last_s: float) -> str | None:
     """What was wrong with a file that was read to its end, in words."""
-    num_stated = stream.frames
-    if "mp4" in stream.container.format.name:  # a trimmed clip states more than it indexes
-        num_stated = min(num_stated, len(stream.index_entries))
-    if tally.num_packets < num_stated:
+    if stream.container.format.name == "avi":  # counts ticks, also those without a frame
+        breaks_off = stream.frames - tally.last_tick > tally.longest_gap
+        num_stated = stream.frames
+    else:
+        num_stated = _num_indexed(stream)
+        breaks_off = tally.num_packets < num_stated
+    if breaks_off:
         return f"breaks off after {tally.num_packets} of {num_stated} frames"
     # Matroska counts no frames, but its writers leave the time at which the last one ends
     if stated := re.fullmatch(r"(\d+):(\d+):([\d.]+)", stream.metadata.get("DURATION", "")):

@@ -184,6 +184,31 @@ class TestAPictureThatIsNotWhole:
         with pytest.raises(ImageError, match="corrupt"):
             images.read(tmp_path / "a.jpg")
 
+    @pytest.mark.parametrize("share", [0.3, 0.5, 0.7])
+    def test_is_refused_for_a_lost_block_between_two_restart_marks(
+        self, tmp_path: Path, share: float
+    ) -> None:
+        noise = np.random.default_rng(0).integers(0, 256, (120, 160, 3), dtype=np.uint8)
+        options = [cv2.IMWRITE_JPEG_RST_INTERVAL, 4]
+        data = bytearray(cv2.imencode(".jpg", noise, options)[1].tobytes())
+        (tmp_path / "whole.jpg").write_bytes(data)
+        assert images.read(tmp_path / "whole.jpg").shape == noise.shape
+        at = round(share * len(data))
+        data[at : at + 512] = bytes(512)  # a sector of a disk
+        (tmp_path / "a.jpg").write_bytes(data)
+
+        with pytest.raises(ImageError, match="corrupt"):
+            images.read(tmp_path / "a.jpg")
+
+    def test_is_not_what_a_camera_leaves_before_the_end_mark(self, tmp_path: Path) -> None:
+        data = jpeg(scene())
+        (tmp_path / "a.jpg").write_bytes(data)
+        (tmp_path / "padded.jpg").write_bytes(data[:-2] + bytes(6) + data[-2:])
+
+        padded = images.read(tmp_path / "padded.jpg")
+
+        assert np.array_equal(padded, images.read(tmp_path / "a.jpg"))
+
     @settings(max_examples=40)
     @given(st.integers(0, 10**6), st.integers(0, 7))
     def test_is_refused_for_one_changed_bit_in_a_png(

@@ -87,6 +87,15 @@ class TestFrames:
         # 12: BT.601 in 8 bits and lossy; red against blue would differ by 255
         assert np.abs(frame.image[4, 4].astype(int) - (255, 0, 0)).max() < 12
 
+    def test_of_an_avi_with_gaps_are_all_there(self, tmp_path: Path) -> None:
+        # AVI counts a tick without a frame as a frame
+        path = encode(tmp_path / "a.avi", UNEVEN, codec="mpeg4")
+
+        got = list(video.frames(path))
+
+        assert [number(frame.image) for frame in got] == list(range(len(UNEVEN)))
+        assert video.info(path).num_frames == len(UNEVEN)
+
     @pytest.mark.parametrize("step", [2, 3, 100])
     def test_can_be_thinned_and_keep_index_and_time(self, tmp_path: Path, step: int) -> None:
         path = encode(tmp_path / "a.mp4")
@@ -175,6 +184,15 @@ class TestADamagedVideo:
         assert "of 60 frames" in error.message
         assert error.fix is not None
 
+    def test_is_found_in_an_avi_too(self, tmp_path: Path) -> None:
+        whole = encode(tmp_path / "a.avi", [i / 25 for i in range(60)], codec="mpeg4").read_bytes()
+        (tmp_path / "cut.avi").write_bytes(whole[: whole.index(b"idx1") * 2 // 3])
+
+        got, error = read_until_error(tmp_path / "cut.avi")
+
+        assert 10 < len(got) < 60
+        assert "breaks off" in error.message
+
     def test_is_found_by_its_stated_length_where_frames_are_not_counted(
         self, tmp_path: Path
     ) -> None:
@@ -206,14 +224,16 @@ class TestADamagedVideo:
             packets = [(p.pos, p.size) for p in container.demux(video=0) if p.size]
         at, size = packets[20]  # a key frame, for there is one every five
         data = bytearray(path.read_bytes())
-        # the packet's head of 8 bytes stays, and so does its first third
-        data[at + 8 + size // 3 : at + 8 + size] = b"\xff" * (size - size // 3)
+        # late in the packet: the decoder has begun the picture and fills up the rest
+        first, last = at + round(0.6 * size), at + round(0.7 * size)
+        data[first:last] = bytes(last - first)
         path.write_bytes(data)
 
         got, error = read_until_error(path)
 
-        assert "damaged" in error.message
-        assert 20 <= len(got) < 60
+        assert "damaged in 1 places" in error.message
+        assert [number(frame.image) for frame in got[:20]] == [i % 10 for i in range(20)]
+        assert len(got) == 59
 
     @pytest.mark.parametrize(
         "content", [b"", b"no video", b"\x00\x00\x00\x18ftypisom" + bytes(200), b"RIFF" + bytes(99)]

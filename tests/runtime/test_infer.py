@@ -1,0 +1,646 @@
+from __future__ import annotations
+
+import csv
+import json
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from runtime import images, video
+from runtime import infer as driver
+from runtime.bundle import Bundle
+from runtime.engines import Engine
+from runtime.errors import EngineError, ImageError, InputError, VideoError
+from runtime.infer import Summary, infer, overlay_names
+from runtime.sources import Source, open_source
+from runtime.tensors import Array
+
+
+@dataclass(frozen=True)
+class Level:
+    """The answer of ``Levels``: how bright a picture is."""
+
+    level: float
+
+    def to_json(self) -> dict[str, Any]:
+        return {"level": self.level, "of": {"kind": "grey", "deep": {"x": 1}}, "boxes": [[1, 2]]}
+
+
+@dataclass
+class Levels:
+    """A system that measures the mean of a picture and notes how it was called."""
+
+    bundle: Bundle = None  # type: ignore[assignment]
+    engines: Mapping[str, Engine] = field(default_factory=dict)
+    backend: str = "none"
+    precision: str = "float"
+    batches: list[int] = field(default_factory=list)
+    before: Callable[[], None] = lambda: None
+
+    def infer(self, images: Sequence[Array]) -> list[Level]:
+        assert images, "a system is never called without pictures"
+        self.before()
+        self.batches.append(len(images))
+        return [Level(float(image.mean())) for image in images]
+
+    def draw(self, image: Array, result: Level) -> Array:
+        return np.full_like(image, round(result.level))
+
+    def evaluate(self, data: Path, *, progress: Any = None) -> dict[str, float]:
+        raise NotImplementedError
+
+    def close(self) -> None: ...
+
+
+def grey(level: int, height: int = 16, width: int = 24) -> Array:
+    return np.full((height, width, 3), level, np.uint8)
+
+
+def write_pictures(folder: Path, levels: Sequence[int]) -> None:
+    for i, level in enumerate(levels):
+        images.write(folder / f"{i:03}.png", grey(level))
+
+
+def write_video(path: Path, times: Sequence[float]) -> None:
+    with video.VideoWriter(path, Fraction(25)) as writer:
+        for i, time_s in enumerate(times):
+            writer.write(grey(20 + 20 * (i % 10), 48, 64), time_s)
+
+
+def lines(out: Path) -> list[dict[str, Any]]:
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    text = (out / "results.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+
+
+def table(out: Path) -> list[dict[str, str]]:
+    with (out / "results.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Ten pictures, the third of them cut short."""
+    folder = tmp_path / "pictures"
+    write_pictures(folder, range(0, 100, 10))
+    cut = folder / "002.png"
+    cut.write_bytes(cut.read_bytes()[:40])
+    return folder
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out"
+
+
+class TestPictures:
+    def test_give_a_line_and_a_row_each_in_their_order(self, pictures: Path, out: Path) -> None:
+        system = Levels()
+
+        summary = infer(system, open_source(str(pictures)), out, batch=4, jsonl=True)
+
+        got = lines(out)
+        assert [Path(line["source"]).name for line in got] == [f"{i:03}.png" for i in range(10)]
+        good = [line for line in got if "error" not in line]
+        assert good[0] == {
+            "source": str(pictures / "000.png"),
+            "width": 24,
+            "height": 16,
+            "level": 0.0,
+            "of": {"kind": "grey", "deep": {"x": 1}},
+            "boxes": [[1, 2]],
+        }
+        assert [line["level"] for line in good] == [0, 10, 30, 40, 50, 60, 70, 80, 90]
+        assert [float(row["level"]) for row in table(out)] == [line["level"] for line in good]
+        assert list(table(out)[0]) == ["source", "width", "height", "level", "of.kind", "of.deep.x"]
+        assert summary.num_done == 9
+        assert sorted(path.name for path in out.iterdir()) == ["results.csv", "results.jsonl"]
+
+    def test_that_cannot_be_read_are_reported_and_skipped(self, pictures: Path, out: Path) -> None:
+        listed = pictures / "list.txt"
+        listed.write_text("000.png\nnone.png\n002.png\n003.png\n")
+
+        summary = infer(Levels(), open_source(str(listed)), out, jsonl=True)
+
+        assert (summary.num_done, summary.num_failed) == (2, 2)
+        assert [Path(name).name for name, _ in summary.failures] == ["none.png", "002.png"]
+        assert "truncated" in summary.failures[1][1]
+        failed = [line for line in lines(out) if "error" in line]
+        assert [(line["source"], line["error"]) for line in failed] == summary.failures
+        assert len(table(out)) == 2
+
+    def test_are_given_in_batches_of_what_could_be_read(self, pictures: Path, out: Path) -> None:
+        system = Levels()
+
+        infer(system, open_source(str(pictures)), out, batch=4)
+
+        assert system.batches == [3, 4, 2]
+
+    def test_that_are_all_bad_never_reach_the_system(self, tmp_path: Path, out: Path) -> None:
+        (tmp_path / "a.png").write_bytes(b"no picture")
+        system = Levels()
+
+        summary = infer(system, open_source(str(tmp_path / "a.png")), out, jsonl=True)
+
+        assert system.batches == []
+        assert (summary.num_done, summary.num_failed) == (0, 1)
+        assert "a.png" in lines(out)[0]["error"]
+        assert table(out) == []
+
+    def test_count_progress_up_to_their_number(self, pictures: Path, out: Path) -> None:
+        seen: list[tuple[int, int]] = []
+
+        infer(
+            Levels(),
+            open_source(str(pictures)),
+            out,
+            batch=4,
+            progress=lambda done, total: seen.append((done, total)),
+        )
+
+        assert seen == [(4, 10), (8, 10), (10, 10)]
+
+    def test_with_names_that_are_not_unicode_are_written_too(
+        self, tmp_path: Path, out: Path
+    ) -> None:
+        path = tmp_path / b"caf\xe9.png".decode("utf-8", "surrogateescape")
+        images.write(path, grey(7))
+
+        infer(Levels(), Source("images", (path,)), out, jsonl=True, overlays=True)
+
+        assert lines(out)[0]["source"] == str(path)
+        assert b"caf\xe9.png" in (out / "results.csv").read_bytes()
+
+
+class TestOverlays:
+    def test_keep_the_folders_so_that_equal_names_do_not_meet(
+        self, tmp_path: Path, out: Path
+    ) -> None:
+        for name, level in {"a/x.png": 10, "b/x.png": 20, "a/x.jpg": 30}.items():
+            images.write(tmp_path / "in" / name, grey(level))
+
+        infer(Levels(), open_source(str(tmp_path / "in")), out, overlays=True)
+
+        found = {
+            path.relative_to(out / "overlays").as_posix(): int(images.read(path)[0, 0, 0])
+            for path in (out / "overlays").rglob("*.png")
+        }
+        assert found == {"a/x.png": 30, "a/x.png.png": 10, "b/x.png": 20}
+
+    def test_are_never_written_over_their_source(self, tmp_path: Path) -> None:
+        images.write(tmp_path / "overlays" / "a.png", grey(10))
+        before = (tmp_path / "overlays" / "a.png").read_bytes()
+
+        with pytest.raises(InputError, match=r"a\.png"):
+            infer(Levels(), open_source(str(tmp_path / "overlays")), tmp_path, overlays=True)
+        write_video(tmp_path / "film.mp4", [0.0])
+        with pytest.raises(InputError, match=r"film\.mp4"):
+            infer(Levels(), open_source(str(tmp_path / "film.mp4")), tmp_path, overlays=True)
+
+        assert (tmp_path / "overlays" / "a.png").read_bytes() == before
+
+    @settings(max_examples=200)
+    @given(
+        st.lists(
+            st.lists(
+                st.sampled_from(["a", "b", "..", ".", "a.png", "b.jpg", "a.jpg", "a.png.png"]),
+                min_size=1,
+                max_size=4,
+            ).map(lambda parts: Path(*parts, "a.jpg" if parts[-1] in ("..", ".") else "")),
+            max_size=8,
+        )
+    )
+    def test_have_names_that_differ_and_stay_below_their_folder(self, paths: list[Path]) -> None:
+        names = overlay_names(paths)
+
+        assert set(names) == set(paths)
+        assert len(set(names.values())) == len(set(paths))
+        for name in names.values():
+            assert name.suffix == ".png"
+            assert not name.is_absolute()
+            assert ".." not in name.parts
+        # no file stands where another one needs a folder
+        assert not set(names.values()) & {up for name in names.values() for up in name.parents}
+
+
+class TestDrawing:
+    def test_overlaps_inference(self, tmp_path: Path, out: Path) -> None:
+        together = threading.Barrier(2, timeout=5)
+
+        class Slow(Levels):
+            def draw(self, image: Array, result: Level) -> Array:
+                if result.level == 0:
+                    together.wait()
+                return super().draw(image, result)
+
+        write_pictures(tmp_path / "in", range(2))
+        system = Slow()
+        system.before = lambda: together.wait() if system.batches else None
+
+        # breaks the barrier unless picture 0 is drawn while picture 1 is inferred
+        infer(system, open_source(str(tmp_path / "in")), out, batch=1, overlays=True)
+
+        assert len(list((out / "overlays").iterdir())) == 2
+
+    @pytest.mark.parametrize("kind", ["pictures", "video"])
+    def test_holds_a_bounded_number_of_results(self, tmp_path: Path, out: Path, kind: str) -> None:
+        waiting: list[int] = []
+
+        class Slow(Levels):
+            num_drawn = 0
+
+            def draw(self, image: Array, result: Level) -> Array:
+                time.sleep(0.002)
+                self.num_drawn += 1
+                return super().draw(image, result)
+
+        if kind == "pictures":
+            write_pictures(tmp_path / "in", range(40))
+        else:
+            write_video(tmp_path / "in.mp4", [i / 25 for i in range(40)])
+        system = Slow()
+        system.before = lambda: waiting.append(sum(system.batches) - system.num_drawn)
+        source = open_source(str(tmp_path / ("in" if kind == "pictures" else "in.mp4")))
+
+        infer(system, source, out, batch=1, overlays=True)
+
+        assert driver._MAX_UNDRAWN // 2 < max(waiting) <= driver._MAX_UNDRAWN
+        assert system.num_drawn == sum(system.batches)
+
+    @pytest.mark.parametrize("bad", [1, 29])
+    def test_faults_reach_the_caller_and_leave_results_and_no_thread(
+        self, tmp_path: Path, out: Path, bad: int
+    ) -> None:
+        class Faulty(Levels):
+            def draw(self, image: Array, result: Level) -> Array:
+                if result.level == bad:
+                    raise EngineError("no ink")
+                return super().draw(image, result)
+
+        write_pictures(tmp_path / "in", range(30))
+        threads = threading.active_count()
+
+        with pytest.raises(EngineError, match="no ink"):
+            infer(Faulty(), open_source(str(tmp_path / "in")), out, batch=1, overlays=True)
+
+        assert threading.active_count() == threads
+        assert len(table(out)) >= min(bad + 1, 29)
+        assert not (out / "overlays" / f"{bad:03}.png").exists()
+
+    @pytest.mark.parametrize("kind", ["pictures", "video"])
+    def test_is_finished_for_the_results_before_an_interrupt(
+        self, tmp_path: Path, out: Path, kind: str
+    ) -> None:
+        def interrupt() -> None:
+            if len(system.batches) == 3:
+                raise KeyboardInterrupt
+
+        write_pictures(tmp_path / "in", range(30))
+        write_video(tmp_path / "in.mp4", [i / 25 for i in range(10)])
+        system = Levels(before=interrupt)
+        source = open_source(str(tmp_path / ("in" if kind == "pictures" else "in.mp4")))
+
+        with pytest.raises(KeyboardInterrupt):
+            infer(system, source, out, batch=2, overlays=True)
+
+        assert len(table(out)) == 6
+        if kind == "pictures":
+            assert len(list((out / "overlays").iterdir())) == 6
+        else:
+            assert len(list(video.frames(out / "in.mp4"))) == 6
+
+    def test_forces_only_the_results_onto_the_disk(
+        self, tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        write_pictures(tmp_path / "in", range(5))
+        synced: list[int] = []
+        monkeypatch.setattr("os.fsync", synced.append)
+
+        infer(Levels(), open_source(str(tmp_path / "in")), out, jsonl=True, overlays=True)
+
+        assert len(synced) == 2
+
+
+class TestAVideo:
+    times = (0.0, 0.04, 0.2, 0.21, 0.5, 0.9, 1.0)
+
+    @pytest.fixture
+    def film(self, tmp_path: Path) -> Path:
+        write_video(tmp_path / "film.mp4", self.times)
+        return tmp_path / "film.mp4"
+
+    def test_gives_a_line_per_frame_with_its_index_and_time(self, film: Path, out: Path) -> None:
+        seen: list[tuple[int, int]] = []
+
+        summary = infer(
+            Levels(),
+            open_source(str(film)),
+            out,
+            batch=3,
+            jsonl=True,
+            progress=lambda done, total: seen.append((done, total)),
+        )
+
+        got = lines(out)
+        assert [line["frame"] for line in got] == list(range(7))
+        # times are kept to 1/60000 s and printed with six decimals
+        assert [line["time_s"] for line in got] == pytest.approx(self.times, abs=1e-5)
+        # 2: a flat grey survives the codec up to rounding
+        assert [line["level"] for line in got] == pytest.approx(range(20, 160, 20), abs=2)
+        assert {line["source"] for line in got} == {str(film)}
+        assert seen == [(3, 7), (6, 7), (7, 7)]
+        assert summary.num_failed == 0
+
+    def test_is_annotated_as_a_video_with_the_same_times(self, film: Path, out: Path) -> None:
+        infer(Levels(), open_source(str(film)), out, overlays=True)
+
+        drawn = list(video.frames(out / "film.mp4"))
+        assert [frame.time_s for frame in drawn] == pytest.approx(self.times, abs=1e-5)
+        assert sorted(path.name for path in out.iterdir()) == ["film.mp4", "results.csv"]
+
+    def test_can_be_thinned(self, film: Path, out: Path) -> None:
+        seen: list[int] = []
+
+        infer(
+            Levels(),
+            open_source(str(film)),
+            out,
+            jsonl=True,
+            overlays=True,
+            frame_step=3,
+            progress=lambda _done, total: seen.append(total),
+        )
+
+        assert [line["frame"] for line in lines(out)] == [0, 3, 6]
+        assert len(list(video.frames(out / "film.mp4"))) == 3
+        assert seen == [3]
+
+    def test_that_breaks_off_gives_its_frames_and_one_failure(
+        self, tmp_path: Path, out: Path
+    ) -> None:
+        rng = np.random.default_rng(0)
+        with av.open(str(tmp_path / "film.mp4"), "w", options={"movflags": "faststart"}) as film:
+            stream = film.add_stream("mpeg4", rate=25)
+            stream.width, stream.height = 64, 48
+            for _ in range(10):
+                noise = rng.integers(0, 256, (48, 64, 3), dtype=np.uint8)
+                film.mux(stream.encode(av.VideoFrame.from_ndarray(noise, "rgb24")))
+            film.mux(stream.encode())
+        data = (tmp_path / "film.mp4").read_bytes()
+        (tmp_path / "film.mp4").write_bytes(data[: len(data) * 3 // 4])
+
+        summary = infer(
+            Levels(), open_source(str(tmp_path / "film.mp4")), out, jsonl=True, overlays=True
+        )
+
+        assert summary.num_failed == 1
+        assert 0 < summary.num_done < 10
+        assert lines(out)[-1] == {
+            "source": str(tmp_path / "film.mp4"),
+            "error": summary.failures[0][1],
+        }
+        assert len(list(video.frames(out / "film.mp4"))) == summary.num_done
+
+    def test_that_is_none_is_one_failure(self, tmp_path: Path, out: Path) -> None:
+        (tmp_path / "film.mp4").write_bytes(b"no film")
+
+        summary = infer(Levels(), open_source(str(tmp_path / "film.mp4")), out, overlays=True)
+
+        assert (summary.num_done, summary.num_failed) == (0, 1)
+        assert not (out / "film.mp4").exists()
+
+
+class TestALiveStream:
+    class Camera:
+        """Stands in for ``video.LiveStream``: five frames, then what ``end`` raises."""
+
+        num_dropped = 7
+        closed = False
+        end: BaseException | None = None
+
+        def __init__(self, address: str, *, step: int) -> None:
+            self.step = step
+
+        def __iter__(self) -> Iterator[video.Frame]:
+            for i in range(5):
+                yield video.Frame(3 * i, i / 10, grey(i, 16 + 2 * i))
+            if self.end is not None:
+                raise self.end
+
+        def close(self) -> None:
+            type(self).closed = True
+
+    @pytest.fixture
+    def camera(self, monkeypatch: pytest.MonkeyPatch) -> type[Camera]:
+        camera = type("Camera", (self.Camera,), {})
+        monkeypatch.setattr(video, "LiveStream", camera)
+        return camera
+
+    def test_is_served_one_by_one_and_counts_what_was_dropped(
+        self, camera: type[Camera], out: Path
+    ) -> None:
+        system = Levels()
+
+        summary = infer(system, open_source("0"), out, batch=8, jsonl=True, overlays=True)
+
+        assert system.batches == [1] * 5
+        assert [line["frame"] for line in lines(out)] == [0, 3, 6, 9, 12]
+        assert summary.num_dropped == 7
+        assert camera.closed
+        assert len(list(video.frames(out / "stream.mp4"))) == 5
+
+    def test_ends_with_ctrl_c_as_it_should(self, camera: type[Camera], out: Path) -> None:
+        camera.end = KeyboardInterrupt()
+
+        summary = infer(Levels(), open_source("rtsp://camera"), out, jsonl=True)
+
+        assert (summary.num_done, summary.num_failed) == (5, 0)
+        assert len(lines(out)) == 5
+        assert camera.closed
+
+    def test_that_is_lost_for_good_is_one_failure(self, camera: type[Camera], out: Path) -> None:
+        camera.end = VideoError("rtsp://camera: gave up", fix="look at it")
+
+        summary = infer(Levels(), open_source("rtsp://camera"), out)
+
+        assert summary.num_done == 5
+        assert summary.failures == [("rtsp://camera", "rtsp://camera: gave up")]
+
+
+class TestResultsThatAreNotFinite:
+    @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+    def test_are_failures_and_the_lines_stay_json(
+        self, tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch, value: float
+    ) -> None:
+        write_pictures(tmp_path / "in", [10, 20, 30])
+        monkeypatch.setattr(
+            Level, "to_json", lambda self: {"level": value if self.level == 20 else self.level}
+        )
+
+        summary = infer(Levels(), open_source(str(tmp_path / "in")), out, jsonl=True, overlays=True)
+
+        assert summary.num_done == 2
+        assert "not finite" in summary.failures[0][1]
+        assert [line.get("level") for line in lines(out)] == [10, None, 30]
+        assert len(table(out)) == 2
+        assert not (out / "overlays" / "001.png").exists()
+
+
+class TestDecodingAhead:
+    def test_keeps_the_order_when_decoding_is_slow_and_uneven(
+        self, tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        rng = np.random.default_rng(0)
+
+        def read(path: Path) -> Array:
+            time.sleep(float(rng.uniform(0, 0.004)))
+            return grey(int(path.stem))
+
+        monkeypatch.setattr(images, "read", read)
+        source = Source("images", tuple(Path(f"{i}.png") for i in range(50)))
+
+        summary = infer(Levels(), source, out, batch=7, jsonl=True)
+
+        assert [line["level"] for line in lines(out)] == list(range(50))
+        assert summary.decode_seconds > 0.05
+        assert summary.seconds >= summary.wait_seconds + summary.infer_seconds
+
+    @pytest.mark.parametrize("batch", [1, 3])
+    def test_holds_a_bounded_number_of_pictures(
+        self, out: Path, monkeypatch: pytest.MonkeyPatch, batch: int
+    ) -> None:
+        num_read, num_seen, ahead = [0], [0], [0]
+
+        def read(path: Path) -> Array:
+            num_read[0] += 1
+            return grey(int(path.stem))
+
+        def slowly() -> None:
+            time.sleep(0.005)
+            num_seen[0] += batch
+            ahead.append(num_read[0] - num_seen[0])
+
+        monkeypatch.setattr(images, "read", read)
+        source = Source("images", tuple(Path(f"{i}.png") for i in range(60)))
+
+        infer(Levels(before=slowly), source, out, batch=batch)
+
+        # the queue, and the picture that waits for room in it
+        assert max(ahead) <= driver._QUEUE_BATCHES * batch + 1
+        assert max(ahead) >= 1
+
+    def test_overlaps_inference(self, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        together = threading.Barrier(2, timeout=5)
+
+        def read(path: Path) -> Array:
+            if path.stem == "1":
+                together.wait()
+            return grey(1)
+
+        monkeypatch.setattr(images, "read", read)
+        system = Levels(before=lambda: together.wait() if not system.batches else None)
+
+        # breaks the barrier unless picture 1 is decoded while picture 0 is inferred
+        infer(system, Source("images", (Path("0.png"), Path("1.png"))), out, batch=1)
+
+
+class TestAFault:
+    def num_threads(self) -> int:
+        return threading.active_count()
+
+    @pytest.mark.parametrize("error", [EngineError("no"), KeyboardInterrupt(), ValueError("bug")])
+    def test_of_the_system_stops_the_decoder_and_keeps_the_results(
+        self, tmp_path: Path, out: Path, error: BaseException
+    ) -> None:
+        write_pictures(tmp_path / "in", range(30))
+        system = Levels()
+
+        def fail_third() -> None:
+            if len(system.batches) == 2:
+                raise error
+
+        system.before = fail_third
+        threads = self.num_threads()
+
+        with pytest.raises(type(error)):
+            infer(system, open_source(str(tmp_path / "in")), out, batch=2, jsonl=True)
+
+        assert self.num_threads() == threads
+        assert [line["level"] for line in lines(out)] == [0, 1, 2, 3]
+        assert len(table(out)) == 4
+        assert sorted(path.name for path in out.iterdir()) == ["results.csv", "results.jsonl"]
+
+    @pytest.mark.parametrize("error", [MemoryError("too large"), ValueError("bug")])
+    def test_of_the_decoder_that_is_no_bad_picture_reaches_the_caller(
+        self, out: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+    ) -> None:
+        def read(path: Path) -> Array:
+            if path.stem == "5":
+                raise error
+            return grey(int(path.stem))
+
+        monkeypatch.setattr(images, "read", read)
+        source = Source("images", tuple(Path(f"{i}.png") for i in range(9)))
+        threads = self.num_threads()
+
+        with pytest.raises(type(error), match=str(error)):
+            infer(Levels(), source, out, batch=1, jsonl=True)
+
+        assert self.num_threads() == threads
+        assert [line["level"] for line in lines(out)] == [0, 1, 2, 3, 4]
+
+    def test_in_a_batch_leaves_no_result_of_it(self, tmp_path: Path, out: Path) -> None:
+        write_pictures(tmp_path / "in", range(3))
+
+        def fail() -> None:
+            raise EngineError("no")
+
+        with pytest.raises(EngineError):
+            infer(Levels(before=fail), open_source(str(tmp_path / "in")), out, jsonl=True)
+
+        assert lines(out) == []
+
+
+class TestWhileItRuns:
+    def test_lines_can_be_followed_under_a_temporary_name(self, tmp_path: Path, out: Path) -> None:
+        write_pictures(tmp_path / "in", range(4))
+        seen: list[int] = []
+
+        def look(_done: int, _total: int) -> None:
+            assert not (out / "results.jsonl").exists()
+            assert not (out / "results.csv").exists()
+            seen.append(len((out / ".results.jsonl.tmp").read_text().splitlines()))
+
+        infer(Levels(), open_source(str(tmp_path / "in")), out, batch=1, jsonl=True, progress=look)
+
+        assert seen == [1, 2, 3, 4]
+
+
+class TestSummary:
+    def test_of_nothing_has_no_rate(self) -> None:
+        assert Summary().images_per_second == 0
+
+    def test_counts_pictures_per_second_of_the_whole_run(self) -> None:
+        summary = Summary(num_done=30, seconds=2.0, failures=[("a", "b")])
+
+        assert (summary.images_per_second, summary.num_failed) == (15.0, 1)
+
+
+def test_image_errors_name_the_picture_once(tmp_path: Path) -> None:
+    with pytest.raises(ImageError) as caught:
+        images.read(tmp_path / "none.png")
+
+    assert caught.value.message.count("none.png") == 1
