@@ -488,7 +488,7 @@ class _Progress:
         from rich.console import Console
         from rich.progress import Progress, TaskID
 
-        self._bar = Progress(console=Console(stderr=True), transient=True)
+        self._bar = Progress(console=Console(stderr=True, force_terminal=True), transient=True)
         self._bar.start()
         tasks: dict[str, TaskID] = {}
 

@@ -49,7 +49,7 @@ class System(Protocol):
         ...
 
     def draw(self, image: Array, result: Any) -> Array:
-        """Overlay of a result on its image: (H, W', 3) uint8 RGB."""
+        """Overlay of a result on its image: (H, W', 3) uint8 RGB. Called from other threads."""
         ...
 
     def evaluate(
