@@ -1,0 +1,142 @@
+"""Who may import whom, and what may not stand in the code at all."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from runtime.systems import SYSTEMS
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("runtime", "calibration", "training", "export")
+MODULES = [ROOT / "cli.py", *sorted(p for name in PACKAGES for p in (ROOT / name).rglob("*.py"))]
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+SHIPPED = [*MODULES, *PAGES, ROOT / "Makefile", ROOT / "setup.cfg", ROOT / ".ci" / "run"]
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every module that a file names in an import, those inside of functions included."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def calls(path: Path) -> Iterator[ast.Call]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            yield node
+
+
+class TestTheLayers:
+    def test_keep_the_contracts_of_setup_cfg(self) -> None:
+        command = "from importlinter.cli import lint_imports_command as run; run()"
+        done = subprocess.run(
+            [sys.executable, "-c", command, "--no-cache"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "0 broken" in done.stdout
+
+    def test_end_at_the_command_line_that_nothing_imports(self) -> None:
+        assert [name_of(p) for p in MODULES if "cli" in imports(p)] == []
+
+    @pytest.mark.parametrize("package", ["runtime", "training", "export"])
+    def test_keep_the_systems_apart(self, package: str) -> None:
+        folder = ROOT / package / "systems"
+        for system in SYSTEMS:
+            own = [folder / f"{system}.py", *(folder / system).rglob("*.py")]
+            others = [f"{p}.systems.{name}" for p in PACKAGES for name in SYSTEMS if name != system]
+            for path in filter(Path.is_file, own):
+                foreign = [
+                    name
+                    for name in imports(path)
+                    if any(name == other or name.startswith(f"{other}.") for other in others)
+                ]
+                assert foreign == [], name_of(path)
+
+
+class TestNoFile:
+    @pytest.mark.parametrize("path", [*MODULES, *TESTS], ids=name_of)
+    def test_imports_pickle_or_what_is_made_of_it(self, path: Path) -> None:
+        banned = {"pickle", "cPickle", "_pickle", "dill", "joblib", "shelve", "marshal"}
+        assert {name.split(".")[0] for name in imports(path)} & banned == set()
+
+    def test_loads_foreign_weights_without_weights_only(self) -> None:
+        for path in MODULES:
+            for call in calls(path):
+                if ast.unparse(call.func) == "torch.load":
+                    options = {option.arg: ast.unparse(option.value) for option in call.keywords}
+                    assert options.get("weights_only") == "True", name_of(path)
+
+    def test_lets_numpy_unpickle(self) -> None:
+        for path in MODULES:
+            for call in calls(path):
+                assert "allow_pickle" not in {option.arg for option in call.keywords}, name_of(path)
+
+    def test_prints_but_the_command_line(self) -> None:
+        for path in MODULES:
+            for call in calls(path):
+                assert ast.unparse(call.func) != "print", name_of(path)
+
+    @pytest.mark.parametrize("path", SHIPPED, ids=name_of)
+    def test_names_a_folder_of_somebodys_machine(self, path: Path) -> None:
+        found = re.findall(r"(?<![\w.])/(?:work|tmp|root|home|Users)/\S*", path.read_text())
+        assert found == []
+
+    def test_is_a_drawer_for_everything(self) -> None:
+        drawers = {"utils", "util", "helpers", "helper", "common", "misc"}
+        assert [name_of(path) for path in MODULES if path.stem in drawers] == []
+
+
+class TestEveryModule:
+    @pytest.mark.parametrize("path", MODULES, ids=name_of)
+    def test_says_what_it_is_for(self, path: Path) -> None:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        assert not tree.body or ast.get_docstring(tree)
+
+
+class TestEveryPage:
+    @pytest.mark.parametrize("path", PAGES, ids=name_of)
+    def test_links_to_files_that_exist(self, path: Path) -> None:
+        targets = re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)(?:#[^)]*)?\)", path.read_text())
+        assert [target for target in targets if not (path.parent / target).exists()] == []
+
+    def test_of_the_design_names_every_module(self) -> None:
+        """A module that the page does not know, or a page that is out of date, fails here."""
+        page = (ROOT / "docs" / "design.md").read_text()
+        tree = re.findall(r"[\w/{},*<>]+\.(?:py|yaml)", page)
+        named = {name.rsplit("/", 1)[-1] for entry in tree for name in _expand(entry)}
+        missing = [
+            name_of(path)
+            for path in MODULES
+            if path.name not in named
+            and path.name != "__init__.py"
+            and path.stem not in SYSTEMS  # <system>.py stands for them
+        ]
+        assert missing == []
+
+
+def _expand(entry: str) -> list[str]:
+    """``a/{b,c}.py`` -> ``a/b.py``, ``a/c.py``."""
+    found = re.fullmatch(r"(.*)\{([^}]*)\}(.*)", entry)
+    if not found:
+        return [entry]
+    head, middle, tail = found.groups()
+    return [f"{head}{part}{tail}" for part in middle.split(",")]

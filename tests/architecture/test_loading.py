@@ -1,0 +1,152 @@
+"""What an import or a command loads: torch ends at the float bundle, and ``--help`` is instant.
+
+import-linter finds an import that is hidden in a function, these tests find one that comes in
+through a parent package; each is blind where the other sees.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from runtime.testing import write_parts, write_tiny_noising_bundle
+
+ROOT = Path(__file__).parents[2]
+TORCH = ("torch", "torchvision", "timm", "accelerate", "safetensors", "tensorboard")
+OPTIONAL = ("tensorrt", "pycuda")  # of the gpu extra: absent on most machines
+
+
+def modules(package: str) -> list[str]:
+    """Dotted names of all modules of a package."""
+    files = sorted((ROOT / package).rglob("*.py"))
+    parts = [file.relative_to(ROOT).with_suffix("").parts for file in files]
+    return [".".join(p[:-1] if p[-1] == "__init__" else p) for p in parts]
+
+
+TORCH_FREE = [
+    *modules("runtime"),
+    *modules("calibration"),
+    *(
+        name
+        for name in modules("export")
+        if name != "export.trace" and not name.startswith("export.systems.")
+    ),
+    *(
+        name
+        for name in modules("training")
+        if name.endswith((".sample", ".config")) or name in ("training", "training.systems")
+    ),
+]
+
+# A module whose entry is None cannot be imported: ImportError, as on a machine without it.
+WITHOUT_TORCH = f"import sys; sys.modules.update(dict.fromkeys({TORCH!r})); "
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def loaded(arguments: Sequence[object]) -> tuple[int, set[str]]:
+    """Exit code of a command and the modules that it imported, by ``-X importtime``."""
+    done = python("-X", "importtime", "cli.py", *map(str, arguments))
+    lines = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
+    return done.returncode, {line.rsplit("|", 1)[1].strip() for line in lines}
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("loading") / "bundle"
+    write_tiny_noising_bundle(folder, int8=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_parts(tmp_path_factory.mktemp("loading-data"))
+
+
+class TestWithoutTorch:
+    def test_every_module_this_side_of_the_line_can_be_imported(self) -> None:
+        code = WITHOUT_TORCH + (
+            "import importlib\n"
+            f"for name in {TORCH_FREE!r}:\n"
+            "    try: importlib.import_module(name)\n"
+            "    except ModuleNotFoundError as error:\n"
+            f"        if error.name.split('.')[0] not in {OPTIONAL!r}: raise\n"
+        )
+        done = python("-c", code)
+        assert done.returncode == 0, done.stderr
+
+    def test_the_list_holds_what_a_machine_without_torch_must_do(self) -> None:
+        stages = ("build", "quantize", "legality", "passes", "parity", "sensitivity")
+        needed = {"runtime.infer", "calibration.calibrate", *(f"export.{s}" for s in stages)}
+        assert needed <= set(TORCH_FREE)
+
+    @pytest.mark.parametrize("backend", ["ort", "openvino"])
+    def test_a_bundle_infers(self, backend: str, bundle: Path, data: Path, tmp_path: Path) -> None:
+        arguments = ["infer", str(bundle), "--source", str(data / "test"), "--out", str(tmp_path)]
+        arguments += ["--backend", backend, "--save-overlays"]
+        done = python("-c", f"{WITHOUT_TORCH}from cli import main; main({arguments!r})")
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith("8 done, 0 failed")
+
+    def test_a_float_bundle_becomes_int8(self, data: Path, tmp_path: Path) -> None:
+        write_tiny_noising_bundle(tmp_path / "float")
+        arguments = ["export", str(tmp_path / "float"), "--out", str(tmp_path / "int8"), "--int8"]
+        arguments += ["--samples", str(data), "--num-samples", "4", "--method", "minmax"]
+        done = python("-c", f"{WITHOUT_TORCH}from cli import main; main({arguments!r})")
+        assert done.returncode == 0, done.stderr
+
+    def test_training_says_what_to_install(self, data: Path, tmp_path: Path) -> None:
+        hidden = "import importlib.util as u; find = u.find_spec; "
+        hidden += "u.find_spec = lambda n, *a: None if n == 'torch' else find(n, *a); "
+        arguments = ["train", "noising", "--data", str(data), "--out", str(tmp_path / "run")]
+        done = python("-c", f"{hidden}from cli import main; main({arguments!r})")
+        assert done.returncode == 1
+        assert 'pip install "engineworks[train]"' in done.stderr
+
+
+class TestWhatACommandLoads:
+    def test_infer_loads_neither_torch_nor_training(
+        self, bundle: Path, data: Path, tmp_path: Path
+    ) -> None:
+        code, names = loaded(["infer", bundle, "--source", data / "test", "--out", tmp_path])
+        assert code == 0
+        tops = {name.split(".")[0] for name in names}
+        assert "numpy" in tops  # the list is not empty for another reason
+        assert tops & {*TORCH, "training", "export", "calibration"} == set()
+
+    def test_help_loads_nothing_heavy(self) -> None:
+        code, names = loaded(["--help"])
+        assert code == 0
+        tops = {name.split(".")[0] for name in names}
+        assert "click" in tops
+        heavy = {"numpy", "cv2", "av", "onnx", "pydantic", "rich", "yaml", "faiss", "openvino"}
+        assert tops & {*TORCH, *heavy, "training", "export", "calibration"} == set()
+
+    def test_help_answers_within_half_a_second(self) -> None:
+        """A bound on time can hold on a busy machine because the best of several runs counts:
+
+        it takes about 0.1 s, so all five must be slowed down fivefold for a false alarm.
+        """
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            assert python("cli.py", "--help").returncode == 0
+            times.append(time.perf_counter() - start)
+        assert min(times) < 0.5

@@ -1,0 +1,570 @@
+"""The commands as a user calls them: what they write, what they say, and their exit codes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runtime import images
+from runtime.bundle import MANIFEST_NAME, Bundle, read, write
+from runtime.testing import write_parts, write_tiny_noising_bundle
+
+ROOT = Path(__file__).parents[1]
+LIMIT_S = 120  # of one command; none takes a fifth of it on an idle machine
+
+
+@dataclass(frozen=True)
+class Answer:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def all(self) -> str:
+        return self.out + self.err
+
+
+def cli(*arguments: object) -> Answer:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "cli.py"), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        check=False,
+    )
+    return Answer(done.returncode, done.stdout, done.stderr)
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_parts(tmp_path_factory.mktemp("data"), size=(48, 64), num_train=10)
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve frames of drawn parts."""
+    from runtime.video import VideoWriter
+
+    path = tmp_path_factory.mktemp("video") / "parts.mp4"
+    parts = write_parts(path.parent / "parts", size=(64, 64), num_train=12)
+    with VideoWriter(path, 10) as writer:
+        for i, picture in enumerate(sorted((parts / "train" / "good").iterdir())):
+            writer.write(images.read(picture), i / 10)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle that no torch was needed for; read-only."""
+    folder = tmp_path_factory.mktemp("tiny") / "bundle"
+    write_tiny_noising_bundle(folder, int8=True)
+    return folder
+
+
+@pytest.fixture
+def copy(tiny: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny, tmp_path / "bundle"))
+
+
+def changed(bundle: Bundle, out: Path, **update: Any) -> Bundle:
+    """The same bundle with another manifest."""
+    files = {name: bundle.path(name) for name in bundle.manifest.files}
+    return write(out, bundle.manifest.model_copy(update=update), files)
+
+
+# --- from data to numbers -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Trained:
+    run: Path
+    floats: Path
+    bundle: Path
+    said: dict[str, Answer]
+
+
+@pytest.fixture(scope="module")
+def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """train, export, export --int8: each command once, on random weights."""
+    root = tmp_path_factory.mktemp("trained")
+    run, floats, bundle = root / "run", root / "float", root / "int8"
+    settings = [
+        "backbone.weights=none",
+        "backbone.name=resnet10t",
+        "backbone.stages=[1, 2]",
+        "preprocess.size=[64, 64]",
+        "fit.max_rows=100",
+    ]
+    chosen = [part for setting in settings for part in ("--set", setting)]
+    said = {
+        "train": cli("train", "noising", "--data", data, "--out", run, *chosen),
+        "export": cli("export", run, "--out", floats),
+        "int8": cli(
+            *("export", floats, "--out", bundle, "--int8", "--samples", data / "train"),
+            *("--num-samples", 4, "--method", "minmax", "--eval", data, "--seed", 3),
+        ),
+    }
+    for name, answer in said.items():
+        assert answer.code == 0, f"{name}: {answer.all}"
+    return Trained(run, floats, bundle, said)
+
+
+@pytest.mark.train
+class TestTrainAndExport:
+    def test_training_prints_what_each_signal_earns_and_names_the_run(
+        self, trained: Trained
+    ) -> None:
+        said = trained.said["train"]
+        for row in ("distance", "distance + influence", "shipped", "image_auroc", "aupro"):
+            assert row in said.out
+        assert said.out.splitlines()[-1] == str(trained.run)
+
+    def test_a_run_holds_the_merged_configuration_metrics_and_weights(
+        self, trained: Trained
+    ) -> None:
+        config = (trained.run / "config.yaml").read_text()
+        assert "max_rows: 100" in config  # from --set
+        assert "workers: 0" in config  # from the defaults
+        for name in ("metrics.csv", "weights/best.safetensors", "weights/last.safetensors"):
+            assert (trained.run / name).is_file()
+        assert list(trained.run.glob("events.out.tfevents.*"))
+
+    def test_progress_stays_away_where_stderr_is_no_terminal(self, trained: Trained) -> None:
+        assert trained.said["train"].err == ""
+
+    def test_a_run_becomes_a_float_bundle_that_was_compared_with_torch(
+        self, trained: Trained
+    ) -> None:
+        manifest = read(trained.floats).manifest
+        assert list(manifest.graphs["features"].variants) == ["float"]
+        parity = manifest.reports["parity"]["torch-float"]["features"]["features"]
+        assert parity["max_rel"] <= 1e-4  # the recipe's tolerance
+
+    def test_a_float_bundle_becomes_one_with_int8_and_a_measured_verdict(
+        self, trained: Trained
+    ) -> None:
+        manifest = read(trained.bundle).manifest
+        assert set(manifest.graphs["features"].variants) == {"float", "int8", "int8-u8"}
+        reports = manifest.reports
+        assert set(reports["gate"]["drop"]) == {"image_auroc", "pixel_auroc"}
+        assert reports["calibration"]["method"] == "minmax"
+        assert reports["verdict"]["ship"] in ("int8", "float")
+        assert "verdict: ship" in trained.said["int8"].err
+
+    def test_the_verdict_is_what_show_tells(self, trained: Trained) -> None:
+        answer = cli("bundle", "show", trained.bundle)
+        assert answer.code == 0
+        assert f"verdict: ship {read(trained.bundle).manifest.reports['verdict']['ship']}" in (
+            answer.out
+        )
+
+    def test_a_second_training_into_the_same_folder_is_refused(
+        self, trained: Trained, data: Path
+    ) -> None:
+        answer = cli("train", "noising", "--data", data, "--out", trained.run)
+        assert answer.code == 1
+        assert "--resume" in answer.err
+
+    def test_a_failed_gate_still_writes_the_bundle_but_exits_1_with_fail_on_drop(
+        self, trained: Trained, data: Path, tmp_path: Path
+    ) -> None:
+        # no net passes a gate that asks for a gain of 1
+        strict = changed(read(trained.floats), tmp_path / "strict", gate={"image_auroc": -1.0})
+        answer = cli(
+            *("export", strict.root, "--out", tmp_path / "out", "--int8", "--fail-on-drop"),
+            *("--samples", data / "train", "--num-samples", 2, "--method", "minmax"),
+            *("--eval", data),
+        )
+        assert answer.code == 1
+        assert "lost more than allowed" in answer.err
+        assert read(tmp_path / "out").manifest.reports["verdict"]["ship"] == "float"
+
+
+# --- inference ----------------------------------------------------------------------------------
+
+
+class TestInfer:
+    def test_a_folder_gives_a_table_json_lines_and_overlays(
+        self, tiny: Path, data: Path, tmp_path: Path
+    ) -> None:
+        out = tmp_path / "out"
+        answer = cli(
+            *("infer", tiny, "--source", data / "test", "--out", out),
+            *("--jsonl", "--save-overlays", "--batch", 3),
+        )
+        assert answer.code == 0, answer.all
+        assert answer.out.startswith("8 done, 0 failed")
+        records = lines(out / "results.jsonl")
+        assert [Path(record["source"]).parent.name for record in records] == (
+            ["good"] * 4 + ["scratch"] * 4
+        )
+        assert {"label", "score", "threshold", "anomalous_area", "width", "height"} <= set(
+            records[0]
+        )
+        with (out / "results.csv").open() as file:
+            assert [float(row["score"]) for row in csv.DictReader(file)] == [
+                record["score"] for record in records
+            ]
+        overlays = {p.relative_to(out / "overlays").as_posix() for p in out.rglob("*.png")}
+        assert overlays == {f"{kind}/{i:03d}.png" for kind in ("good", "scratch") for i in range(4)}
+
+    def test_a_glob_and_a_list_give_the_same_answers_as_the_folder(
+        self, tiny: Path, data: Path, tmp_path: Path
+    ) -> None:
+        folder = data / "test" / "scratch"
+        listed = tmp_path / "list.txt"
+        listed.write_text("".join(f"{path}\n" for path in sorted(folder.iterdir())))
+        answers = []
+        for name, source in (("f", folder), ("g", f"{folder}/*.png"), ("l", listed)):
+            answer = cli("infer", tiny, "--source", source, "--out", tmp_path / name, "--jsonl")
+            assert answer.code == 0, answer.all
+            answers.append(lines(tmp_path / name / "results.jsonl"))
+        assert answers[0] == answers[1] == answers[2]
+
+    def test_a_video_becomes_an_annotated_video(
+        self, tiny: Path, video: Path, tmp_path: Path
+    ) -> None:
+        from runtime.video import frames
+
+        out = tmp_path / "out"
+        answer = cli(
+            *("infer", tiny, "--source", video, "--out", out, "--jsonl", "--save-overlays"),
+        )
+        assert answer.code == 0, answer.all
+        assert [record["frame"] for record in lines(out / "results.jsonl")] == list(range(12))
+        written = list(frames(str(out / "parts.mp4")))
+        assert len(written) == 12
+        assert written[0].image.shape[1] > 64  # panels beside the picture
+
+    @pytest.mark.parametrize("backend", ["ort", "openvino"])
+    @pytest.mark.parametrize("precision", ["float", "int8"])
+    def test_each_backend_and_precision_runs_when_asked_for(
+        self, backend: str, precision: str, tiny: Path, data: Path, tmp_path: Path
+    ) -> None:
+        answer = cli(
+            *("infer", tiny, "--source", data / "test", "--out", tmp_path / "out"),
+            *("--backend", backend, "--precision", precision, "--threads", 1),
+        )
+        assert answer.code == 0, answer.all
+        assert f"{backend}, {precision}" in answer.err
+
+    def test_a_truncated_picture_is_skipped_and_reported_and_the_others_are_done(
+        self, tiny: Path, data: Path, tmp_path: Path
+    ) -> None:
+        folder = Path(shutil.copytree(data / "test" / "good", tmp_path / "pictures"))
+        whole = (folder / "001.png").read_bytes()
+        (folder / "001.png").write_bytes(whole[: len(whole) // 2])
+        out = tmp_path / "out"
+        answer = cli("infer", tiny, "--source", folder, "--out", out, "--jsonl")
+        assert answer.code == 1
+        assert "skipped" in answer.err
+        assert "001.png" in answer.err
+        assert answer.out.startswith("3 done, 1 failed")
+        records = lines(out / "results.jsonl")
+        assert ["error" in record for record in records] == [False, True, False, False]
+
+    def test_quiet_says_nothing_on_stderr(self, tiny: Path, data: Path, tmp_path: Path) -> None:
+        source = data / "test" / "good" / "000.png"
+        answer = cli("--quiet", "infer", tiny, "--source", source, "--out", tmp_path / "out")
+        assert (answer.code, answer.err) == (0, "")
+
+    def test_full_folders_are_left_alone_without_exist_ok(
+        self, tiny: Path, data: Path, tmp_path: Path
+    ) -> None:
+        (tmp_path / "mine.txt").write_text("keep")
+        call = ("infer", tiny, "--source", data / "test" / "good" / "000.png", "--out", tmp_path)
+        refused = cli(*call)
+        assert refused.code == 2
+        assert "--exist-ok" in refused.err
+        assert cli(*call, "--exist-ok").code == 0
+        assert (tmp_path / "mine.txt").read_text() == "keep"
+
+
+# --- the other commands -------------------------------------------------------------------------
+
+
+class TestEvalAndBench:
+    def test_eval_prints_the_metrics_and_writes_the_same_as_json(
+        self, tiny: Path, data: Path, tmp_path: Path
+    ) -> None:
+        report = tmp_path / "metrics.json"
+        answer = cli("eval", tiny, "--data", data, "--json", report, "--backend", "ort")
+        assert answer.code == 0, answer.all
+        content = json.loads(report.read_text())
+        assert content["backend"] == "ort"
+        for name in ("image_auroc", "pixel_auroc", "aupro"):
+            assert 0 <= content["metrics"][name] <= 1
+            assert f"{content['metrics'][name]:.4f}" in answer.out
+
+    def test_bench_gives_every_precision_and_batch_with_what_the_clock_covers(
+        self, tiny: Path, data: Path, tmp_path: Path
+    ) -> None:
+        report = tmp_path / "bench.json"
+        answer = cli(
+            *(
+                "bench",
+                tiny,
+                "--seconds",
+                0.05,
+                "--batch",
+                "1,2",
+                "--threads",
+                1,
+                "--backend",
+                "ort",
+            ),
+            *("--eval", data, "--source", data / "test", "--json", report),
+        )
+        assert answer.code == 0, answer.all
+        content = json.loads(report.read_text())
+        found = {(r["name"], r["precision"], r["batch"], r["covers"]) for r in content["rows"]}
+        assert found == {
+            (name, precision, batch, covers)
+            for name, precision in (("ort", "float"), ("ort", "int8"))
+            for batch in (1, 2)
+            for covers in ("network", "images to results")
+        }
+        row = content["rows"][0]
+        assert row["p50_ms"] <= row["p90_ms"] <= row["p95_ms"] <= row["p99_ms"]
+        assert "image_auroc" in row["accuracy"]
+        assert content["bundle_digest"] == read(tiny).manifest.digest
+        assert content["inputs"]["count"] == 8
+        assert content["environment"]["threads"] == 1
+        assert "p50 ms" in answer.out
+
+
+class TestDoctor:
+    def test_it_names_versions_processor_backends_and_what_to_install(self) -> None:
+        answer = cli("doctor")
+        assert answer.code == 0, answer.all
+        assert "engineworks 0." in answer.out
+        assert "cores" in answer.out
+        for backend in ("tensorrt", "openvino", "ort"):
+            assert f"backend {backend}" in answer.out
+
+
+class TestAThreshold:
+    def test_can_be_moved_without_exporting_again_and_changes_verdicts(
+        self, copy: Path, data: Path, tmp_path: Path
+    ) -> None:
+        labels = {}
+        for value in (-1e6, 1e6):
+            before = {p.name: p.read_bytes() for p in copy.iterdir() if p.name != MANIFEST_NAME}
+            assert cli("bundle", "set-threshold", copy, "image", "--", value).code == 0
+            assert before == {name: (copy / name).read_bytes() for name in before}
+            out = tmp_path / f"{value}"
+            answer = cli("infer", copy, "--source", data / "test", "--out", out, "--jsonl")
+            assert answer.code == 0, answer.all
+            labels[value] = {record["label"] for record in lines(out / "results.jsonl")}
+        assert labels == {-1e6: {"anomalous"}, 1e6: {"normal"}}
+        assert read(copy).manifest.thresholds["image"].source == "set by hand"
+
+    def test_of_another_name_is_an_error_that_lists_the_names(self, copy: Path) -> None:
+        answer = cli("bundle", "set-threshold", copy, "imge", 1)
+        assert answer.code == 1
+        assert "image, pixel" in answer.err
+
+
+class TestABank:
+    def test_grows_by_new_normal_images_into_a_new_bundle(
+        self, tiny: Path, data: Path, tmp_path: Path
+    ) -> None:
+        out = tmp_path / "grown"
+        answer = cli(
+            *("bank", "add", tiny, "--images", data / "train", "--out", out, "--max-rows", 7)
+        )
+        assert answer.code == 0, answer.all
+        assert answer.out.startswith("7 rows added")
+        old, new = (read(folder).manifest.files["bank.faiss"].size_bytes for folder in (tiny, out))
+        assert new - old == 7 * 16 * 4  # rows of 16 float32
+
+    def test_does_not_replace_a_bundle_unasked(self, tiny: Path, copy: Path, data: Path) -> None:
+        answer = cli("bank", "add", tiny, "--images", data / "train", "--out", copy)
+        assert answer.code == 1
+        assert "--exist-ok" in answer.err
+
+
+class TestSample:
+    def test_does_not_draw_into_a_folder_that_holds_something(self, tmp_path: Path) -> None:
+        (tmp_path / "mine.txt").write_text("keep")
+        answer = cli("sample", "noising", "--out", tmp_path)
+        assert answer.code == 2
+        assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+# --- what can go wrong --------------------------------------------------------------------------
+
+
+def refused(answer: Answer, code: int, *words: object) -> None:
+    """One clear message on stderr, nothing on stdout, and the exit code."""
+    assert answer.code == code, answer.all
+    assert answer.out == ""
+    assert "Traceback" not in answer.err
+    assert answer.err.lower().count("error:") == 1
+    for word in words:
+        assert str(word) in answer.err
+
+
+class TestAMistake:
+    def test_in_an_option_is_usage(self, tiny: Path, tmp_path: Path) -> None:
+        answer = cli("infer", tiny, "--sorce", "x", "--out", tmp_path / "out")
+        refused(answer, 2, "--sorce", "--source")
+
+    def test_in_a_command_is_usage(self) -> None:
+        refused(cli("infr"), 2, "infr")
+
+    @pytest.mark.parametrize("command", ["sample", "train"])
+    def test_in_a_system_names_the_systems(self, command: str, data: Path, tmp_path: Path) -> None:
+        options = ["--data", data] if command == "train" else []
+        answer = cli(command, "noisng", *options, "--out", tmp_path / "out")
+        refused(answer, 2, "noisng", "choose one of noising")
+        assert not (tmp_path / "out").exists()
+
+    def test_in_a_backend_names_the_backends(self, tiny: Path, data: Path, tmp_path: Path) -> None:
+        answer = cli(
+            *("infer", tiny, "--source", data, "--out", tmp_path / "o", "--backend", "tensort")
+        )
+        refused(answer, 2, "openvino", "tensorrt")
+
+    @pytest.mark.train
+    def test_in_a_setting_names_the_nearest_key(self, data: Path, tmp_path: Path) -> None:
+        answer = cli(
+            *("train", "noising", "--data", data, "--out", tmp_path / "run"),
+            *("--set", "fit.coreset_ration=0.1"),
+        )
+        refused(answer, 2, "fit.coreset_ration", "did you mean fit.coreset_ratio")
+        assert not (tmp_path / "run").exists()
+
+    @pytest.mark.train
+    @pytest.mark.parametrize(
+        ("setting", "word"),
+        [("fit.k=nine", "fit.k"), ("fit.k", "key=value"), ("backbone.stages=[1", "YAML")],
+    )
+    def test_in_a_value_says_which(
+        self, setting: str, word: str, data: Path, tmp_path: Path
+    ) -> None:
+        answer = cli(
+            *("train", "noising", "--data", data, "--out", tmp_path / "run", "--set", setting)
+        )
+        refused(answer, 2, word)
+
+    @pytest.mark.parametrize("batches", ["0", "one", "1,", ""])
+    def test_in_the_batch_sizes_of_bench_is_usage(self, batches: str, tiny: Path) -> None:
+        refused(cli("bench", tiny, "--batch", batches), 2, "--batch")
+
+    @pytest.mark.parametrize(
+        ("options", "word"),
+        [
+            (("--int8",), "--samples"),
+            (("--eval", "."), "--int8"),
+            (("--fail-on-drop",), "--int8"),
+            (("--sensitivity",), "--int8"),
+            ((), "--int8"),
+        ],
+    )
+    def test_in_what_export_needs_is_usage(
+        self, options: tuple[str, ...], word: str, tiny: Path, tmp_path: Path
+    ) -> None:
+        refused(cli("export", tiny, "--out", tmp_path / "out", *options), 2, word)
+        assert not (tmp_path / "out").exists()
+
+
+class TestSomethingThatIsNotThere:
+    @pytest.mark.train
+    def test_weights(self, data: Path, tmp_path: Path) -> None:
+        answer = cli(
+            *("train", "noising", "--data", data, "--out", tmp_path / "run"),
+            *("--set", f"backbone.weights={tmp_path}/lost.safetensors"),
+        )
+        refused(answer, 1, "lost.safetensors", "backbone.weights")
+
+    def test_a_backend_is_an_error_with_its_install_line(
+        self, tiny: Path, data: Path, tmp_path: Path
+    ) -> None:
+        import importlib.util
+
+        if importlib.util.find_spec("tensorrt"):
+            pytest.skip("TensorRT is installed here")
+        answer = cli(
+            *("infer", tiny, "--source", data, "--out", tmp_path / "o", "--backend", "tensorrt")
+        )
+        refused(answer, 1, "tensorrt", 'pip install "engineworks[gpu]"')
+        assert not (tmp_path / "o").exists()
+
+    def test_a_source(self, tiny: Path, tmp_path: Path) -> None:
+        answer = cli("infer", tiny, "--source", tmp_path / "lost", "--out", tmp_path / "out")
+        refused(answer, 1, "lost")
+
+    def test_a_bundle(self, data: Path, tmp_path: Path) -> None:
+        answer = cli("infer", tmp_path, "--source", data, "--out", tmp_path / "out")
+        refused(answer, 1, MANIFEST_NAME)
+
+    def test_a_run(self, tmp_path: Path) -> None:
+        refused(cli("export", tmp_path / "lost", "--out", tmp_path / "out"), 2, "lost")
+
+    def test_labels(self, tiny: Path, tmp_path: Path) -> None:
+        refused(cli("eval", tiny, "--data", tmp_path), 1, "train/good")
+
+    def test_an_int8_graph(self, data: Path, tmp_path: Path) -> None:
+        write_tiny_noising_bundle(tmp_path / "float")
+        answer = cli(
+            *("infer", tmp_path / "float", "--source", data / "test", "--out", tmp_path / "o"),
+            *("--precision", "int8"),
+        )
+        refused(answer, 1, "int8", "--samples")
+
+
+FILES = ("features.onnx", "features.int8.onnx", "features.int8-u8.onnx", "bank.faiss")
+
+
+class TestADamagedBundle:
+    def infer(self, bundle: Path, data: Path, tmp_path: Path) -> Answer:
+        return cli("infer", bundle, "--source", data / "test", "--out", tmp_path / "out")
+
+    def test_has_only_the_files_that_are_damaged_below(self, tiny: Path) -> None:
+        assert sorted(p.name for p in tiny.iterdir()) == sorted((*FILES, MANIFEST_NAME))
+
+    @pytest.mark.parametrize("name", [*FILES, MANIFEST_NAME])
+    def test_one_flipped_byte_in_any_file_is_found_before_it_is_opened(
+        self, name: str, copy: Path, data: Path, tmp_path: Path
+    ) -> None:
+        content = bytearray((copy / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        (copy / name).write_bytes(content)
+        refused(self.infer(copy, data, tmp_path), 1, name)
+
+    def test_a_missing_file_is_named(self, copy: Path, data: Path, tmp_path: Path) -> None:
+        (copy / "bank.faiss").unlink()
+        refused(self.infer(copy, data, tmp_path), 1, "missing", "bank.faiss")
+
+    def test_a_file_too_many_is_named(self, copy: Path, data: Path, tmp_path: Path) -> None:
+        (copy / "notes.txt").write_text("mine")
+        refused(self.infer(copy, data, tmp_path), 1, "extra", "notes.txt")
+
+    def test_another_schema_version_says_both_versions(
+        self, copy: Path, data: Path, tmp_path: Path
+    ) -> None:
+        content = json.loads((copy / MANIFEST_NAME).read_text())
+        content["schema_version"] = 2
+        (copy / MANIFEST_NAME).write_text(json.dumps(content))
+        refused(self.infer(copy, data, tmp_path), 1, "schema version 2", "reads version 1")
+
+    def test_another_system_names_those_that_are_known(
+        self, copy: Path, data: Path, tmp_path: Path
+    ) -> None:
+        changed(read(copy), tmp_path / "other", system="weaving")
+        answer = self.infer(tmp_path / "other", data, tmp_path)
+        refused(answer, answer.code, "weaving", "noising")
+        assert answer.code != 0
