@@ -39,6 +39,8 @@ def mvtec(root: Path, split: Literal["train", "test"]) -> list[MvtecSample]:
     * ``images/good``, not split: ``images/<defect>`` and the same masks. Of the normal pictures,
       sorted by name, the 1st, 3rd, 5th, ... are for training; all others are for testing.
 
+    A folder for testing alone may have ``test`` and the masks only.
+
     Raises:
         DatasetError: neither layout, or no pictures for that split; the missing folder is named.
     """
@@ -53,6 +55,8 @@ def mvtec(root: Path, split: Literal["train", "test"]) -> list[MvtecSample]:
         seen = {sample.path for sample in training}
         found = [s for s in _folders(root / "images", root) if s.path not in seen]
         return _checked(found, root / "images")
+    if split == "test" and (root / "test").is_dir():
+        return _checked(_folders(root / "test", root), root / "test")
     raise DatasetError(
         f"{root} has neither train/{NORMAL} nor images/{NORMAL}",
         fix=f"put normal pictures into train/{NORMAL}, and for testing normal ones into "

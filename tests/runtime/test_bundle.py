@@ -19,6 +19,7 @@ from runtime.bundle import (
     GraphEntry,
     Manifest,
     Threshold,
+    check_out,
     load_manifest,
     read,
     set_threshold,
@@ -307,7 +308,10 @@ class TestAManifest:
             '{"format": "something else"}',
             '{"format": "engineworks-bundle", "schema_version": NaN}',
             "\xff",
+            "[" * 100_000,
+            "9" * 10_000,
         ],
+        ids=range(9),
     )
     def test_that_is_none_is_refused(self, made: Bundle, text: str) -> None:
         (made.root / MANIFEST_NAME).write_bytes(text.encode("latin-1"))
@@ -425,6 +429,25 @@ class TestWriting:
             write(tmp_path / "bundle", manifest(**{field: {"x": value}}), sources(work))
 
         assert not (tmp_path / "bundle").exists()
+
+
+class TestADestination:
+    def test_that_is_free_may_be_written(self, tmp_path: Path) -> None:
+        check_out(tmp_path / "new" / "bundle", replace=False)
+
+    def test_that_is_a_bundle_may_be_written_only_to_replace_it(self, made: Bundle) -> None:
+        check_out(made.root, replace=True)
+        with pytest.raises(BundleError, match="already exists"):
+            check_out(made.root, replace=False)
+
+    @pytest.mark.parametrize("replace", [True, False])
+    def test_that_is_something_else_may_never_be_written(
+        self, tmp_path: Path, replace: bool
+    ) -> None:
+        (tmp_path / "file").touch()
+        for other in (tmp_path, tmp_path / "file"):
+            with pytest.raises(BundleError, match="is no bundle"):
+                check_out(other, replace=replace)
 
 
 class TestMovingAThreshold:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,14 @@ class TestTheMvtecLayout:
         assert first == split / "ground_truth/scratch/1_mask.png"
         assert second is None, "a defective picture may have no mask"
         assert good is None, "a normal picture has none, whatever lies there"
+
+    def test_needs_nothing_to_train_on_where_it_is_only_tested(self, split: Path) -> None:
+        whole = names(mvtec(split, "test"))
+        shutil.rmtree(split / "train")
+
+        assert names(mvtec(split, "test")) == whole
+        with pytest.raises(DatasetError, match="neither train/good"):
+            mvtec(split, "train")
 
 
 class TestTheUnsplitLayout:

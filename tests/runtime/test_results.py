@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from runtime.results import AnomalyMap
+
+
+def result(**changes: Any) -> AnomalyMap:
+    values = np.arange(8, dtype=np.float32).reshape(2, 4)
+    content = {
+        "score": 3.25,
+        "threshold": 3.0,
+        "pixel_threshold": 6.0,
+        "map_HW": values,
+        "influence_HW": values,
+    }
+    return AnomalyMap(**{**content, **changes})
+
+
+class TestAnAnomalyMap:
+    @pytest.mark.parametrize(
+        ("score", "label"), [(2.999, "normal"), (3.0, "anomalous"), (3.1, "anomalous")]
+    )
+    def test_is_anomalous_at_its_threshold_and_above(self, score: float, label: str) -> None:
+        assert result(score=score).is_anomalous == (label == "anomalous")
+        assert result(score=score).to_json()["label"] == label
+
+    def test_tells_the_share_of_pixels_at_their_threshold_and_above(self) -> None:
+        assert result().to_json()["anomalous_area"] == 0.25
+
+    def test_goes_into_one_json_line_as_plain_numbers(self) -> None:
+        found = result(score=np.float32(3.25), threshold=np.float64(1 / 3))
+
+        assert json.loads(json.dumps(found.to_json())) == {
+            "label": "anomalous",
+            "score": 3.25,
+            "threshold": 0.333333,
+            "anomalous_area": 0.25,
+        }
+
+    def test_cannot_be_changed(self) -> None:
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            result().score = 0.0  # type: ignore[misc]
+
+    def test_can_be_compared_and_kept_in_a_set(self) -> None:
+        one, other = result(), result()
+
+        assert len({one, other, one}) == 2
+        assert one != other
