@@ -23,7 +23,7 @@ help:
 $(VENV)/.installed: EXTRAS := cpu,train,dev
 $(GPU_VENV)/.installed: EXTRAS := gpu,train,dev
 %/.installed: setup.cfg pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit("engineworks needs Python 3.11 or newer" * (sys.version_info < (3, 11)))'
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("engineworks needs Python 3.11 or newer")'
 	$(PYTHON) -m venv $*
 	$*/bin/python -m pip install --quiet --editable ".[$(EXTRAS)]"
 	touch $@
