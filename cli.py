@@ -203,6 +203,7 @@ def export(
 @click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True)
 @click.option("--jsonl", is_flag=True, help="Write results.jsonl, one line per image.")
 @click.option("--save-overlays", is_flag=True, help="Write pictures (a video: annotated).")
+@click.option("--report", type=PATH, help="Also write one HTML page, with pictures if saved.")
 @click.option("--frame-step", type=click.IntRange(min=1), default=1, help="Every n-th frame.")
 @EXIST_OK
 @click.pass_context
@@ -217,6 +218,7 @@ def infer(
     batch: int,
     jsonl: bool,
     save_overlays: bool,
+    report: Path | None,
     frame_step: int,
     exist_ok: bool,
 ) -> None:
@@ -245,6 +247,19 @@ def infer(
             )
     finally:
         system.close()
+    if report is not None:
+        from runtime.report import of_inference
+
+        facts = {
+            "source": source,
+            "bundle": system.bundle.root,
+            "digest": system.bundle.manifest.digest,
+            "backend": f"{system.backend}, {system.precision}",
+            "done": summary.num_done,
+            "failed": summary.num_failed,
+            "images per second": f"{summary.images_per_second:.1f}",
+        }
+        of_inference(system.bundle, out, facts).write(report)
     for name, message in summary.failures:
         click.secho(f"skipped {name}: {message}", fg="yellow", err=True)
     click.echo(

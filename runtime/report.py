@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import csv
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -11,10 +12,13 @@ from typing import Self
 import cv2
 import numpy as np
 
-from runtime.bundle import write_atomic
+from runtime import images
+from runtime.bundle import Bundle, write_atomic
 from runtime.errors import InputError
 from runtime.tensors import Array
 
+_MAX_FIGURES = 12
+_MAX_ROWS = 500
 # no source is allowed but the page itself
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 _STYLE = """
@@ -132,3 +136,37 @@ def _cell(value: object) -> str:
     if isinstance(value, int | np.integer):
         return f'<td class="number">{value}</td>'
     return f"<td>{'' if value is None else escape(str(value))}</td>"
+
+
+def of_inference(bundle: Bundle, out: Path, facts: Mapping[str, object]) -> Report:
+    """The page of one run of ``runtime.infer.infer``.
+
+    Args:
+        bundle: what was run; its verdict is shown.
+        out: the folder with ``results.csv`` and, if drawn, ``overlays``.
+        facts: counts, backend, precision and the like, shown first.
+    """
+    manifest = bundle.manifest
+    page = Report(f"{manifest.system}: {out.name}").values("Run", facts)
+    verdict = manifest.reports.get("verdict")
+    if verdict:
+        page.heading(f"Verdict of the export: ship {verdict['ship']}")
+        for reason in verdict["reasons"]:
+            page.text(reason)
+    limits = {
+        name: f"{limit.value:.4f} ({limit.source})" for name, limit in manifest.thresholds.items()
+    }
+    page.values("Thresholds", limits)
+    overlays = sorted((out / "overlays").rglob("*.png"))
+    if overlays:
+        page.heading(f"{min(len(overlays), _MAX_FIGURES)} of {len(overlays)} pictures")
+    # evenly spread, so that every kind of picture is among them
+    for i in np.linspace(0, len(overlays) - 1, min(len(overlays), _MAX_FIGURES)).astype(int):
+        page.figure(str(overlays[i].relative_to(out / "overlays")), images.read(overlays[i]))
+    with (out / "results.csv").open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+        rows = list(csv.reader(file))
+    if len(rows) > _MAX_ROWS:
+        page.warning(f"the table shows {_MAX_ROWS} of {len(rows) - 1} results; results.csv has all")
+    if rows:
+        page.table("Results", rows[0], rows[1 : _MAX_ROWS + 1])
+    return page

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import base64
+import csv
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,7 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime.errors import InputError
-from runtime.report import Report
+from runtime.infer import infer
+from runtime.report import Report, of_inference
+from runtime.sources import open_source
+from runtime.systems import open_system
+from runtime.testing import write_parts, write_tiny_noising_bundle
 
 VOID = {"meta", "img"}
 
@@ -184,3 +189,28 @@ class TestWriting:
 
         assert path.read_bytes() == old
         assert list(tmp_path.iterdir()) == [path]
+
+
+class TestThePageOfAnInference:
+    def test_shows_verdict_thresholds_pictures_and_results(self, tmp_path: Path) -> None:
+        bundle = write_tiny_noising_bundle(tmp_path / "bundle")
+        parts = tmp_path / "parts"
+        write_parts(parts, size=(64, 64), num_train=1, num_good=2, num_defective=2, seed=0)
+        system = open_system(bundle)
+        try:
+            infer(system, open_source(str(parts / "test")), tmp_path / "out", overlays=True)
+        finally:
+            system.close()
+        page = of_inference(bundle, tmp_path / "out", {"done": 4}).html()
+        assert page.count("<img") == 4
+        assert all(name in page for name in bundle.manifest.thresholds)
+        with (tmp_path / "out" / "results.csv").open(newline="") as file:
+            assert all(row["score"] in page for row in csv.DictReader(file))
+
+    def test_where_nothing_could_be_read_has_no_table(self, tmp_path: Path) -> None:
+        bundle = write_tiny_noising_bundle(tmp_path / "bundle")
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "results.csv").touch()
+        page = of_inference(bundle, tmp_path / "out", {"done": 0}).html()
+        assert "Results" not in page
+        assert "<img" not in page
