@@ -23,8 +23,9 @@ from runtime.errors import BankError
 from runtime.tensors import Array
 
 _QUERY_BLOCK = 4096
-_FEW_QUERIES = 64  # FAISS repacks the whole bank for a matrix product: not worth it for so few
-_SPARE = 16  # rows measured exactly beyond those asked for, where a product chose them
+# fewer are measured row by row: FAISS would repack the whole bank for its product, and the threads
+# of a BLAS that spin after it take the cores from the engine
+_FEW_QUERIES = 32
 
 
 class Bank:
@@ -45,11 +46,7 @@ class Bank:
             raise BankError("the bank holds values that are not finite")
         self.rows_MD = rows
         self._mean = rows.mean(axis=0)
-        centred = rows - self._mean
-        self._half_norms = np.einsum("md,md->m", centred, centred) / 2
-        self._index = _flat_index(centred)
-        # a view of the index' own copy
-        self._centred = faiss.rev_swig_ptr(self._index.get_xb(), rows.size).reshape(rows.shape)
+        self._index = _flat_index(rows - self._mean)
 
     def __len__(self) -> int:
         return len(self.rows_MD)
@@ -83,9 +80,10 @@ class Bank:
             raise BankError("every row of the bank is excluded from the search")
         reach = k + len(excluded)
         if len(queries) < _FEW_QUERIES:
-            similarity = (queries - self._mean) @ self._centred.T - self._half_norms
-            reach = min(reach + _SPARE, len(self))
-            indices = np.argpartition(-similarity, reach - 1, axis=1)[:, :reach]
+            everything = np.broadcast_to(np.arange(len(self)), (len(queries), len(self)))
+            squared = self.squared_distances(queries, everything)
+            indices = np.argpartition(squared, reach - 1, axis=1)[:, :reach]
+            squared = np.take_along_axis(squared, indices, axis=1)
         else:
             blocks = range(0, len(queries), _QUERY_BLOCK)
             indices = np.concatenate(
@@ -94,7 +92,7 @@ class Bank:
                     for i in blocks
                 ]
             )
-        squared = self.squared_distances(queries, indices)
+            squared = self.squared_distances(queries, indices)
         if len(excluded):
             squared[np.isin(indices, excluded)] = np.inf
         distances, indices = ascending(squared, indices)

@@ -150,9 +150,8 @@ def apply(spec: PreprocessSpec, images: Sequence[Array]) -> Array:
     batch = np.empty((len(images), channels, *spec.size), np.float32)
     for planes, image in zip(batch, images, strict=True):
         check_image(image, channels)
-        placed = place(spec, image)
-        for c in range(channels):
-            np.multiply(placed[..., c], scale[c], out=planes[c])
+        for c, plane in enumerate(cv2.split(place(spec, image))):
+            np.multiply(plane, scale[c], out=planes[c])
             planes[c] += shift[c]
     return batch
 

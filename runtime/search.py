@@ -3,8 +3,8 @@
 A product of all queries with all rows in float32 costs more than an INT8 network. Here an INT8
 product, run by the same backend as the network, only *bounds* each row's similarity from above; the
 rows are sorted into blocks of similar ones, the blocks with the highest bounds are measured exactly
-by FAISS, and a query is searched again in full whenever a row outside its blocks might still belong
-to the answer. So the result is that of the flat search, and only the cost depends on the data.
+by FAISS, and every further block that might still hold a part of the answer is measured as well. So
+the result is that of the flat search, and only the cost depends on the data.
 
 For a query x and a row m, both relative to the bank's mean, the similarity
 
@@ -26,16 +26,16 @@ from collections.abc import Mapping
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
-from runtime.bank import Bank, ascending
+from runtime.bank import Bank
 from runtime.engines import Engine, open_engine
 from runtime.tensors import Array
 
 _BLOCK = 8  # rows that share one bound
 _GROUP = 8  # blocks whose highest bound is looked at first
-_SPARE_BLOCKS = 5  # measured beyond one block per neighbour
+_SPARE_BLOCKS = 2  # measured beyond one block per neighbour
 _SIGMAS = 6.0
 _PADDING = -1e30  # similarity of rows that only fill up the last block
-_SCORES_BYTES = 32 << 20  # size of one product; more queries go in several calls
+_SCORES_BYTES = 32 << 20  # size of one product, so that it stays in the cache
 _WORTHWHILE_BLOCKS = 16  # times the blocks measured: below, the flat search is as fast
 
 
@@ -44,7 +44,7 @@ class FastSearch:
 
     Attributes:
         searched: queries answered so far.
-        repeated: those of them that needed the flat search.
+        repeated: those of them that had to be measured again.
     """
 
     def __init__(self, bank: Bank, k: int, *, backend: str, threads: int | None = None) -> None:
@@ -107,7 +107,7 @@ class FastSearch:
         self._members = np.maximum(members, 0)
         short = np.flatnonzero((members[:, 0] >= 0) & (members[:, -1] < 0))
         self._short = int(short[0]) if len(short) else -1
-        self._surplus = members[self._short] < 0
+        self._surplus = np.where(members[self._short] < 0, np.float32(np.inf), np.float32(0))
         self._tile = max(64, _SCORES_BYTES // (4 * len(columns)))
         constants = {
             "mean": mean,
@@ -119,7 +119,7 @@ class FastSearch:
             "dither": dither,
         }
         self._engine = open_engine(
-            _bounds_graph(constants, self._blocks + 1, integer=backend == "ort"),
+            _bounds_graph(constants, integer=backend == "ort"),
             backend,
             precision="int8",
             threads=threads,
@@ -148,30 +148,89 @@ class FastSearch:
 
     def _search_tile(self, queries: Array) -> tuple[Array, Array]:
         assert self._engine is not None
-        count, k = len(queries), self.k
         answer = self._engine.run({"queries": queries})
-        # the last bound belongs to the best block that is not measured
-        bounds, blocks = answer["bounds"], answer["blocks"][:, : self._blocks]
-        indices = self._members[blocks].reshape(count, -1)
+        # a query longer than usual adds to its errors
+        excess_N = self._excess * np.maximum(answer["lengths"] - self._length, 0)
+        blocks, outside_N = self._best_blocks(answer["block_bounds"], answer["group_bounds"])
+        distances, indices = self._measure(queries, blocks)
+        similarity_N = (np.square(answer["norms"]) - np.square(distances[:, -1])) / 2
+        saturated = answer["largest"] > self._reach
+        unsure = np.flatnonzero((similarity_N < outside_N + excess_N) & ~saturated)
+        if len(unsure):
+            bounds = answer["block_bounds"][unsure] + excess_N[unsure, None]
+            possible = (bounds >= similarity_N[unsure, None]).sum(axis=1)
+            blocks, _ = _highest(bounds, int(possible.max()))
+            distances[unsure], indices[unsure] = self._measure(queries[unsure], blocks)
+        if saturated.any():
+            distances[saturated], indices[saturated] = self.bank.search(queries[saturated], self.k)
+        self.repeated += len(unsure) + int(saturated.sum())
+        return distances, indices
+
+    def _measure(self, queries: Array, blocks: Array) -> tuple[Array, Array]:
+        """The K nearest rows in chosen blocks (N, n): distances and indices (N, K), ascending."""
+        indices = self._members[blocks].reshape(len(queries), -1)
         squared = self.bank.squared_distances(queries, indices)
         rows, places = np.nonzero(blocks == self._short)
-        squared.reshape(count, -1, _BLOCK)[rows, places] += np.where(self._surplus, np.inf, 0)
-        best = np.argpartition(squared, k - 1, axis=1)[:, :k]
-        distances, indices = ascending(
-            np.take_along_axis(squared, best, axis=1), np.take_along_axis(indices, best, axis=1)
-        )
-        outside_N = bounds[:, -1] + self._excess * np.maximum(answer["lengths"] - self._length, 0)
-        similarity_N = (np.square(answer["norms"]) - np.square(distances[:, -1])) / 2
-        unsure = (similarity_N < outside_N) | (answer["largest"] > self._reach)
-        if unsure.any():
-            self.repeated += int(unsure.sum())
-            distances[unsure], indices[unsure] = self.bank.search(queries[unsure], k)
-        return distances, indices
+        squared.reshape(len(queries), -1, _BLOCK)[rows, places] += self._surplus
+        return _nearest(squared, indices, self.k)
+
+    def _best_blocks(self, block_bounds: Array, group_bounds: Array) -> tuple[Array, Array]:
+        """Blocks with the highest bounds, and the highest bound of all others.
+
+        The best n blocks lie in the n groups with the best blocks, so groups are chosen first.
+
+        Args:
+            block_bounds: (N, blocks) float32.
+            group_bounds: (N, groups) float32: block b is in group b % groups.
+
+        Returns:
+            (N, n) int64 in no order, and (N,) float32.
+        """
+        count, num_blocks = block_bounds.shape
+        num_groups = group_bounds.shape[1]
+        groups, _ = _highest(group_bounds, min(self._blocks + 1, num_groups))
+        candidates = (groups[:, :, None] + num_groups * np.arange(_GROUP)).reshape(count, -1)
+        flat = candidates + num_blocks * np.arange(count)[:, None]
+        places, outside_N = _highest(np.take(block_bounds, flat), self._blocks)
+        return np.take_along_axis(candidates, places, axis=1), outside_N
 
     def close(self) -> None:
         """Release the engine of the INT8 product."""
         if self._engine is not None:
             self._engine.close()
+
+
+def _highest(values_NC: Array, num: int) -> tuple[Array, Array]:
+    """The largest values of each row.
+
+    NumPy partitions values with vector instructions but their indices without: so the border is
+    found first, and what lies above it by comparison.
+
+    Returns:
+        Places (N, num) int64 in no order, and the largest of the other values (N,); -inf where
+        there are none.
+    """
+    count, width = values_NC.shape
+    if num == width:
+        return np.tile(np.arange(width), (count, 1)), np.full(count, -np.inf, values_NC.dtype)
+    border_N = np.partition(values_NC, width - num - 1, axis=1)[:, width - num - 1]
+    above = np.flatnonzero(values_NC > border_N[:, None])
+    if len(above) == num * count:
+        return (above % width).reshape(count, num), border_N
+    # values on the border are equal to others above it
+    return np.argpartition(values_NC, width - num, axis=1)[:, width - num :], border_N
+
+
+def _nearest(squared_NC: Array, indices_NC: Array, k: int) -> tuple[Array, Array]:
+    """Distances (N, K) float32, ascending, and their rows (N, K) int64; lower rows first if equal.
+
+    The bits of a float that is not negative order like an integer: one sort of (distance, row)
+    pairs packed into 64 bits needs no gathering afterwards.
+    """
+    keys = (squared_NC.view(np.int32).astype(np.int64) << 32) | indices_NC
+    keys = np.sort(keys, axis=1)[:, :k]
+    squared = (keys >> 32).astype(np.int32).view(np.float32)
+    return np.sqrt(squared), keys & 0xFFFFFFFF
 
 
 def _similar_rows_together(rows_MD: Array, block: int) -> Array:
@@ -202,11 +261,8 @@ def _similar_rows_together(rows_MD: Array, block: int) -> Array:
     return np.concatenate(sorted(leaves, key=lambda leaf: len(leaf) < block))
 
 
-def _bounds_graph(constants: Mapping[str, Array], num: int, *, integer: bool) -> bytes:
-    """ONNX: queries -> the highest bounds per query, descending, and their blocks.
-
-    The best ``num`` blocks lie in the ``num`` groups with the best blocks: groups are chosen first,
-    then blocks inside them, because choosing few of many is slow on every backend.
+def _bounds_graph(constants: Mapping[str, Array], *, integer: bool) -> bytes:
+    """ONNX: queries -> ``block_bounds`` (N, blocks) and ``group_bounds`` (N, groups) of the blocks.
 
     Further outputs per query x, relative to the bank's mean: ``norms`` |x|, ``lengths`` |x / a| and
     ``largest`` max |x / a|.
@@ -214,28 +270,20 @@ def _bounds_graph(constants: Mapping[str, Array], num: int, *, integer: bool) ->
     Args:
         constants: ``mean``, ``inverse`` (1 / a), ``weights`` (D, columns) int8 with scales
             ``steps``, ``bias`` (columns,), and ``query_step``, the scale of the queries.
-        num: how many blocks to return.
         integer: write MatMulInteger on unsigned queries, ONNX Runtime's fast form; otherwise Q/DQ.
     """
     width, num_columns = constants["weights"].shape
     num_blocks = num_columns // _BLOCK
     num_groups = num_blocks // _GROUP
-    few = min(num, num_groups)
     used = dict(constants) | {
         "axis": np.array([1], np.int64),
         "by_block": np.array([-1, _BLOCK, num_blocks], np.int64),
         "by_group": np.array([-1, _GROUP, num_groups], np.int64),
-        "flat": np.array([-1, few * _GROUP], np.int64),
-        "few": np.array([few], np.int64),
-        "num": np.array([num], np.int64),
-        # block b is member b // num_groups of group b % num_groups
-        "strides": (np.arange(_GROUP) * num_groups).reshape(1, 1, _GROUP),
-        "last": np.array([2], np.int64),
     }
     if integer:
         used |= {
-            "query_zero": np.uint8(128),
-            "zero": np.int8(0),
+            "query_zero": np.array(128, np.uint8),
+            "zero": np.array(0, np.int8),
             "scales": constants["steps"] * constants["query_step"],
         }
         del used["steps"]
@@ -246,7 +294,7 @@ def _bounds_graph(constants: Mapping[str, Array], num: int, *, integer: bool) ->
             helper.make_node("Mul", ["real", "scales"], ["product"]),
         ]
     else:
-        used |= {"query_zero": np.int8(0), "zeros": np.zeros(num_columns, np.int8)}
+        used |= {"query_zero": np.array(0, np.int8), "zeros": np.zeros(num_columns, np.int8)}
         product = [
             helper.make_node("QuantizeLinear", ["dithered", "query_step", "query_zero"], ["q"]),
             helper.make_node("DequantizeLinear", ["q", "query_step", "query_zero"], ["dq"]),
@@ -267,19 +315,10 @@ def _bounds_graph(constants: Mapping[str, Array], num: int, *, integer: bool) ->
         helper.make_node("ReduceMax", ["upper_by_block", "axis"], ["block_bounds"], keepdims=0),
         helper.make_node("Reshape", ["block_bounds", "by_group"], ["bounds_by_group"]),
         helper.make_node("ReduceMax", ["bounds_by_group", "axis"], ["group_bounds"], keepdims=0),
-        helper.make_node("TopK", ["group_bounds", "few"], ["group_best", "groups"], axis=1),
-        helper.make_node("Unsqueeze", ["groups", "last"], ["groups_3d"]),
-        helper.make_node("Add", ["groups_3d", "strides"], ["members"]),
-        helper.make_node("Reshape", ["members", "flat"], ["candidates"]),
-        helper.make_node(
-            "GatherElements", ["block_bounds", "candidates"], ["candidate_bounds"], axis=1
-        ),
-        helper.make_node("TopK", ["candidate_bounds", "num"], ["bounds", "places"], axis=1),
-        helper.make_node("GatherElements", ["candidates", "places"], ["blocks"], axis=1),
     ]
     outputs = [
-        ("bounds", TensorProto.FLOAT, ["queries", num]),
-        ("blocks", TensorProto.INT64, ["queries", num]),
+        ("block_bounds", TensorProto.FLOAT, ["queries", num_blocks]),
+        ("group_bounds", TensorProto.FLOAT, ["queries", num_groups]),
         ("norms", TensorProto.FLOAT, ["queries"]),
         ("lengths", TensorProto.FLOAT, ["queries"]),
         ("largest", TensorProto.FLOAT, ["queries"]),

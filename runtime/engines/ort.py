@@ -44,6 +44,8 @@ class OrtEngine:
         options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
         options.log_severity_level = 3
+        # threads that spin while they wait take the cores from everything between two runs
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         source = model if isinstance(model, bytes) else str(model)
         try:
             self._session: ort.InferenceSession | None = ort.InferenceSession(

@@ -4,12 +4,12 @@ import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
-from tests.export.residual_net import images, measured, residual_net
 
 from export import passes
 from export.legality import check_legal
 from export.quantize import quantize, to_unsigned
 from runtime.errors import QuantizationError
+from tests.export.residual_net import images, measured, residual_net
 
 # One legal layer; every test below breaks one thing in it.
 LEGAL = {

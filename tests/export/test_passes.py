@@ -6,10 +6,10 @@ import numpy as np
 import onnx
 import pytest
 from onnx import helper, numpy_helper
-from tests.export.residual_net import images, residual_net, run
 
 from export import passes
 from runtime.errors import ExportError
+from tests.export.residual_net import images, residual_net, run
 
 
 def op_types(model: onnx.ModelProto) -> Counter[str]:

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from onnx import numpy_helper
-from tests.export.residual_net import FUSED, LITERAL, images, measured, residual_net, run
 
 from export import passes
 from export.quantize import (
@@ -24,6 +23,7 @@ from export.quantize import (
 )
 from runtime.engines.openvino import OpenVinoEngine
 from runtime.errors import QuantizationError
+from tests.export.residual_net import FUSED, LITERAL, images, measured, residual_net, run
 
 
 def parse(text: str, **constants: np.ndarray) -> onnx.ModelProto:

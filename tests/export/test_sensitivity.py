@@ -3,12 +3,12 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from tests.export.residual_net import LITERAL, images, measured, residual_net, run
 
 from export import passes
 from export.quantize import KeepFloat, quantizable, quantize
 from export.sensitivity import measure, sensitivity
 from runtime.errors import QuantizationError
+from tests.export.residual_net import LITERAL, images, measured, residual_net, run
 
 FEEDS = {"image": images(num=2)}
 
