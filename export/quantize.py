@@ -22,7 +22,7 @@ from itertools import pairwise
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_serializer
 
 from export.passes import GraphView, attribute, check_flat, drop_unused
 from runtime.errors import QuantizationError
@@ -59,6 +59,10 @@ class KeepFloat(BaseModel):
     op_types: frozenset[str] = frozenset()
     patterns: tuple[str, ...] = ()
     nodes: frozenset[str] = frozenset()
+
+    @field_serializer("op_types", "nodes")
+    def _sorted(self, names: frozenset[str]) -> list[str]:
+        return sorted(names)  # a set's order changes from process to process, a digest must not
 
     def covers(self, node: onnx.NodeProto) -> bool:
         return (

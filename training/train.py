@@ -75,12 +75,13 @@ def train(
     accelerator = _accelerator(settings)
     set_seed(settings.seed)
     main = accelerator.is_main_process
-    if before is None and main:
-        _clear(root)
-    accelerator.wait_for_everyone()
+    # built first: a wrong path or weights file must leave no folder, and a replaced run whole
     task: Task = importlib.import_module(f"{system_package(config.system)}.task").Task(
         config, data, root, weights=state is None
     )
+    if before is None and main:
+        _clear(root)
+    accelerator.wait_for_everyone()
     if before is None:
         run = Run(root, config, _record(config, task, accelerator))
         if main:

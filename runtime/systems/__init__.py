@@ -150,7 +150,13 @@ def open_system(
     Raises:
         UsageError, BackendError, BundleError, EngineError: see ``choose`` and ``open_engine``.
     """
-    module = system_module(bundle.manifest.system)
+    name = bundle.manifest.system
+    if name not in SYSTEMS:
+        raise BundleError(
+            f"bundle {bundle.root} holds the system '{name}', which this engineworks does not have",
+            fix="install the engineworks that wrote it",
+        )
+    module = system_module(name)
     backend, precision = choose(bundle, backend, precision)
     if engines is None:
         engines = open_engines(bundle, backend, precision, threads=threads)

@@ -6,6 +6,8 @@ interpolation and a separable convolution: the straightforward torch program, wi
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -129,12 +131,12 @@ def contenders(
     model.load_state_dict(load_file(opened.weights("best")))
     model.to(memory_format=torch.channels_last)
     found = []
-    for name, compiled, bf16 in (
-        ("eager channels_last", False, False),
-        ("eager channels_last", False, True),
-        ("torch.compile", True, False),
-        ("torch.compile", True, True),
-    ):
+    rows = [("eager channels_last", False, False), ("eager channels_last", False, True)]
+    if any(shutil.which(compiler) for compiler in (os.environ.get("CXX", "g++"), "clang++")):
+        rows += [("torch.compile", True, False), ("torch.compile", True, True)]
+    else:
+        say("no rows of torch.compile: it needs a C++ compiler, and none is installed")
+    for name, compiled, bf16 in rows:
         if compiled:
             say(f"compiling for {'bf16' if bf16 else 'float32'}")
         net: Callable[[Tensor], Tensor] = torch.compile(model) if compiled else model

@@ -72,7 +72,8 @@ class TestARun:
         bank = Bank.load(run.root / "bank.faiss")
         assert bank.rows_MD.shape == (int(8 * 16 * 16 * 0.05), 40)
         assert json.loads((run.root / "params.json").read_text())["grid"] == [16, 16]
-        assert set(json.loads((run.root / "thresholds.json").read_text())) == {"image", "pixel"}
+        thresholds = json.loads((run.root / "thresholds.json").read_text())
+        assert set(thresholds) == {"image", "pixel", "image_f1max", "pixel_f1max"}
 
     def test_leaves_no_features_behind(self, run: Run) -> None:
         assert not list(run.root.glob("features*"))
@@ -90,6 +91,7 @@ class TestARun:
         shutil.copytree(drawn / "train", tmp_path / "data/train")
         made = train(config(), tmp_path / "data", tmp_path / "run")
         assert "ablation" not in made.info.results
+        assert set(json.loads((made.root / "thresholds.json").read_text())) == {"image", "pixel"}
 
     def test_that_was_stopped_while_fitting_goes_on_there(
         self, run: Run, drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
