@@ -181,7 +181,7 @@ def parse(text: str, schema: type[AnyConfig], source: str = "the text") -> AnyCo
 
 def dump(config: Config) -> str:
     """YAML text of a whole configuration; ``parse`` gives the same configuration back."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
 def validate(schema: type[AnyConfig], tree: Mapping[str, Any]) -> AnyConfig:
