@@ -153,7 +153,8 @@ def open_system(
     name = bundle.manifest.system
     if name not in SYSTEMS:
         raise BundleError(
-            f"bundle {bundle.root} holds the system '{name}', which this engineworks does not have",
+            f"bundle {bundle.root} holds the system '{name}', which this engineworks does not "
+            f"have: it has {', '.join(SYSTEMS)}",
             fix="install the engineworks that wrote it",
         )
     module = system_module(name)
