@@ -59,8 +59,7 @@ demo-%: $(VENV)/.installed
 
 # --- checks --------------------------------------------------------------------------------------
 
-# in three processes: the runtime's never loads torch, as on the machines it is made for, and no
-# process holds every native library at once (together they crashed now and then)
+# in three processes: the runtime's never loads torch, as on the machines it is made for
 test: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest tests/runtime
 	$(VENV)/bin/python -m pytest tests/calibration tests/export tests/training

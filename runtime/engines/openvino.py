@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ class OpenVinoEngine:
         Raises:
             EngineError: not a graph that OpenVINO can compile.
         """
-        core = ov.Core()
+        core = _core()
         try:
             graph = core.read_model(model if isinstance(model, bytes) else str(model))
             names = _tensor_names(graph)
@@ -101,3 +102,15 @@ def _tensor_names(
 def open_graph(model: Path | bytes, *, precision: str, threads: int | None) -> OpenVinoEngine:
     """Backend table's entry."""
     return OpenVinoEngine(model, precision=precision, threads=threads)
+
+
+@cache
+def _core() -> ov.Core:
+    """The one core of this process, never released.
+
+    OpenVINO's CPU plugin gives the thread that loads it an alternate signal stack, and unmaps it
+    when the last user of the core is gone, also where a later core has taken it for the thread's
+    old one. The next signal that Python handles (Ctrl-C, a loader process that ends) would then be
+    delivered to memory that is not there, and the process dies without a trace.
+    """
+    return ov.Core()

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -16,6 +18,8 @@ from runtime.engines import BACKENDS, Engine, check_backend, open_engine
 from runtime.errors import BackendError, EngineError, InputError, UsageError
 from runtime.tensors import Array, TensorSpec
 from runtime.threads import available_threads
+
+ROOT = Path(__file__).parents[2]
 
 ADD_ONE = """<ir_version: 9, opset_import: ["" : 18]>
 add_one (float[batch, 3] x, int64[batch] n) => (float[batch, 3] y, int64[batch] m)
@@ -255,6 +259,29 @@ class TestAClosedEngine:
         with pytest.raises(EngineError, match="closed") as caught:
             engine.run(feeds())
         assert caught.value.fix
+
+
+SIGNALS_AFTER_CLOSING = """
+import gc, os, signal, sys
+from pathlib import Path
+from runtime.engines import open_engine
+
+signal.signal(signal.SIGUSR1, lambda *_: print("handled"))
+engines = [open_engine(Path(sys.argv[1]), sys.argv[2]) for _ in range(2)]
+while engines:  # in the order in which they were opened
+    engines.pop(0).close()
+    gc.collect()
+    os.kill(os.getpid(), signal.SIGUSR1)
+"""
+
+
+def test_signals_are_handled_after_engines_were_closed(backend: str, tmp_path: Path) -> None:
+    """OpenVINO's cores take each other's signal stacks away: the process died of Ctrl-C."""
+    graph = tmp_path / "graph.onnx"
+    graph.write_bytes(parse(ADD_ONE))
+    command = [sys.executable, "-c", SIGNALS_AFTER_CLOSING, str(graph), backend]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "handled\nhandled\n"), done.stderr
 
 
 class TestFloatArithmetic:
