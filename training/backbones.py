@@ -1,4 +1,4 @@
-"""Backbones: any timm CNN by name, cut at chosen stages, with weights from a stated place.
+"""Backbones: any timm net by name, cut at chosen stages or whole, with weights from a stated place.
 
 There is no silent fallback between the places: the hub, a local file and random numbers are each
 asked for by name, and what was loaded is recorded with its hash.
@@ -7,6 +7,7 @@ asked for by name, and what was loaded is recorded with its hash.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,15 +32,13 @@ class Backbone:
     """A feature extractor and where its weights came from.
 
     Attributes:
-        net: images (B, 3, H, W) -> one map (B, C, H / reduction, W / reduction) per stage.
+        net: images (B, 3, H, W) -> one map (B, C, h, w) per stage.
         channels: C of each map.
-        reductions: stride of each map in pixels.
         provenance: plain values for the run's record.
     """
 
     net: nn.Module
     channels: tuple[int, ...]
-    reductions: tuple[int, ...]
     provenance: dict[str, str]
 
 
@@ -58,9 +57,19 @@ def create(config: BackboneConfig, *, seed: int = 0, weights: bool = True) -> Ba
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net: Any = _create(config, pretrained)
+    pretrained_cfg: Mapping[str, Any] = net.pretrained_cfg
+    if config.stages is None:
+        net = LastMap(net)
+        channels = (net.channels,)
+    else:
+        _trim(net)
+        channels = tuple(net.feature_info.channels())
+    if config.channels_last:
+        net.to(memory_format=torch.channels_last)
+    if config.compile:
+        net.compile()
     provenance = {"backbone": config.name, "weights": config.weights}
     if pretrained:
-        pretrained_cfg = net.pretrained_cfg
         provenance["weights"] = f"hub: {pretrained_cfg.get('hf_hub_id') or pretrained_cfg['url']}"
     elif weights and config.weights == "none":
         provenance["weights"] = f"random, seed {seed}"
@@ -72,8 +81,7 @@ def create(config: BackboneConfig, *, seed: int = 0, weights: bool = True) -> Ba
         provenance["tensors_sha256"] = tensors_sha256(net.state_dict())
     return Backbone(
         net=net,
-        channels=tuple(net.feature_info.channels()),
-        reductions=tuple(net.feature_info.reduction()),
+        channels=channels,
         provenance=provenance,
     )
 
@@ -87,18 +95,16 @@ def _create(config: BackboneConfig, pretrained: bool) -> Any:
             if near
             else "see timm.list_models() for the names",
         )
+    whole = config.stages is None
+    cut = {"num_classes": 0} if whole else {"features_only": True, "out_indices": config.stages}
     try:
-        net: Any = timm.create_model(
-            config.name,
-            pretrained=pretrained,
-            features_only=True,
-            out_indices=config.stages,
-            **config.args,
-        )
+        net: Any = timm.create_model(config.name, pretrained=pretrained, **cut, **config.args)
     except (AssertionError, IndexError, TypeError) as error:
         raise ConfigError(
-            f"'{config.name}' cannot be cut at stages {list(config.stages)} with arguments "
-            f"{dict(config.args)}: {error}",
+            f"'{config.name}' cannot be made with arguments {dict(config.args)}: {error}"
+            if whole
+            else f"'{config.name}' cannot be cut at stages {list(config.stages or ())} with "
+            f"arguments {dict(config.args)}: {error}",
             fix="stages count from 0 at the stem; layer2 and layer3 of a ResNet are [2, 3]",
         ) from error
     except (OSError, RuntimeError) as error:
@@ -110,8 +116,61 @@ def _create(config: BackboneConfig, pretrained: bool) -> Any:
             fix="connect to the hub once, or give a local file with "
             "--set backbone.weights=FILE.safetensors",
         ) from error
-    _trim(net)
+    if config.checkpointing:
+        try:
+            net.set_grad_checkpointing()
+        except (AssertionError, AttributeError, NotImplementedError) as error:
+            raise ConfigError(
+                f"'{config.name}' has no gradient checkpointing", fix="set it to false"
+            ) from error
     return net
+
+
+class LastMap(nn.Module):
+    """The last feature map of a whole timm net: images (B, 3, H, W) -> [(B, C, h, w)].
+
+    What only the net's classifier would use is removed.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.channels = int(model.num_features)
+        self._remove_unused()
+
+    def forward(self, images_BCHW: Tensor) -> list[Tensor]:
+        features = self.model.forward_features(images_BCHW)
+        if features.ndim == 3:  # tokens: the first ones stand for the whole image
+            tokens_BNC = features[:, getattr(self.model, "num_prefix_tokens", 0) :]
+            h, w = self._grid(images_BCHW, tokens_BNC.shape[1])
+            return [tokens_BNC.transpose(1, 2).unflatten(2, (h, w))]
+        if features.shape[1] != self.channels:  # some nets keep the channels last
+            features = features.permute(0, 3, 1, 2)
+        return [features]
+
+    @staticmethod
+    def _grid(images_BCHW: Tensor, num_tokens: int) -> tuple[int, int]:
+        """(h, w) of square patches that cover the image."""
+        height, width = images_BCHW.shape[2:]
+        patch = math.isqrt(height * width // num_tokens)
+        return height // patch, width // patch
+
+    def _remove_unused(self) -> None:
+        """Empty the modules whose parameters the last map does not depend on."""
+        config = self.model.pretrained_cfg
+        size = getattr(getattr(self.model, "patch_embed", None), "img_size", None)
+        height, width = size or config["input_size"][1:]
+        was_training = self.model.training
+        with torch.enable_grad():
+            (last,) = self.eval()(torch.zeros(1, config["input_size"][0], height, width))
+            last.sum().backward()
+        self.train(was_training)
+        for module in list(self.model.modules()):
+            for name, child in module.named_children():
+                parameters = list(child.parameters())
+                if parameters and all(p.grad is None for p in parameters):
+                    setattr(module, name, nn.Identity())
+        self.zero_grad()
 
 
 def _trim(net: Any) -> None:

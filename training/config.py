@@ -78,26 +78,33 @@ class TrainConfig(Config):
 
 
 class BackboneConfig(Config):
-    """A timm CNN cut at chosen stages.
+    """A timm net, cut at chosen stages or up to its last feature map.
 
     Attributes:
         name: timm's name, e.g. ``resnet18``.
         stages: indices of its feature maps, from 0 at the stem: layer2 and layer3 of a ResNet are
-            2 and 3.
+            2 and 3. null: the last map of the whole net, as its classifier would pool it; the
+            tokens of a transformer are laid out as a grid.
         weights: ``hub`` (timm's pretrained weights), ``none`` (random, from the run's seed) or the
             path of a safetensors file with timm's names.
         args: further arguments of ``timm.create_model``, e.g. ``{pad_type: same}``.
+        checkpointing: recompute activations in the backward pass instead of keeping them.
+        channels_last: keep the weights in the layout that convolutions on a GPU prefer.
+        compile: run the net through ``torch.compile``.
     """
 
     name: str
-    stages: tuple[int, ...] = Field(min_length=1)
+    stages: tuple[int, ...] | None = Field(default=None, min_length=1)
     weights: str = "hub"
     args: dict[str, JsonValue] = {}
+    checkpointing: bool = False
+    channels_last: bool = False
+    compile: bool = False
 
     @field_validator("stages")
     @classmethod
-    def _ascending(cls, stages: tuple[int, ...]) -> tuple[int, ...]:
-        if stages[0] < 0 or any(a >= b for a, b in pairwise(stages)):
+    def _ascending(cls, stages: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if stages is not None and (stages[0] < 0 or any(a >= b for a, b in pairwise(stages))):
             raise ValueError("stages must ascend from 0")
         return stages
 

@@ -79,7 +79,6 @@ class TestWeightsFromAFile:
         got, want = maps_of(made.net), timms_own(name, stages, file, args)
         assert [tuple(m.shape) for m in got] == [tuple(m.shape) for m in want]
         assert made.channels == tuple(m.shape[1] for m in got)
-        assert made.reductions == tuple(64 // m.shape[2] for m in got)
         for a, b in zip(got, want, strict=True):
             assert torch.equal(a, b)
 
@@ -138,6 +137,77 @@ class TestWeightsFromAFile:
         made = backbones.create(BackboneConfig(name="resnet10t", stages=(1,), weights=str(file)))
         assert made.provenance["weights"] == "net.safetensors"
         assert made.provenance["sha256"] == sha256_file(file)
+
+
+class TestTheLastMapOfAWholeNet:
+    @pytest.mark.parametrize(
+        ("name", "args", "size"),
+        [
+            ("resnet10t", {}, 64),
+            ("mobilenetv3_small_050", {}, 64),  # its head has a convolution of its own
+            ("mobilenetv2_050", {"pad_type": "same"}, 64),
+            ("convnext_atto", {}, 64),  # its last norm belongs to the head
+            ("vit_tiny_patch16_224", {"img_size": 64}, 64),
+            ("vit_tiny_patch16_dinov3_qkvb", {}, 64),  # 4 register tokens beside the class token
+            ("swin_s3_tiny_224", {"img_size": 96, "window_size": 3}, 96),  # channels last
+        ],
+    )
+    def test_is_what_timm_computes_and_nothing_is_left_over(
+        self, name: str, args: dict[str, Any], size: int, tmp_path: Path
+    ) -> None:
+        net: Any = whole_net(name, **args)
+        save_file(net.state_dict(), tmp_path / "weights.safetensors")
+        config = BackboneConfig(name=name, args=args, weights=str(tmp_path / "weights.safetensors"))
+        made = backbones.create(config)
+        x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+        made.net.eval()
+        (got,) = made.net(x)
+        with torch.no_grad():
+            want = net.forward_features(x)
+        if want.ndim == 3:  # (B, tokens, C), in rows of patches
+            want = want[:, net.num_prefix_tokens :]
+            assert got.flatten(2).shape[2] == want.shape[1]
+            want = want.transpose(1, 2).reshape(got.shape)
+        elif want.shape[3] == made.channels[0]:
+            want = want.permute(0, 3, 1, 2)
+        assert got.shape[1] == made.channels[0]
+        # the same operations on the same numbers
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+        got.sum().backward()
+        assert [key for key, p in made.net.named_parameters() if p.grad is None] == []
+
+
+class TestWhatTheConfigurationMayAskFor:
+    def test_checkpointing_changes_no_number(self) -> None:
+        results = []
+        for checkpointing in (False, True):
+            config = BackboneConfig(name="resnet10t", weights="none", checkpointing=checkpointing)
+            net = backbones.create(config).net
+            (last,) = net(images())
+            last.square().sum().backward()
+            results.append([p.grad for p in net.parameters()])
+        for got, want in zip(*results, strict=True):
+            assert got is not None
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)  # sums in another order
+
+    def test_checkpointing_that_a_net_has_not_is_an_error(self) -> None:
+        config = BackboneConfig(name="dla34", weights="none", checkpointing=True)
+        with pytest.raises(ConfigError, match="checkpointing"):
+            backbones.create(config)
+
+    def test_channels_last_keeps_the_weights_in_that_layout(self) -> None:
+        config = BackboneConfig(name="resnet10t", weights="none", channels_last=True)
+        net = backbones.create(config).net
+        convolution = next(
+            m for m in net.modules() if isinstance(m, nn.Conv2d) and m.kernel_size[0] == 3
+        )
+        assert convolution.weight.is_contiguous(memory_format=torch.channels_last)
+
+    def test_compiling_leaves_the_names_of_the_weights_alone(self) -> None:
+        config = BackboneConfig(name="resnet10t", weights="none")
+        names = backbones.create(config).net.state_dict().keys()
+        compiled = backbones.create(config.model_copy(update={"compile": True})).net
+        assert compiled.state_dict().keys() == names
 
 
 class TestWeightsFromTheHub:
