@@ -84,6 +84,7 @@ def sample(system: str, out: Path, seed: int) -> None:
 @click.option("--config", type=PATH, help="YAML file over the system's defaults.")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting.")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out.")
+@click.option("--profile", is_flag=True, help="Print where the time of a step went.")
 @EXIST_OK
 @click.pass_context
 def train(
@@ -94,6 +95,7 @@ def train(
     config: Path | None,
     overrides: tuple[str, ...],
     resume: bool,
+    profile: bool,
     exist_ok: bool,
 ) -> None:
     """Train SYSTEM on a folder of data."""
@@ -107,7 +109,9 @@ def train(
     else:
         merged = load_config(system, config, overrides)
     with _Progress(context) as progress:
-        run = train_run(merged, data, out, resume=resume, exist_ok=exist_ok, progress=progress)
+        run = train_run(
+            merged, data, out, resume=resume, exist_ok=exist_ok, profile=profile, progress=progress
+        )
     _print_results(run.info.results)
     click.echo(run.root)
 

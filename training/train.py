@@ -11,15 +11,17 @@ import io
 import logging
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from pydantic import JsonValue
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
@@ -31,6 +33,7 @@ from runtime.bundle import write_atomic
 from runtime.errors import BackendError, ConfigError, RunError
 from training import checkpoint
 from training.config import OptimizerConfig, SystemConfig, TrainConfig
+from training.profiler import Profiler, section
 from training.run import Run, RunInfo, is_run, numbered, open_run
 from training.systems import system_package
 from training.task import Position, Progress, Task
@@ -46,6 +49,7 @@ def train(
     *,
     resume: bool = False,
     exist_ok: bool = False,
+    profile: bool = False,
     progress: Progress | None = None,
 ) -> Run:
     """Train a system.
@@ -56,6 +60,7 @@ def train(
         resume: go on where the run in ``out`` stopped, to exactly what it would have become; a
             finished run is returned as it is.
         exist_ok: replace a run that is already in ``out``.
+        profile: add to the results what each section of a step costs; see ``training.profiler``.
         progress: called with (what, done, of).
 
     Raises:
@@ -127,67 +132,89 @@ def train(
         content = {name: part.state_dict() for name, part in parts.items()}
         content |= {"position": vars(position), "history": history, "totals": totals}
         content |= {"best": best, "rng": checkpoint.rng_state()}
-        checkpoint.save(root / checkpoint.NAME, content)
+        with section("checkpoint"):
+            checkpoint.save(root / checkpoint.NAME, content)
 
-    writer = SummaryWriter(str(root), purge_step=position.epoch or None) if main else None
-    for epoch in range(position.epoch, settings.epochs):
-        model.train(optimizer is not None)
-        batches = (
-            accelerator.skip_first_batches(loader, position.batch) if position.batch else loader
-        )
-        batches.set_epoch(epoch)
-        for batch in batches:
-            with accelerator.accumulate(model), torch.set_grad_enabled(optimizer is not None):
-                losses = task.step(model, batch, position)
-                if optimizer is not None and scheduler is not None:
-                    accelerator.backward(losses["loss"])
-                    if accelerator.sync_gradients and settings.optimizer.clip_norm is not None:
-                        accelerator.clip_grad_norm_(parameters, settings.optimizer.clip_norm)
-                    optimizer.step()
-                    optimizer.zero_grad()
-            for name, loss in losses.items():
-                totals[name] = totals.get(name, 0) + loss.detach().double()
-            position = replace(position, batch=position.batch + 1)
-            if accelerator.sync_gradients:
-                position = replace(position, step=position.step + 1)
-                if scheduler is not None and not accelerator.optimizer_step_was_skipped:
-                    scheduler.step()
-                if ema is not None:
-                    ema.update_parameters(task.model)
-                every = settings.checkpoint_steps
-                if every is not None and position.step % every == 0 and main:
-                    save_checkpoint()
-            report(f"epoch {epoch + 1}/{settings.epochs}", position.batch, len(loader))
+    clip_norm = settings.optimizer.clip_norm
+    profiler = Profiler() if profile else None
+    with ExitStack() as stack:
+        if profiler is not None:
+            stack.enter_context(profiler)
+        writer = SummaryWriter(str(root), purge_step=position.epoch or None) if main else None
+        if writer is not None:  # its thread ends with it, also where training fails
+            stack.callback(writer.close)
+        for epoch in range(position.epoch, settings.epochs):
+            model.train(optimizer is not None)
+            batches = (
+                accelerator.skip_first_batches(loader, position.batch) if position.batch else loader
+            )
+            batches.set_epoch(epoch)
+            for batch in _timed(batches):
+                with accelerator.accumulate(model), torch.set_grad_enabled(optimizer is not None):
+                    losses = task.step(model, batch, position)
+                    if optimizer is not None and scheduler is not None:
+                        with section("backward"):
+                            accelerator.backward(losses["loss"])
+                        with section("optimizer"):
+                            if accelerator.sync_gradients and clip_norm is not None:
+                                accelerator.clip_grad_norm_(parameters, clip_norm)
+                            optimizer.step()
+                            optimizer.zero_grad()
+                for name, loss in losses.items():
+                    totals[name] = totals.get(name, 0) + loss.detach().double()
+                position = replace(position, batch=position.batch + 1)
+                if accelerator.sync_gradients:
+                    position = replace(position, step=position.step + 1)
+                    if scheduler is not None and not accelerator.optimizer_step_was_skipped:
+                        scheduler.step()
+                    if ema is not None:
+                        ema.update_parameters(task.model)
+                    every = settings.checkpoint_steps
+                    if every is not None and position.step % every == 0 and main:
+                        save_checkpoint()
+                report(f"epoch {epoch + 1}/{settings.epochs}", position.batch, len(loader))
 
-        row = _means(totals, position.batch, accelerator) | {"epoch": epoch + 1.0}
-        if scheduler is not None:
-            row["lr"] = float(scheduler.get_last_lr()[0])
-        model.eval()
-        position, totals = Position(epoch=epoch + 1, step=position.step), {}
-        if main and writer is not None:
-            kept: nn.Module = task.model if ema is None else ema.module
-            with torch.no_grad():
-                row |= task.evaluate(kept.eval())
-            history.append(row)
-            write_atomic(root / "metrics.csv", _table(history))
-            for name, value in row.items():
-                writer.add_scalar(name, value, epoch + 1)
-            weights = to_bytes({k: v.cpu().contiguous() for k, v in kept.state_dict().items()})
-            write_atomic(root / "weights" / "last.safetensors", weights)
-            if task.best is None or _better(row[task.best[0]], best, task.best[1]):
-                best = row[task.best[0]] if task.best else None
-                write_atomic(root / "weights" / "best.safetensors", weights)
-            save_checkpoint()
-            run = run.updated(epoch=position.epoch, step=position.step)
-        accelerator.wait_for_everyone()
+            row = _means(totals, position.batch, accelerator) | {"epoch": epoch + 1.0}
+            if scheduler is not None:
+                row["lr"] = float(scheduler.get_last_lr()[0])
+            model.eval()
+            position, totals = Position(epoch=epoch + 1, step=position.step), {}
+            if main and writer is not None:
+                kept: nn.Module = task.model if ema is None else ema.module
+                with torch.no_grad(), section("evaluation"):
+                    row |= task.evaluate(kept.eval())
+                history.append(row)
+                write_atomic(root / "metrics.csv", _table(history))
+                for name, value in row.items():
+                    writer.add_scalar(name, value, epoch + 1)
+                weights = to_bytes({k: v.cpu().contiguous() for k, v in kept.state_dict().items()})
+                write_atomic(root / "weights" / "last.safetensors", weights)
+                if task.best is None or _better(row[task.best[0]], best, task.best[1]):
+                    best = row[task.best[0]] if task.best else None
+                    write_atomic(root / "weights" / "best.safetensors", weights)
+                save_checkpoint()
+                run = run.updated(epoch=position.epoch, step=position.step)
+            accelerator.wait_for_everyone()
 
-    if main and writer is not None:
-        writer.close()
+    if main:
         with torch.no_grad():
             results = task.finish(run, task.model.eval(), report)
+        if profiler is not None:
+            results |= {"profile": cast(JsonValue, profiler.shares())}
         run = run.updated(status="finished", results=results)
     accelerator.wait_for_everyone()
     return run
+
+
+def _timed(batches: Iterable[Any]) -> Iterator[Any]:
+    """The batches, with the time that they take to come under ``data``."""
+    iterator = iter(batches)
+    while True:
+        with section("data"):
+            batch = next(iterator, None)
+        if batch is None:
+            return
+        yield batch
 
 
 def _before(root: Path, config: SystemConfig, *, resume: bool, exist_ok: bool) -> Run | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
+import threading
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -113,6 +114,21 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "moving average": {"ema_decay": 0.9},
     "bfloat16": {"precision": "bf16"},
 }
+
+
+def test_a_profile_says_where_the_time_went(tmp_path: Path) -> None:
+    run = train(config(), tmp_path, tmp_path / "run", profile=True)
+    profile: Any = run.info.results["profile"]
+    assert {"data", "backward", "optimizer", "evaluation", "checkpoint", "other"} == set(profile)
+    assert sum(row["share"] for row in profile.values()) == pytest.approx(1)
+
+
+def test_a_failed_run_leaves_no_thread_behind(tmp_path: Path, toy: type[ToyTask]) -> None:
+    before = threading.active_count()
+    toy.stop_at = 2
+    with pytest.raises(KeyboardInterrupt):
+        train(config(), tmp_path, tmp_path / "run")
+    assert threading.active_count() == before
 
 
 class TestAResumedRun:
