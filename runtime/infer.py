@@ -23,7 +23,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, count
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any
 
 from runtime import images, video
@@ -276,13 +275,8 @@ class _Tables:
             self._lines = self._stack.enter_context(_text(self._out / "results.jsonl"))
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._stack.__exit__(kind, error, trace)
+    def __exit__(self, *_error: object) -> None:
+        self._stack.close()
 
     def add(self, item: _Item, image: Array, result: Result) -> str | None:
         """Write one result.
@@ -338,12 +332,7 @@ class _Drawer:
     def __enter__(self) -> _Drawer:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         with ExitStack() as stack:
             stack.callback(self._close_video)
             self._threads.shutdown()  # draws what is left: its results have been written
