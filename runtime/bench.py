@@ -47,6 +47,7 @@ _PACKAGES = (
     "torch",
     "timm",
 )
+_PERCENTILES = (50, 90, 95, 99)
 _STEADY = 0.1  # largest spread and drift, relative to the median, that counts as stable
 
 Clock = Callable[[], float]
@@ -78,7 +79,7 @@ class Timing:
         samples_ms: those calls, in their order.
         num_runs: their number.
         num_disturbed: calls that do not count, because other processes were busy.
-        p50_ms, p90_ms, p95_ms, p99_ms, mean_ms, min_ms: of them.
+        p50_ms, mean_ms, min_ms: median, mean and smallest of them.
         spread: median absolute deviation over the median.
         drift: median of the second half over that of the first, minus 1.
         verdict: ``stable``, or what speaks against it.
@@ -108,23 +109,12 @@ class Timing:
         return sum(len(turn.samples_ms) for turn in self.turns) - self.num_runs
 
     def percentile(self, q: float) -> float:
+        """Milliseconds that ``q`` percent of the calls do not exceed."""
         return float(np.percentile(self.samples_ms, q))
 
     @property
     def p50_ms(self) -> float:
         return self.percentile(50)
-
-    @property
-    def p90_ms(self) -> float:
-        return self.percentile(90)
-
-    @property
-    def p95_ms(self) -> float:
-        return self.percentile(95)
-
-    @property
-    def p99_ms(self) -> float:
-        return self.percentile(99)
 
     @property
     def mean_ms(self) -> float:
@@ -161,9 +151,17 @@ class Timing:
 
     def to_json(self) -> dict[str, Any]:
         """Figures without the samples."""
-        names = ("num_runs", "num_disturbed", "p50_ms", "p90_ms", "p95_ms", "p99_ms", "mean_ms")
-        figures = {name: getattr(self, name) for name in (*names, "min_ms", "spread", "drift")}
-        return {**figures, "stable": self.stable, "verdict": self.verdict}
+        return {
+            "num_runs": self.num_runs,
+            "num_disturbed": self.num_disturbed,
+            **{f"p{q}_ms": self.percentile(q) for q in _PERCENTILES},
+            "mean_ms": self.mean_ms,
+            "min_ms": self.min_ms,
+            "spread": self.spread,
+            "drift": self.drift,
+            "stable": self.stable,
+            "verdict": self.verdict,
+        }
 
 
 @dataclass(frozen=True)
@@ -335,7 +333,7 @@ def to_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 def render(rows: Sequence[Row]) -> str:
     """The rows as text tables, one per kind; speed-ups are against the first row of each."""
-    times = ("p50 ms", "p90", "p95", "p99")
+    times = ("p50 ms", *(f"p{q}" for q in _PERCENTILES[1:]))
     metrics = list(dict.fromkeys(key for row in rows for key in row.accuracy or ()))
     shown = [name for name in metrics if name.endswith(("auroc", "aupro", "top1", "map50"))]
     out = StringIO()
@@ -353,7 +351,7 @@ def render(rows: Sequence[Row]) -> str:
             table.add_row(
                 row.name,
                 row.precision,
-                *(f"{row.timing.percentile(q):.2f}" for q in (50, 90, 95, 99)),
+                *(f"{row.timing.percentile(q):.2f}" for q in _PERCENTILES),
                 f"{row.images_per_second:.1f}",
                 "1"
                 if row is first

@@ -10,6 +10,7 @@ import importlib
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from runtime import bench, images
 from runtime.bundle import Bundle
 from runtime.engines import BACKENDS, check_backend
 from runtime.errors import BundleError, UsageError
-from runtime.preprocess import PreprocessSpec, apply
+from runtime.preprocess import apply
 from runtime.sources import open_source
 from runtime.systems import choose, open_system
 from runtime.tensors import Array
@@ -49,6 +50,10 @@ class Contender:
     path: Callable[[Sequence[Array]], object]
     evaluate: Callable[[Path], dict[str, float]] | None
     close: Callable[[], None]
+
+    @property
+    def label(self) -> str:
+        return f"{self.name} {self.precision}"
 
 
 def images_for(bundle: Bundle, source: str | None) -> list[Array]:
@@ -146,63 +151,40 @@ def measure(
     with ExitStack() as stack:
         for contender in found:
             stack.callback(contender.close)
-        return _measure(
-            found,
-            bundle.manifest.preprocess,
-            samples,
-            batches=batches,
-            threads=threads,
-            seconds=seconds,
-            evaluation=evaluation,
-            say=say,
-        )
+        accuracy = {} if evaluation is None else _accuracy(found, evaluation, say)
+        rows = []
+        for size in batches:
+            batch = [samples[i % len(samples)] for i in range(size)]
+            prepared = apply(bundle.manifest.preprocess, batch)
+            for covers in (NETWORK, PATH):
+                say(f"batch {size}, {covers}: {len(found)} contenders take turns")
+                calls: dict[str, Callable[[], object]] = {
+                    contender.label: partial(contender.network, prepared)
+                    if covers == NETWORK
+                    else partial(contender.path, batch)
+                    for contender in found
+                }
+                timings = bench.interleave(calls, max_seconds=seconds * len(calls))
+                rows += [
+                    bench.Row(
+                        name=contender.name,
+                        precision=contender.precision,
+                        batch=size,
+                        threads=threads,
+                        covers=covers,
+                        timing=timings[contender.label],
+                        accuracy=accuracy.get(contender.label),
+                    )
+                    for contender in found
+                ]
+        return rows
 
 
-def _measure(
-    contenders: Sequence[Contender],
-    spec: PreprocessSpec,
-    samples: Sequence[Array],
-    *,
-    batches: Sequence[int],
-    threads: int,
-    seconds: float,
-    evaluation: Path | None,
-    say: Say,
-) -> list[bench.Row]:
+def _accuracy(contenders: Sequence[Contender], data: Path, say: Say) -> dict[str, dict[str, float]]:
+    """Label -> the task's metrics, of those that offer them."""
     accuracy = {}
-    if evaluation is not None:
-        for contender in contenders:
-            if contender.evaluate is not None:
-                say(f"accuracy of {contender.name} {contender.precision}")
-                accuracy[contender.name, contender.precision] = contender.evaluate(evaluation)
-    rows = []
-    for size in batches:
-        batch = [samples[i % len(samples)] for i in range(size)]
-        prepared = apply(spec, batch)
-        for covers in (NETWORK, PATH):
-            say(f"batch {size}, {covers}: {len(contenders)} contenders take turns")
-            calls: dict[str, Callable[[], object]] = {}
-            for contender in contenders:
-                if covers == NETWORK:
-                    call = _bind(contender.network, prepared)
-                else:
-                    call = _bind(contender.path, batch)
-                calls[f"{contender.name} {contender.precision}"] = call
-            timings = bench.interleave(calls, max_seconds=seconds * len(calls))
-            rows += [
-                bench.Row(
-                    name=contender.name,
-                    precision=contender.precision,
-                    batch=size,
-                    threads=threads,
-                    covers=covers,
-                    timing=timings[f"{contender.name} {contender.precision}"],
-                    accuracy=accuracy.get((contender.name, contender.precision)),
-                )
-                for contender in contenders
-            ]
-    return rows
-
-
-def _bind(call: Callable[[Any], object], argument: Any) -> Callable[[], object]:
-    return lambda: call(argument)
+    for contender in contenders:
+        if contender.evaluate is not None:
+            say(f"accuracy of {contender.label}")
+            accuracy[contender.label] = contender.evaluate(data)
+    return accuracy

@@ -141,8 +141,9 @@ class TestATiming:
     def test_has_the_percentiles_of_its_calls(self) -> None:
         found = timing([float(i) for i in range(101)])
 
-        figures = (found.p50_ms, found.p90_ms, found.p95_ms, found.p99_ms)
+        figures = [found.percentile(q) for q in (50, 90, 95, 99)]
         assert figures == pytest.approx((50, 90, 95, 99))
+        assert found.p50_ms == found.percentile(50)
         assert (found.mean_ms, found.min_ms, found.num_runs) == (50, 0, 101)
 
     def test_counts_only_quiet_turns(self) -> None:
