@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from contextlib import closing
+from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,9 @@ from runtime.errors import BackendError, EngineworksError, UsageError
 
 if TYPE_CHECKING:
     from runtime.bench import Row
+    from runtime.systems import System
+
+    OpenBundle = Callable[[Path], closing[System]]
 
 PATH = click.Path(path_type=Path)
 FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
@@ -37,6 +42,30 @@ PRECISION = click.option(
     help="auto takes what the bundle's verdict ships.",
 )
 THREADS = click.option("--threads", type=click.IntRange(min=1), help="CPU threads [all cores].")
+JSON = click.option("--json", "json_file", type=PATH, help="Also write the figures here.")
+
+
+def engine_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Adds the options of what runs a bundle; the command gets them as ``open_bundle``."""
+
+    @BACKEND
+    @PRECISION
+    @THREADS
+    @wraps(command)
+    def with_engines(
+        *arguments: Any, backend: str, precision: str, threads: int | None, **options: Any
+    ) -> None:
+        def open_bundle(bundle: Path) -> closing[System]:
+            from runtime.bundle import read
+            from runtime.systems import open_system
+
+            return closing(
+                open_system(read(bundle), backend=backend, precision=precision, threads=threads)
+            )
+
+        command(*arguments, open_bundle=open_bundle, **options)
+
+    return with_engines
 
 
 class Cli(click.Group):
@@ -201,9 +230,7 @@ def export(
 @click.argument("bundle", type=PATH)
 @click.option("--source", required=True, help="File, folder, glob, list.txt, video, 0, rtsp://...")
 @OUT
-@BACKEND
-@PRECISION
-@THREADS
+@engine_options
 @click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True)
 @click.option("--jsonl", is_flag=True, help="Write results.jsonl, one line per image.")
 @click.option("--save-overlays", is_flag=True, help="Write pictures (a video: annotated).")
@@ -216,9 +243,7 @@ def infer(
     bundle: Path,
     source: str,
     out: Path,
-    backend: str,
-    precision: str,
-    threads: int | None,
+    open_bundle: OpenBundle,
     batch: int,
     jsonl: bool,
     save_overlays: bool,
@@ -227,16 +252,13 @@ def infer(
     exist_ok: bool,
 ) -> None:
     """Run a BUNDLE on images or video, without PyTorch."""
-    from runtime.bundle import read
     from runtime.infer import infer as run_infer
     from runtime.sources import open_source
-    from runtime.systems import open_system
 
     if out.exists() and any(out.iterdir()) and not exist_ok:
         raise UsageError(f"{out} is not empty", fix="choose another --out, or pass --exist-ok")
     opened = open_source(source)
-    system = open_system(read(bundle), backend=backend, precision=precision, threads=threads)
-    try:
+    with open_bundle(bundle) as system:
         _say(context)(f"{system.backend}, {system.precision}")
         with _Progress(context) as show:
             summary = run_infer(
@@ -247,10 +269,8 @@ def infer(
                 jsonl=jsonl,
                 overlays=save_overlays,
                 frame_step=frame_step,
-                progress=lambda done, total: show("inference", done, total),
+                progress=partial(show, "inference"),
             )
-    finally:
-        system.close()
     if report is not None:
         from runtime.report import of_inference
 
@@ -277,32 +297,19 @@ def infer(
 @main.command(name="eval")
 @click.argument("bundle", type=PATH)
 @click.option("--data", type=FOLDER, required=True, help="Labelled folder.")
-@BACKEND
-@PRECISION
-@THREADS
-@click.option("--json", "json_file", type=PATH, help="Also write the metrics here.")
+@engine_options
+@JSON
 @click.pass_context
 def evaluate(
     context: click.Context,
     bundle: Path,
     data: Path,
-    backend: str,
-    precision: str,
-    threads: int | None,
+    open_bundle: OpenBundle,
     json_file: Path | None,
 ) -> None:
     """The task's metrics of a BUNDLE on labelled data."""
-    from runtime.bundle import read, write_atomic
-    from runtime.systems import open_system
-
-    system = open_system(read(bundle), backend=backend, precision=precision, threads=threads)
-    try:
-        with _Progress(context) as show:
-            metrics = system.evaluate(
-                data, progress=lambda done, total: show("evaluation", done, total)
-            )
-    finally:
-        system.close()
+    with open_bundle(bundle) as system, _Progress(context) as show:
+        metrics = system.evaluate(data, progress=partial(show, "evaluation"))
     _print_table(
         f"{bundle} on {data}: {system.backend}, {system.precision}",
         ("metric", "value"),
@@ -310,7 +317,7 @@ def evaluate(
     )
     if json_file:
         content = {"backend": system.backend, "precision": system.precision, "metrics": metrics}
-        write_atomic(json_file, json.dumps(content, indent=2) + "\n")
+        _write_json(json_file, content)
 
 
 @main.command()
@@ -322,7 +329,7 @@ def evaluate(
 @click.option("--batch", "batches", default="1", show_default=True, help="Sizes, e.g. 1,8.")
 @THREADS
 @click.option("--seconds", type=float, default=3.0, show_default=True, help="Per row.")
-@click.option("--json", "json_file", type=PATH, help="Also write the rows here.")
+@JSON
 @click.pass_context
 def bench(
     context: click.Context,
@@ -339,7 +346,7 @@ def bench(
     """Time a BUNDLE on every backend and precision, against eager PyTorch with --run."""
     from runtime import contenders
     from runtime.bench import environment, render
-    from runtime.bundle import read, write_atomic
+    from runtime.bundle import read
     from runtime.threads import available_threads
 
     try:
@@ -374,7 +381,7 @@ def bench(
             "inputs": contenders.describe_images(images),
             "rows": [row.to_json() for row in rows],
         }
-        write_atomic(json_file, json.dumps(content, indent=2) + "\n")
+        _write_json(json_file, content)
 
 
 @main.command()
@@ -521,6 +528,12 @@ class _Progress:
     def __exit__(self, *_error: object) -> None:
         if self._show:
             self._bar.stop()
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    from runtime.bundle import write_atomic
+
+    write_atomic(path, json.dumps(content, indent=2) + "\n")
 
 
 def _print_table(title: str, header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
