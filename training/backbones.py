@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import timm
 import torch
@@ -59,7 +59,7 @@ def create(config: BackboneConfig, *, seed: int = 0, weights: bool = True) -> Ba
         net: Any = _create(config, pretrained)
     pretrained_cfg: Mapping[str, Any] = net.pretrained_cfg
     if config.stages is None:
-        net = LastMap(net)
+        net = LastMap(net, frozen_norms=config.frozen_norms)
         channels = (net.channels,)
     else:
         _trim(net)
@@ -130,11 +130,15 @@ class LastMap(nn.Module):
     """The last feature map of a whole timm net: images (B, 3, H, W) -> [(B, C, h, w)].
 
     What only the net's classifier would use is removed.
+
+    Args:
+        frozen_norms: batch norms stay in eval mode, whatever mode the net is in.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, *, frozen_norms: bool = False) -> None:
         super().__init__()
         self.model = model
+        self.frozen_norms = frozen_norms
         self.channels = int(model.num_features)
         self._remove_unused()
 
@@ -147,6 +151,14 @@ class LastMap(nn.Module):
         if features.shape[1] != self.channels:  # some nets keep the channels last
             features = features.permute(0, 3, 1, 2)
         return [features]
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        if self.frozen_norms:
+            for module in self.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
+        return self
 
     @staticmethod
     def _grid(images_BCHW: Tensor, num_tokens: int) -> tuple[int, int]:

@@ -15,10 +15,18 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from runtime.errors import ConfigError
 from training.systems import system_package
@@ -91,6 +99,9 @@ class BackboneConfig(Config):
         checkpointing: recompute activations in the backward pass instead of keeping them.
         channels_last: keep the weights in the layout that convolutions on a GPU prefer.
         compile: run the net through ``torch.compile``.
+        frozen_norms: batch norms keep their statistics in training, only for a whole net: for small
+            batches, and for weights whose norms were folded into the convolutions (another
+            statistic would make another net of them).
     """
 
     name: str
@@ -100,6 +111,7 @@ class BackboneConfig(Config):
     checkpointing: bool = False
     channels_last: bool = False
     compile: bool = False
+    frozen_norms: bool = False
 
     @field_validator("stages")
     @classmethod
@@ -107,6 +119,12 @@ class BackboneConfig(Config):
         if stages is not None and (stages[0] < 0 or any(a >= b for a, b in pairwise(stages))):
             raise ValueError("stages must ascend from 0")
         return stages
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if self.frozen_norms and self.stages is not None:
+            raise ValueError("frozen_norms needs a whole net: stages must be null")
+        return self
 
 
 class SystemConfig(Config):

@@ -203,6 +203,21 @@ class TestWhatTheConfigurationMayAskFor:
         )
         assert convolution.weight.is_contiguous(memory_format=torch.channels_last)
 
+    def test_frozen_norms_keep_their_statistics_and_still_learn(self) -> None:
+        config = BackboneConfig(name="resnet10t", weights="none", frozen_norms=True)
+        net = backbones.create(config).net.train()
+        before = {k: v.clone() for k, v in net.state_dict().items()}
+        (last,) = net(images())
+        last.sum().backward()
+        for key, value in net.state_dict().items():
+            torch.testing.assert_close(value, before[key], rtol=0, atol=0)
+        assert all(p.grad is not None for p in net.parameters())
+        assert net.training
+
+    def test_frozen_norms_are_for_whole_nets(self) -> None:
+        with pytest.raises(ValueError, match="stages must be null"):
+            BackboneConfig(name="resnet10t", stages=(1,), frozen_norms=True)
+
     def test_compiling_leaves_the_names_of_the_weights_alone(self) -> None:
         config = BackboneConfig(name="resnet10t", weights="none")
         names = backbones.create(config).net.state_dict().keys()
