@@ -2,7 +2,11 @@ from __future__ import annotations
 
 import base64
 import csv
+import math
 import re
+from contextlib import closing
+from dataclasses import replace
+from fractions import Fraction
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,14 +16,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from runtime import draw, video
+from runtime.bundle import Bundle
 from runtime.errors import InputError
 from runtime.infer import infer
 from runtime.report import Report, of_inference
 from runtime.sources import open_source
 from runtime.systems import open_system
-from runtime.testing import write_parts, write_tiny_noising_bundle
+from runtime.tensors import Array
+from runtime.testing import draw_part, write_parts, write_tiny_noising_bundle
 
 VOID = {"meta", "img"}
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return write_tiny_noising_bundle(tmp_path_factory.mktemp("bundles") / "bundle")
 
 
 class Page(HTMLParser):
@@ -58,6 +70,11 @@ class Page(HTMLParser):
     def sources(self) -> list[str]:
         return [value or "" for name, value in self.attributes if name == "src"]
 
+    def picture(self, index: int) -> Array:
+        """(H, W, 3) uint8 RGB."""
+        encoded = np.frombuffer(base64.b64decode(self.sources[index].partition(",")[2]), np.uint8)
+        return np.asarray(cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB))
+
 
 def a_report() -> Report:
     image = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
@@ -83,8 +100,8 @@ class TestAPage:
             ["score", "1.235"],
             ["gate", ""],
             ["what", "ms"],
-            ["ort", "3.5"],
-            ["openvino", "1.25"],
+            ["ort", "3.500"],
+            ["openvino", "1.250"],
         ]
         assert page.texts["p"] == ["accuracy was not measured"]
 
@@ -103,15 +120,8 @@ class TestAPage:
 
         page = Page(Report("pictures").figure("colour", image).figure("grey", grey).html())
 
-        found = [
-            cv2.imdecode(
-                np.frombuffer(base64.b64decode(source.partition(",")[2]), np.uint8),
-                cv2.IMREAD_UNCHANGED,
-            )
-            for source in page.sources
-        ]
-        np.testing.assert_array_equal(found[0][..., ::-1], image)
-        np.testing.assert_array_equal(found[1], grey)
+        np.testing.assert_array_equal(page.picture(0), image)
+        np.testing.assert_array_equal(page.picture(1)[..., 0], grey)
 
     # without surrogates (no UTF-8) and control characters (a parser may normalise them)
     @given(st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=30))
@@ -132,6 +142,7 @@ class TestAPage:
         ("value", "shown"),
         [
             (0.98765, "0.9877"),
+            (1234.567, "1234.57"),
             (123456.7, "123457"),
             (1e-7, "1e-07"),
             (True, "yes"),
@@ -142,6 +153,45 @@ class TestAPage:
     )
     def test_shows_numbers_shortly(self, value: object, shown: str) -> None:
         assert Page(Report("t").values("v", {"x": value}).html()).rows == [["x", shown]]
+
+    @given(
+        st.lists(st.none() | st.integers() | st.floats(allow_subnormal=False), min_size=1),
+    )
+    def test_puts_the_points_of_a_column_in_a_line(self, values: list[float | None]) -> None:
+        html = Report("t").table("v", ("x",), [(value,) for value in values]).html()
+
+        shown = [row[0] for row in Page(html).rows[1:]]
+        floats = [
+            text
+            for text, value in zip(shown, values, strict=True)
+            if isinstance(value, float) and "e" not in text and math.isfinite(value)
+        ]
+        assert len({len(text.partition(".")[2]) for text in floats}) <= 1
+
+    def test_puts_numbers_and_the_name_above_them_right(self) -> None:
+        html = Report("t").table("v", ("name", "ms"), [("ort", None), ("openvino", 2)]).html()
+
+        assert '<th scope="col">name</th><th scope="col" class="number">ms</th>' in html
+        assert '<td>openvino</td><td class="number">2</td>' in html
+
+    def test_lists_points(self) -> None:
+        assert Page(Report("t").points(["one", "<two>"]).html()).texts["li"] == ["one", "<two>"]
+
+    def test_keeps_photographs_small_and_their_thin_lines_red(
+        self, rng: np.random.Generator
+    ) -> None:
+        image = np.clip(rng.normal(128, 8, (2000, 3200, 3)), 0, 255).astype(np.uint8)
+        image[1000:1004] = draw.MARK
+
+        page = Page(Report("t").figure("photo", image, photo=True).html())
+
+        assert page.sources[0].startswith("data:image/jpeg;base64,")
+        stored = page.picture(0)
+        assert stored.shape == (1000, 1600, 3)
+        assert {("width", "1600"), ("height", "1000")} <= set(page.attributes)
+        # JPEG rounds to a few levels of 256
+        np.testing.assert_allclose(stored[500:502].mean(axis=(0, 1)), draw.MARK, atol=8)
+        assert len(page.sources[0]) < image.size / 8
 
 
 class TestWhatDoesNotFit:
@@ -192,25 +242,57 @@ class TestWriting:
 
 
 class TestThePageOfAnInference:
-    def test_shows_verdict_thresholds_pictures_and_results(self, tmp_path: Path) -> None:
-        bundle = write_tiny_noising_bundle(tmp_path / "bundle")
-        parts = tmp_path / "parts"
-        write_parts(parts, size=(64, 64), num_train=1, num_good=2, num_defective=2, seed=0)
-        system = open_system(bundle)
-        try:
+    def test_shows_verdict_thresholds_pictures_and_results(
+        self, bundle: Bundle, tmp_path: Path
+    ) -> None:
+        parts = write_parts(tmp_path / "parts", num_train=1, num_good=2, num_defective=2)
+        verdict = {"ship": "int8", "reasons": ["twice as fast"]}
+        judged = replace(
+            bundle, manifest=bundle.manifest.model_copy(update={"reports": {"verdict": verdict}})
+        )
+        with closing(open_system(bundle)) as system:
             infer(system, open_source(str(parts / "test")), tmp_path / "out", overlays=True)
-        finally:
-            system.close()
-        page = of_inference(bundle, tmp_path / "out", {"done": 4}).html()
-        assert page.count("<img") == 4
-        assert all(name in page for name in bundle.manifest.thresholds)
-        with (tmp_path / "out" / "results.csv").open(newline="") as file:
-            assert all(row["score"] in page for row in csv.DictReader(file))
 
-    def test_where_nothing_could_be_read_has_no_table(self, tmp_path: Path) -> None:
-        bundle = write_tiny_noising_bundle(tmp_path / "bundle")
-        (tmp_path / "out").mkdir()
-        (tmp_path / "out" / "results.csv").touch()
-        page = of_inference(bundle, tmp_path / "out", {"done": 0}).html()
+        page = Page(of_inference(judged, tmp_path / "out", {"done": 4}).html())
+
+        assert len(page.sources) == 4
+        assert page.texts["h2"] == [
+            *("Run", "Verdict of the export: ship int8", "Thresholds", "4 of 4 pictures", "Results")
+        ]
+        assert page.texts["li"] == ["twice as fast"]
+        cells = [cell for row in page.rows for cell in row]
+        assert set(bundle.manifest.thresholds) <= set(cells)
+        with (tmp_path / "out" / "results.csv").open(newline="") as file:
+            for row in csv.DictReader(file):
+                found = next(cells for cells in page.rows if cells[0] == row["source"])
+                # two decimals are shown at least
+                assert float(found[4]) == pytest.approx(float(row["score"]), abs=0.005)
+
+    def test_of_a_video_shows_frames_from_its_beginning_to_its_end(
+        self, bundle: Bundle, tmp_path: Path
+    ) -> None:
+        rng = np.random.default_rng(0)
+        with video.VideoWriter(tmp_path / "line.mp4", Fraction(10)) as writer:
+            for i in range(25):
+                writer.write(draw_part(rng, (64, 64), defective=i > 20)[0], i / 10)
+        with closing(open_system(bundle)) as system:
+            source = open_source(str(tmp_path / "line.mp4"))
+            infer(system, source, tmp_path / "out", overlays=True)
+
+        page = Page(of_inference(bundle, tmp_path / "out", {}).html())
+
+        assert "9 of 25 frames of line.mp4" in page.texts["h2"]
+        assert page.texts["figcaption"] == [f"{i / 10:.2f} s" for i in range(0, 25, 3)]
+
+    def test_keeps_names_that_look_like_numbers(self, bundle: Bundle, tmp_path: Path) -> None:
+        (tmp_path / "results.csv").write_text("source,label,score\n007,1e3,0.25\n", "utf-8")
+
+        page = Page(of_inference(bundle, tmp_path, {}).html())
+
+        assert page.rows[-1] == ["007", "1e3", "0.2500"]
+
+    def test_where_nothing_could_be_read_has_no_table(self, bundle: Bundle, tmp_path: Path) -> None:
+        (tmp_path / "results.csv").touch()
+        page = of_inference(bundle, tmp_path, {"done": 0}).html()
         assert "Results" not in page
         assert "<img" not in page
