@@ -180,7 +180,7 @@ def part_contrast(
     hinge_BK = (safe_sqrt(positive_BK) - safe_sqrt(negative_BK) + margin).clamp_min(0)
     hinge_BK = torch.where(has_negative_B1, hinge_BK, 0)
     count = (has_negative_B1.sum() * hinge_BK.shape[1]).clamp_min(1)
-    return hinge_BK.sum() / count, (hinge_BK > 0).sum() / count
+    return hinge_BK.sum() / count, (hinge_BK > 0).sum(dtype=hinge_BK.dtype) / count
 
 
 def _rows(pool_XND: Tensor, index: Tensor) -> Tensor:
@@ -341,7 +341,7 @@ class PartLoss(nn.Module):
             return Euclid()
         # the published code adds the ridge to each view and once more to their mean
         regulariser = Regulariser(config.shrinkage, 2 * config.ridge)
-        if mean_BDD is None:  # the pair's own
+        if mean_BDD is None or config.metric == "pair":
             rows_BRD = rows_VBKD.transpose(0, 1).flatten(1, 2) / 2**0.5
             diagonal_B = regulariser.diagonal(rows_BRD.square().sum((1, 2)), rows_BRD.shape[-1])
             rows_BRD = rows_BRD * regulariser.keep**0.5
