@@ -540,7 +540,9 @@ def _print_table(title: str, header: tuple[str, ...], rows: list[tuple[str, ...]
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(*header)
+    table = Table(show_header=any(header))
+    for name in header:
+        table.add_column(name, overflow="fold")  # a narrow terminal must not cut names off
     for row in rows:
         table.add_row(*row)
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
@@ -568,14 +570,18 @@ def _print_parity(reports: dict[str, Any]) -> None:
 
 
 def _print_results(results: dict[str, Any]) -> None:
-    """What a run found out: each part a table, or a list of values."""
+    """What a run found out: each part a table whose longer side runs down, or a list of values."""
     for name, part in results.items():
         rows = part if all(isinstance(row, dict) for row in part.values()) else {"": part}
-        columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+        across = list(dict.fromkeys(column for row in rows.values() for column in row))
+        down = list(rows)
+        cells = [[_text(row.get(column)) for column in across] for row in rows.values()]
+        if len(across) > len(down):
+            across, down, cells = down, across, [list(line) for line in zip(*cells, strict=True)]
         _print_table(
             name,
-            ("", *columns),
-            [(key, *(_text(row.get(column)) for column in columns)) for key, row in rows.items()],
+            ("", *across),
+            [(key, *line) for key, line in zip(down, cells, strict=True)],
         )
 
 
