@@ -10,20 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 
-import av
 import cv2
 import numpy as np
 from numpy.random import Generator
 
-from runtime.errors import RunError
+from runtime import images
 from runtime.tensors import Array
+from training import drawing
+from training.drawing import SCALE, camera, light, noise
 
-_SCALE = 2  # drawn larger, then averaged down: smooth edges
 _NUM_HOLES = 6
-_FRAMES_STILL, _FRAMES_MOVING, _FPS = 10, 6, 12
 
 
 @dataclass(frozen=True)
@@ -53,16 +51,13 @@ def sample(
     Raises:
         RunError: ``out`` already holds something.
     """
-    if out.exists() and any(out.iterdir()):
-        raise RunError(f"{out} is not empty", fix="choose another --out, or empty it")
+    drawing.check_empty(out)
     counts: dict[str, int] = {}
 
     def save(folder: str, image: Array) -> str:
-        path = out / folder
-        path.mkdir(parents=True, exist_ok=True)
         name = f"{counts.get(folder, 0):03d}"
         counts[folder] = counts.get(folder, 0) + 1
-        _write_png(path / f"{name}.png", image)
+        images.write(out / folder / f"{name}.png", image)
         return name
 
     # one stream of random numbers per picture: more pictures do not change the first ones
@@ -76,8 +71,7 @@ def sample(
         defect = names[i % len(names)]
         image, mask = draw(np.random.default_rng((seed, 2, i)), size, defect)
         name = save(f"test/{defect}", image)
-        (out / "ground_truth" / defect).mkdir(parents=True, exist_ok=True)
-        _write_png(out / "ground_truth" / defect / f"{name}_mask.png", mask)
+        images.write(out / "ground_truth" / defect / f"{name}_mask.png", mask)
     counts["video.mp4"] = _write_video(out / "video.mp4", np.random.default_rng((seed, 3)), size)
     return counts
 
@@ -92,35 +86,26 @@ def draw(rng: Generator, size: int, defect: str | None = None) -> tuple[Array, A
     Returns:
         (size, size, 3) uint8 RGB and its (size, size) uint8 mask, 255 where it is defective.
     """
-    side = size * _SCALE
+    side = size * SCALE
     belt = _belt(rng, side, side)
     part = _flange(rng, side)
     canvas, mask = _place(belt, part), np.zeros((side, side), bool)
     if defect is not None:
         canvas, mask = DEFECTS[defect](rng, canvas, belt, part)
-    picture = _camera(rng, _light(rng, canvas))
+    picture = camera(rng, light(rng, canvas, gain=0.02, slope=0.03, warmth=0.01))
     small = cv2.resize(mask.astype(np.float32), (size, size), interpolation=cv2.INTER_AREA)
     return picture, np.where(small >= 0.5, 255, 0).astype(np.uint8)
-
-
-def _noise(rng: Generator, height: int, width: int, sigma: float) -> Array:
-    """Smooth noise (height, width), mean 0, standard deviation 1, correlated over ``sigma`` px."""
-    step = max(1, int(sigma / 2))
-    grid = rng.standard_normal((height // step + 4, width // step + 4)).astype(np.float32)
-    grid = cv2.GaussianBlur(grid, (0, 0), max(sigma / step, 0.5))
-    noise = cv2.resize(grid, (width, height), interpolation=cv2.INTER_CUBIC)
-    return np.asarray((noise - noise.mean()) / noise.std())
 
 
 def _belt(rng: Generator, height: int, width: int) -> Array:
     y, x = np.mgrid[:height, :width].astype(np.float32)
     phase = rng.uniform(0, 2 * np.pi, 2)
-    pitch = 5.0 * _SCALE
+    pitch = 5.0 * SCALE
     weave = np.sin(2 * np.pi * (x + y) / pitch + phase[0]) * np.sin(
         2 * np.pi * (x - y) / pitch + phase[1]
     )
-    grey = 62 + 3 * weave + 3 * _noise(rng, height, width, 12 * _SCALE)
-    grey = grey + 2 * _noise(rng, height, width, 1.0)
+    grey = 62 + 3 * weave + 3 * noise(rng, height, width, 12 * SCALE)
+    grey = grey + 2 * noise(rng, height, width, 1.0)
     return np.asarray(grey[..., None] * np.array([0.92, 1.0, 1.04], np.float32))
 
 
@@ -139,9 +124,9 @@ def _flange(rng: Generator, side: int) -> _Part:
     marks = np.interp(rho.ravel(), np.linspace(0, 1.1, 512), rings[0]).reshape(rho.shape)
     sheen = np.cos(2 * (theta - rng.uniform(-0.08, 0.08)))
     tone = rng.uniform(157, 165) + 6 * marks / rings.std() + 9 * sheen
-    tone = tone + 2 * _noise(rng, side, side, 2.0)
+    tone = tone + 2 * noise(rng, side, side, 2.0)
 
-    edge = 2.0 * _SCALE / radius
+    edge = 2.0 * SCALE / radius
     groove = np.exp(-(((rho - 0.47) / 0.022) ** 2))
     bevel = np.clip((rho - 0.93) / 0.07, 0, 1) * (rho <= 1)
     tone = tone - 70 * groove + 26 * bevel * np.cos(theta + 2.3)
@@ -164,29 +149,12 @@ def _inside(distance: Array, edge: float) -> Array:
 
 def _place(belt: Array, part: _Part, solid: Array | None = None) -> Array:
     solid = part.solid_HW if solid is None else solid
-    shift = np.array([[1, 0, 5 * _SCALE], [0, 1, 6 * _SCALE]], np.float32)
+    shift = np.array([[1, 0, 5 * SCALE], [0, 1, 6 * SCALE]], np.float32)
     shadow = cv2.warpAffine(solid, shift, solid.shape[::-1])
-    shadow = cv2.GaussianBlur(shadow, (0, 0), 4.0 * _SCALE)
+    shadow = cv2.GaussianBlur(shadow, (0, 0), 4.0 * SCALE)
     ground = belt * (1 - 0.55 * shadow[..., None])
     alpha = solid[..., None]
     return np.asarray(part.colour_HWC * alpha + ground * (1 - alpha))
-
-
-def _light(rng: Generator, canvas: Array) -> Array:
-    height, width = canvas.shape[:2]
-    angle, strength = rng.uniform(0, 2 * np.pi), rng.uniform(0, 0.03)
-    y, x = np.mgrid[:height, :width].astype(np.float32)
-    ramp = (x / width - 0.5) * np.cos(angle) + (y / height - 0.5) * np.sin(angle)
-    warmth = 1 + rng.uniform(-0.01, 0.01) * np.array([1.0, 0.0, -1.0])
-    gain = rng.uniform(0.98, 1.02) * (1 + strength * 2 * ramp)
-    return np.asarray(canvas * gain[..., None] * warmth)
-
-
-def _camera(rng: Generator, canvas: Array) -> Array:
-    size = (canvas.shape[1] // _SCALE, canvas.shape[0] // _SCALE)
-    small = cv2.resize(canvas.astype(np.float32), size, interpolation=cv2.INTER_AREA)
-    small = small + rng.normal(0, 1.8, small.shape)
-    return np.asarray(np.clip(np.round(small), 0, 255), np.uint8)
 
 
 def _spot(rng: Generator, part: _Part, low: float, high: float) -> tuple[float, float]:
@@ -208,12 +176,12 @@ def _scratch(rng: Generator, canvas: Array, belt: Array, part: _Part) -> tuple[A
         heading += bend / 6 + rng.normal(0, 0.06)
         x, y = x + step * np.cos(heading), y + step * np.sin(heading)
     line = np.zeros(part.solid_HW.shape, np.uint8)
-    width = int(rng.integers(4, 6)) * _SCALE // 2
+    width = int(rng.integers(4, 6)) * SCALE // 2
     cv2.polylines(line, [np.array(points, np.int32)], isClosed=False, color=255, thickness=width)
-    alpha = cv2.GaussianBlur(line.astype(np.float32) / 255, (0, 0), 0.5 * _SCALE)
+    alpha = cv2.GaussianBlur(line.astype(np.float32) / 255, (0, 0), 0.5 * SCALE)
     alpha *= part.solid_HW
     depth = rng.choice([-85.0, 75.0])
-    wide = cv2.dilate(line, np.ones((2 * _SCALE + 1, 2 * _SCALE + 1), np.uint8))
+    wide = cv2.dilate(line, np.ones((2 * SCALE + 1, 2 * SCALE + 1), np.uint8))
     return canvas + depth * alpha[..., None], (wide > 0) & (part.solid_HW > 0.5)
 
 
@@ -222,7 +190,7 @@ def _blob(rng: Generator, part: _Part, x: float, y: float, radius: float) -> Arr
     height, width = part.solid_HW.shape
     grid_y, grid_x = np.mgrid[:height, :width].astype(np.float32)
     distance = np.hypot(grid_x - x, grid_y - y) / radius
-    rough = 0.22 * _noise(rng, height, width, radius / 2)
+    rough = 0.22 * noise(rng, height, width, radius / 2)
     return _inside(1 - distance + rough, 0.25)
 
 
@@ -263,8 +231,8 @@ def _blocked(rng: Generator, canvas: Array, belt: Array, part: _Part) -> tuple[A
     height, width = part.solid_HW.shape
     grid_y, grid_x = np.mgrid[:height, :width].astype(np.float32)
     distance = np.hypot(grid_x - x, grid_y - y) / part.radius
-    alpha = _inside(0.105 - distance, 2.0 * _SCALE / part.radius)[..., None]
-    slag = rng.uniform(95, 125) + 9 * _noise(rng, height, width, 3.0 * _SCALE)
+    alpha = _inside(0.105 - distance, 2.0 * SCALE / part.radius)[..., None]
+    slag = rng.uniform(95, 125) + 9 * noise(rng, height, width, 3.0 * SCALE)
     slag_HWC = slag[..., None] * np.array([1.0, 0.97, 0.92], np.float32)
     return canvas * (1 - alpha) + slag_HWC * alpha, distance < 0.105
 
@@ -278,31 +246,7 @@ DEFECTS: dict[str, Callable[[Generator, Array, Array, _Part], tuple[Array, Array
 }
 
 
-def _write_png(path: Path, image: Array) -> None:
-    picture = image if image.ndim == 2 else cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
-    path.write_bytes(cv2.imencode(".png", picture)[1].tobytes())
-
-
 def _write_video(path: Path, rng: Generator, size: int) -> int:
-    """A belt that stops under the camera for each part; good and bad parts take turns."""
+    """Good and bad parts take turns on a belt."""
     defects: list[str | None] = [None, "scratch", None, "chip", None, "stain"]
-    stations = [draw(rng, size, defect)[0] for defect in defects]
-    strip = np.concatenate(stations, axis=1)
-    positions: list[int] = []
-    for station in range(len(stations)):
-        positions += [station * size] * _FRAMES_STILL
-        if station + 1 < len(stations):
-            t = np.arange(1, _FRAMES_MOVING + 1) / (_FRAMES_MOVING + 1)
-            ease = t * t * (3 - 2 * t)
-            positions += [round(p) for p in (station + ease) * size]
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=_FPS, options={"crf": "16"})
-        stream.width = stream.height = size // 2 * 2
-        stream.pix_fmt = "yuv420p"
-        stream.time_base = Fraction(1, _FPS)
-        for left in positions:
-            frame = strip[: stream.height, left : left + stream.width]
-            noisy = np.clip(frame + rng.normal(0, 1.2, frame.shape), 0, 255).astype(np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(noisy, format="rgb24")))
-        container.mux(stream.encode())
-    return len(positions)
+    return drawing.write_ride(path, rng, [draw(rng, size, defect)[0] for defect in defects])
