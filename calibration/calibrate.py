@@ -6,6 +6,7 @@ One pass over the samples fills histograms; tables by any method are read off th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -103,15 +104,14 @@ def measure(
         )
         for name, graph in graphs.items()
     }
-    system = open_system(bundle, backend="ort", precision="float", threads=threads, engines=taps)
-    try:
+    with closing(
+        open_system(bundle, backend="ort", precision="float", threads=threads, engines=taps)
+    ) as system:
         for start in range(0, len(samples), BATCH_SIZE):
             batch = samples[start : start + BATCH_SIZE]
             system.infer([images.read(sample.path) for sample in batch])
             if progress is not None:
                 progress(start + len(batch), len(samples))
-    finally:
-        system.close()
     measured = {name: taps[name].histograms for name in tensors}
     for graph, histograms in measured.items():
         if any(histogram.num_values == 0 for histogram in histograms.values()):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -211,14 +211,11 @@ def _record(bundle: Bundle, samples: Sequence[Sample], threads: int | None) -> F
     """What the deployed system feeds its graphs, one sample at a time."""
     engines = open_engines(bundle, "ort", "float", threads=threads)
     recorders = {name: _Recorder(engine) for name, engine in engines.items()}
-    system = open_system(
-        bundle, backend="ort", precision="float", engines=recorders, threads=threads
-    )
-    try:
+    with closing(
+        open_system(bundle, backend="ort", precision="float", engines=recorders, threads=threads)
+    ) as system:
         for sample in samples:
             system.infer([read_image(sample.path)])
-    finally:
-        system.close()
     return {name: recorder.feeds for name, recorder in recorders.items()}
 
 
@@ -244,9 +241,8 @@ def _choose_table(
         worst = 0.0
         for name, model in floats.items():
             graph = to_unsigned(quantize(model, tables[label].amax(name), keep[name]))
-            engine = OrtEngine(graph.SerializeToString(), threads=config.threads)
-            found = compare(_outputs(engine, feeds[name]), want[name])
-            engine.close()
+            with closing(OrtEngine(graph.SerializeToString(), threads=config.threads)) as engine:
+                found = compare(_outputs(engine, feeds[name]), want[name])
             worst = max(worst, *(1 - parity.cosine_worst1pct for parity in found.values()))
         errors[label] = worst
         say(f"  {label}: cosine of the worst 1 % of vectors {1 - worst:.4f}")
@@ -332,13 +328,11 @@ def _metrics(candidate: Bundle, precision: str, config: BuildConfig) -> dict[str
     """The task's metrics through the backend that ``auto`` takes; {} where not asked for."""
     if config.evaluation is None:
         return {}
-    system = open_system(
-        candidate, backend=_int8_backends()[0], precision=precision, threads=config.threads
-    )
-    try:
+    backend = _int8_backends()[0]
+    with closing(
+        open_system(candidate, backend=backend, precision=precision, threads=config.threads)
+    ) as system:
         return system.evaluate(config.evaluation)
-    finally:
-        system.close()
 
 
 def _gate(

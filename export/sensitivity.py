@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -125,7 +126,6 @@ def _channels_last(value: Array) -> Array:
 def _run(
     model: onnx.ModelProto, feeds: Sequence[Mapping[str, Array]], threads: int | None
 ) -> dict[str, list[Array]]:
-    engine = OrtEngine(model.SerializeToString(), threads=threads)
-    results = [engine.run(feed) for feed in feeds]
-    engine.close()
-    return {name: [result[name] for result in results] for name in engine.outputs}
+    with closing(OrtEngine(model.SerializeToString(), threads=threads)) as engine:
+        results = [engine.run(feed) for feed in feeds]
+        return {name: [result[name] for result in results] for name in engine.outputs}

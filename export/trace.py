@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable
+from contextlib import closing
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -131,17 +132,14 @@ def compare_with_torch(source: Source, path: Path, *, tolerance: float) -> dict[
     Raises:
         ParityError: beyond the tolerance.
     """
-    engine = open_engine(path, "ort")
     worst: dict[str, Parity] = {}
-    try:
+    with closing(open_engine(path, "ort")) as engine:
         for example in source.examples:
             feeds = {n: t.numpy() for n, t in zip(source.inputs, example, strict=True)}
             parities = check(engine.run(feeds), _run_torch(source, example), tolerance=tolerance)
             for name, parity in parities.items():
                 if name not in worst or parity.max_rel > worst[name].max_rel:
                     worst[name] = parity
-    finally:
-        engine.close()
     return worst
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -186,10 +187,8 @@ def write_tiny_noising_bundle(
 def _run(path: Path, images_BCHW: Array) -> Array:
     for name, row in BACKENDS.items():
         if row.why_not() is None and "float" in row.variants.get("float", ()):
-            engine = open_engine(path, name, threads=1)
-            features = engine.run({"images": images_BCHW})["features"]
-            engine.close()
-            return features
+            with closing(open_engine(path, name, threads=1)) as engine:
+                return engine.run({"images": images_BCHW})["features"]
     raise BackendError("no backend is installed here", fix='pip install "engineworks[cpu]"')
 
 

@@ -10,6 +10,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -243,7 +244,7 @@ class VideoWriter:
         Raises:
             VideoError: the encoder refuses it, or the disk is full.
         """
-        try:
+        with self._explained():
             if self._stream is None:
                 self._stream = self._add_stream(*(max(2, n // 2 * 2) for n in image.shape[:2]))
             width, height = self._stream.width, self._stream.height
@@ -254,11 +255,6 @@ class VideoWriter:
             self._last_tick = max(round(time_s / _TICK), self._last_tick + 1)
             frame.time_base, frame.pts = _TICK, self._last_tick
             self._container.mux(self._stream.encode(frame))
-        except av.FFmpegError as error:
-            raise VideoError(
-                f"cannot write {self._path}: {error.strerror}",
-                fix="make room on the disk, or draw smaller pictures",
-            ) from error
 
     def _add_stream(self, height: int, width: int) -> Any:
         # inference needs the cores more than the file needs to be small
@@ -270,15 +266,29 @@ class VideoWriter:
         return stream
 
     def close(self) -> None:
-        """Finish the file and give it its name."""
+        """Finish the file and give it its name.
+
+        Raises:
+            VideoError: the encoder fails, or the disk is full; then there is no file.
+        """
         try:
-            if self._stream is not None:
-                self._container.mux(self._stream.encode())
-            self._container.close()
+            with self._explained(), self._container:
+                if self._stream is not None:
+                    self._container.mux(self._stream.encode())
             if self._stream is not None:
                 self._temporary.replace(self._path)
         finally:
             self._temporary.unlink(missing_ok=True)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except av.FFmpegError as error:
+            raise VideoError(
+                f"cannot write {self._path}: {error.strerror}",
+                fix="make room on the disk, or draw smaller pictures",
+            ) from error
 
     def __enter__(self) -> VideoWriter:
         return self

@@ -321,6 +321,18 @@ class TestVideoWriter:
         # odd sides lose a pixel
         assert got[0].image.shape == (height // 2 * 2, width // 2 * 2, 3)
 
+    @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no full device")
+    def test_on_a_full_disk_says_so_and_leaves_no_file(self, tmp_path: Path) -> None:
+        (tmp_path / ".a.mp4.tmp").symlink_to("/dev/full")
+        writer = video.VideoWriter(tmp_path / "a.mp4", Fraction(25))
+        writer.write(picture(0), 0.0)  # stays in the encoder
+
+        with pytest.raises(VideoError, match=r"cannot write .*a\.mp4: No space left") as caught:
+            writer.close()
+
+        assert caught.value.fix is not None
+        assert list(tmp_path.iterdir()) == []
+
     def test_keeps_the_pictures_in_order(self, tmp_path: Path) -> None:
         with video.VideoWriter(tmp_path / "a.mp4", Fraction(25)) as writer:
             for i, time_s in enumerate(UNEVEN):
