@@ -59,24 +59,24 @@ def panel(parts: Sequence[tuple[str, Array]]) -> Array:
     """
     height = _panel_height(*parts[0][1].shape[:2])
     bar_height = int(np.clip(height // 10, 22, 56))
+    pictures = [_scaled(image, height) for _, image in parts]
+    titles = [title for title, _ in parts]
+    scale = min(map(_fitting, titles, [(bar_height, p.shape[1]) for p in pictures]))
     columns = []
-    for i, (title, image) in enumerate(parts):
-        picture = _scaled(image, height)
+    for i, (title, picture) in enumerate(zip(titles, pictures, strict=True)):
         bar = np.full((bar_height, picture.shape[1], 3), _BAR, np.uint8)
-        text(bar, title)
+        text(bar, title, scale)
         if i:
             columns.append(np.full((bar_height + height, _GAP, 3), _BAR, np.uint8))
         columns.append(np.concatenate([bar, picture]))
     return np.concatenate(columns, axis=1)
 
 
-def text(bar: Array, line: str) -> None:
-    """Write a line into a bar (in place), shrunk until it fits its width."""
-    height, width = bar.shape[:2]
-    scale = height / 36
-    while scale > 0.2 and _width(line, scale) > width - 8:
-        scale *= 0.95
-    origin = (4, round(height * 0.5 + scale * 11))  # a capital is 22 pixels high at scale 1
+def text(bar: Array, line: str, scale: float | None = None) -> None:
+    """Write a line into a bar (in place); without a scale, as large as the bar allows."""
+    if scale is None:
+        scale = _fitting(line, bar.shape[:2])
+    origin = (4, round(bar.shape[0] * 0.5 + scale * 11))  # a capital is 22 pixels high at scale 1
     cv2.putText(
         bar, line, origin, cv2.FONT_HERSHEY_SIMPLEX, scale, _TEXT, _weight(scale), cv2.LINE_AA
     )
@@ -95,6 +95,14 @@ def _scaled(image: Array, height: int) -> Array:
     # enlarged pixels stay visible as such, reduced ones are averaged
     method = cv2.INTER_NEAREST if height > image.shape[0] else cv2.INTER_AREA
     return np.asarray(cv2.resize(image, (width, height), interpolation=method))
+
+
+def _fitting(line: str, size: Sequence[int]) -> float:
+    """The scale at which a line fits into a bar of (height, width)."""
+    scale = size[0] / 36
+    while scale > 0.2 and _width(line, scale) > size[1] - 8:
+        scale *= 0.95
+    return scale
 
 
 def _weight(scale: float) -> int:

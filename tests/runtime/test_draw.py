@@ -111,6 +111,16 @@ class TestPanel:
         assert made.shape[1] == 300 + 4 + 100
         assert np.array_equal(made[-200:, -100:], grey(200, 100, 50))
 
+    def test_has_titles_of_one_size(self) -> None:
+        tall = grey(480, 120)
+
+        made = draw.panel([("I", tall), ("I    and much more", tall)])
+
+        bar = made[: made.shape[0] - 480].max(axis=-1) > 128
+        first, second = bar[:, :12], bar[:, 124:136]
+        assert first.any()
+        assert np.array_equal(first, second)
+
     @pytest.mark.parametrize("size", [24, 256, 2000])
     def test_has_titles_that_can_be_seen_and_end_before_the_edge(self, size: int) -> None:
         title = "anomalous (border 12.34)"
