@@ -21,6 +21,7 @@ from functools import cache
 from itertools import permutations
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
@@ -83,7 +84,7 @@ def match(costs_BKK: Tensor) -> Tensor:
     num = costs_BKK.shape[-1]
     if num > _ENUMERATED:
         found = [linear_sum_assignment(costs_KK)[1] for costs_KK in costs_BKK.cpu().numpy()]
-        return torch.tensor(found, device=costs_BKK.device)
+        return torch.from_numpy(np.stack(found)).to(costs_BKK.device)
     table_PK = _permutations(num, costs_BKK.device)
     rows_K = torch.arange(num, device=costs_BKK.device)
     return table_PK[costs_BKK[:, rows_K, table_PK].sum(-1).argmin(-1)]
