@@ -109,7 +109,7 @@ class Reference:
         }[config.metric]
         if config.metric == "euclid":
             return chosen
-        inverse = torch.linalg.inv(self.regular(chosen, 2 * config.ridge))
+        inverse: Tensor = torch.linalg.inv(self.regular(chosen, 2 * config.ridge))
         return inverse / (inverse.trace() / width) if config.normalise else inverse
 
     def pac(
@@ -196,7 +196,8 @@ class Reference:
         step = 0.5
         x = torch.arange(-90, 60, step, dtype=a.dtype).exp()[:, None, None]
         identity = torch.eye(len(a), dtype=a.dtype)
-        return step * (x / (1 + x) * identity - x * torch.linalg.inv(a + x * identity)).sum(0)
+        inverse: Tensor = torch.linalg.inv(a + x * identity)
+        return step * (x / (1 + x) * identity - x * inverse).sum(0)
 
 
 @st.composite
@@ -504,7 +505,7 @@ class TestPublishedValues:
             margin=float(given_["alpha"]),
             mining="semi-hard" if kind == "semi" else "hardest",
         )
-        loss.backward()
+        torch.autograd.backward(loss)
         # float32 on both sides, through a Cholesky factor
         torch.testing.assert_close(loss.detach(), given_[f"loss_{kind}"], rtol=1e-4, atol=1e-6)
         for leaf, name in (("Z1", "gZ1"), ("Z2", "gZ2"), ("pool", "gpool")):

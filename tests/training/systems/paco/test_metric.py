@@ -79,7 +79,7 @@ class TestMetrics:
             else:
                 squares = LowRank.of(rows, diagonal, normalise=normalise).squared(x)
             weights = torch.arange(1.0, 6)
-            (squares * weights).sum().backward()
+            torch.autograd.backward((squares * weights).sum())
             results.append([squares.detach(), rows.grad, diagonal.grad, x.grad])
         for others in results[1:]:
             for got, want in zip(others, results[0], strict=True):
@@ -184,7 +184,7 @@ class TestDistancesBetweenCovariances:
                     mean = (matrices[0] + matrices[1]) / 2
                     drift = squared_distance(mean, matrices[2], "fro")
             values.append(torch.stack([gap, drift]).detach())
-            (gap + 2 * drift).sum().backward()
+            torch.autograd.backward((gap + 2 * drift).sum())
             assert leaf.grad is not None
             gradients.append(leaf.grad)
         # float64; squares of size up to 1e3 are subtracted
@@ -265,7 +265,7 @@ class TestRunningCovariance:
 def test_a_vector_without_length_has_no_direction_and_no_gradient() -> None:
     parts = torch.tensor([[3.0, 4.0], [0.0, 0.0]], requires_grad=True)
     directions = unit(parts)
-    directions[:, 0].sum().backward()
+    torch.autograd.backward(directions[:, 0].sum())
     torch.testing.assert_close(directions.detach(), torch.tensor([[0.6, 0.8], [0.0, 0.0]]))
     assert parts.grad is not None
     assert parts.grad[1].tolist() == [0, 0]
@@ -273,7 +273,7 @@ def test_a_vector_without_length_has_no_direction_and_no_gradient() -> None:
 
 def test_the_square_root_of_0_has_gradient_0() -> None:
     squares = torch.tensor([0.0, 4.0], requires_grad=True)
-    safe_sqrt(squares).sum().backward()
+    torch.autograd.backward(safe_sqrt(squares).sum())
     assert squares.grad is not None
     assert squares.grad.tolist() == [0, 0.25]
 
