@@ -12,9 +12,15 @@ from runtime.tensors import Array
 MARK = (255, 40, 40)
 _BAR = (24, 24, 24)
 _TEXT = (240, 240, 240)
+_FULL, _EMPTY = (50, 125, 215), (52, 52, 52)
 _GAP = 4
 # sides in pixels between which a picture of a panel is legible, and a video of panels playable
 _MIN_HEIGHT, _MAX_SIDE = 192, 1280
+_MIN_WIDTH = 80  # of a picture below a title of one word
+_MIN_ROW, _MAX_ROW = 26, 48  # heights of a bar and its label
+_SHEET_SIDE = 2560
+# of a confusion matrix: sides of cells that hold a label, a count, and that need not grow
+_LABEL_CELL, _COUNT_CELL, _MAX_CELL = 12, 26, 37
 
 
 def heatmap(map_HW: Array, low: float, high: float) -> Array:
@@ -58,18 +64,95 @@ def panel(parts: Sequence[tuple[str, Array]]) -> Array:
         (bar + H', sum of widths + gaps, 3) uint8; 192 <= H' <= 1280 unless a side ratio is extreme.
     """
     height = _panel_height(*parts[0][1].shape[:2])
-    bar_height = int(np.clip(height // 10, 22, 56))
-    pictures = [_scaled(image, height) for _, image in parts]
-    titles = [title for title, _ in parts]
-    scale = min(map(_fitting, titles, [(bar_height, p.shape[1]) for p in pictures]))
-    columns = []
-    for i, (title, picture) in enumerate(zip(titles, pictures, strict=True)):
-        bar = np.full((bar_height, picture.shape[1], 3), _BAR, np.uint8)
-        text(bar, title, scale)
-        if i:
-            columns.append(np.full((bar_height + height, _GAP, 3), _BAR, np.uint8))
-        columns.append(np.concatenate([bar, picture]))
-    return np.concatenate(columns, axis=1)
+    return _beside([(title, _scaled(image, height)) for title, image in parts])
+
+
+def ranking(image: Array, title: str, values: Sequence[tuple[str, float]]) -> Array:
+    """A picture beside a horizontal bar per value, the first at the top.
+
+    Args:
+        title: over the bars.
+        values: (label, value in [0, 1]), at least one.
+
+    Returns:
+        As ``panel``; a picture too flat for the bars or too narrow for its title is centred on a dark ground.
+    """
+    picture = _scaled(image, _panel_height(*image.shape[:2]))
+    height = max(picture.shape[0], _MIN_ROW * len(values))
+    chart = _ground(height, int(np.clip(height, 256, 640)))
+    row_height = min(height // len(values), _MAX_ROW)
+    bar_height = row_height // 5
+    for i, (label, value) in enumerate(values):
+        row = chart[i * row_height : (i + 1) * row_height - bar_height // 2]
+        text(row[:-bar_height], f"{value:.2f}  {label}")
+        bar = row[-bar_height:, _GAP:-_GAP]
+        bar[:] = _EMPTY
+        bar[:, : round(value * bar.shape[1])] = _FULL
+    width = max(picture.shape[1], _MIN_WIDTH)
+    return _beside([("input", _centred(picture, height, width)), (title, chart)])
+
+
+def grid(pictures: Sequence[Array]) -> Array:
+    """A contact sheet: rows of pictures in their order, each centred in its cell.
+
+    As square as the largest picture allows. Where the sheet would get larger than about 2560
+    pixels, all pictures are reduced by the same factor.
+
+    Args:
+        pictures: at least one.
+    """
+    height, width = np.max([picture.shape[:2] for picture in pictures], axis=0)
+    num = len(pictures)
+    columns = min(range(1, num + 1), key=lambda n: max(n * width, -(-num // n) * height))
+    rows = -(-num // columns)
+    scale = min(1.0, _SHEET_SIDE / (columns * width), _SHEET_SIDE / (rows * height))
+    small = [_scaled(p, max(1, round(p.shape[0] * scale))) for p in pictures]
+    height, width = np.max([picture.shape[:2] for picture in small], axis=0)
+    cells = [_centred(picture, height, width) for picture in small]
+    cells += [_ground(height, width)] * (rows * columns - num)
+    return _joined(
+        [_joined(cells[i : i + columns], axis=1) for i in range(0, len(cells), columns)], axis=0
+    )
+
+
+def thumbnail(image: Array, side: int) -> Array:
+    """Average an image down until no side is longer; a smaller one stays as it is."""
+    scale = min(1.0, side / max(image.shape[:2]))
+    return _scaled(image, max(1, round(image.shape[0] * scale)))
+
+
+def confusion_matrix(counts_CC: Array, labels: Sequence[str]) -> Array:
+    """What is taken for what: a row per class, a column per answer.
+
+    Right answers are blue, wrong ones red: the square root of the share of their row is the depth
+    of the colour. Labels and counts are written where the cells have room for them, up to about a
+    hundred and fifty classes.
+
+    Args:
+        counts_CC: (C, C) int, see ``runtime.metrics.ClassificationMetrics.confusion``.
+        labels: C names.
+    """
+    num = len(labels)
+    side = int(np.clip(_MAX_SIDE // num, 1, _MAX_CELL))
+    share_CC = np.sqrt(counts_CC / np.maximum(counts_CC.sum(axis=1, keepdims=True), 1))
+    full = np.where(np.eye(num, dtype=bool)[..., None], _FULL, MARK)
+    colours = _EMPTY + share_CC[..., None] * (full - np.array(_EMPTY))
+    cells = np.rint(colours).astype(np.uint8).repeat(side, axis=0).repeat(side, axis=1)
+    if side >= _COUNT_CELL:
+        for row, column in np.argwhere(counts_CC):
+            cell = cells[row * side : (row + 1) * side, column * side : (column + 1) * side]
+            text(cell[side // 5 : -side // 5], str(counts_CC[row, column]))
+    if side > _COUNT_CELL:  # lines between cells that are large enough to spare them
+        cells[::side] = cells[:, ::side] = _BAR
+    if side >= _LABEL_CELL:
+        margin = min(240, max(_width(label, side / 36) for label in labels) + 2 * _GAP)
+        names = _ground(num * side, margin)
+        for i, label in enumerate(labels):
+            text(names[i * side : (i + 1) * side], label)
+        above = np.concatenate([np.rot90(name) for name in np.split(names, num)], axis=1)
+        cells = np.block([[[_ground(margin, margin)], [above]], [[names], [cells]]])
+    width = max(cells.shape[1], 4 * _MIN_WIDTH)
+    return _beside([("rows: class, columns: answer", _centred(cells, len(cells), width))])
 
 
 def text(bar: Array, line: str, scale: float | None = None) -> None:
@@ -80,6 +163,37 @@ def text(bar: Array, line: str, scale: float | None = None) -> None:
     cv2.putText(
         bar, line, origin, cv2.FONT_HERSHEY_SIMPLEX, scale, _TEXT, _weight(scale), cv2.LINE_AA
     )
+
+
+def _beside(parts: Sequence[tuple[str, Array]]) -> Array:
+    """Pictures of one height side by side, each below its title."""
+    height = int(np.clip(parts[0][1].shape[0] // 10, 22, 56))
+    scale = min(_fitting(title, (height, picture.shape[1])) for title, picture in parts)
+    columns = []
+    for title, picture in parts:
+        bar = _ground(height, picture.shape[1])
+        text(bar, title, scale)
+        columns.append(np.concatenate([bar, picture]))
+    return _joined(columns, axis=1)
+
+
+def _joined(pictures: Sequence[Array], axis: int) -> Array:
+    """Pictures in a row (axis 1) or a column (axis 0), with gaps between them."""
+    height, width = pictures[0].shape[:2]
+    gap = _ground(*((_GAP, width) if axis == 0 else (height, _GAP)))
+    spaced = [each for picture in pictures for each in (gap, picture)]
+    return np.concatenate(spaced[1:], axis=axis)
+
+
+def _centred(picture: Array, height: int, width: int) -> Array:
+    ground = _ground(height, width)
+    top, left = (height - picture.shape[0]) // 2, (width - picture.shape[1]) // 2
+    ground[top : top + picture.shape[0], left : left + picture.shape[1]] = picture
+    return ground
+
+
+def _ground(height: int, width: int) -> Array:
+    return np.full((height, width, 3), _BAR, np.uint8)
 
 
 def _panel_height(height: int, width: int) -> int:

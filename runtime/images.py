@@ -53,10 +53,20 @@ def read(path: Path) -> Array:
         ImageError: missing, truncated, corrupt, or no picture. A changed byte in a format without
             checksums (JPEG, BMP, TIFF, WebP) is noticed only where decoding trips over it.
     """
-    pixels = _decode(path, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
+    return decode(_content(path), str(path))
+
+
+def decode(data: bytes, name: str) -> Array:
+    """As ``read``, of a picture that is part of another file.
+
+    Args:
+        data: the content of a picture's file.
+        name: what errors call it.
+    """
+    pixels = _decode(data, name, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
     if pixels.dtype == np.uint16:
         pixels = ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
-    _check_8_bit(path, pixels)
+    _check_8_bit(name, pixels)
     return np.asarray(cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB))
 
 
@@ -69,10 +79,10 @@ def read_mask(path: Path) -> Array:
     Raises:
         ImageError: as ``read``.
     """
-    pixels = _decode(path, cv2.IMREAD_GRAYSCALE | cv2.IMREAD_ANYDEPTH)
+    pixels = _decode(_content(path), str(path), cv2.IMREAD_GRAYSCALE | cv2.IMREAD_ANYDEPTH)
     if pixels.dtype == np.uint16:
         pixels = np.minimum(pixels, 255).astype(np.uint8)
-    _check_8_bit(path, pixels)
+    _check_8_bit(str(path), pixels)
     return pixels
 
 
@@ -106,21 +116,24 @@ def write(path: Path, image: Array) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _decode(path: Path, flags: int) -> Array:
+def _content(path: Path) -> bytes:
     try:
-        data = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise ImageError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _decode(data: bytes, name: str, flags: int) -> Array:
     if _is_truncated(data):
-        raise ImageError(f"{path} is truncated", fix="copy the file again")
+        raise ImageError(f"{name} is truncated", fix="copy the file again")
     if not data:
-        raise ImageError(f"{path} is empty", fix="copy the file again")
+        raise ImageError(f"{name} is empty", fix="copy the file again")
     try:
         pixels, remarks = _decode_quietly(data, flags)
     except cv2.error as error:
-        raise ImageError(f"{path} cannot be decoded: {error.err}") from error
+        raise ImageError(f"{name} cannot be decoded: {error.err}") from error
     if pixels is None or _DAMAGE.search(remarks):
-        raise ImageError(f"{path} is corrupt or no picture", fix="copy the file again")
+        raise ImageError(f"{name} is corrupt or no picture", fix="copy the file again")
     return pixels
 
 
@@ -150,9 +163,9 @@ def _decode_quietly(data: bytes, flags: int) -> tuple[Array | None, bytes]:
     return pixels, b"".join(remarks)
 
 
-def _check_8_bit(path: Path, pixels: Array) -> None:
+def _check_8_bit(name: str, pixels: Array) -> None:
     if pixels.dtype != np.uint8:
-        raise ImageError(f"{path} has {pixels.dtype} pixels", fix="save it with 8 or 16 bits")
+        raise ImageError(f"{name} has {pixels.dtype} pixels", fix="save it with 8 or 16 bits")
 
 
 def _is_truncated(data: bytes) -> bool:
