@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-# a sum of squares as float32 keeps it is wrong by about eps; factorising fails below 2 eps trace
+# rounding makes a Gram matrix indefinite by up to about 1 eps trace; the rest is a margin
 _ROUNDINGS = 8
 
 

@@ -109,7 +109,8 @@ class PartSampler:
     @staticmethod
     def parts(map_BCHW: Tensor, windows_BKN: Tensor) -> Tensor:
         """(B, K, C) means over the windows, as one batched product."""
-        return windows_BKN.to(map_BCHW.dtype) @ map_BCHW.flatten(2).mT
+        # in this order the gradient of the map has the map's layout
+        return (map_BCHW.flatten(2) @ windows_BKN.mT.to(map_BCHW.dtype)).mT
 
 
 class PeakMemory(nn.Module):
