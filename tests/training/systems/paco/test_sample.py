@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import yaml
 
-from runtime import images
+from runtime import datasets, images
 from runtime.errors import RunError
+from runtime.preprocess import PreprocessSpec
 from training.config import keys, validate
-from training.systems.paco.config import TaskConfig
+from training.systems.paco.config import TaskConfig, ViewsConfig
+from training.systems.paco.data import Views
 from training.systems.paco.sample import MARKS, draw, sample
 
 
@@ -36,6 +38,16 @@ class TestADrawnDataSet:
                 assert {images.read(file).shape for file in files} == {(48, 48, 3)}
         contents = [file.read_bytes() for file in out.rglob("*.jpg")]
         assert len(set(contents)) == len(contents) == 24  # no picture occurs twice
+
+    def test_is_read_as_folders_of_classes(self, tmp_path: Path) -> None:
+        sample(tmp_path / "drawn", size=32, num_train=2, num_val=1, num_test=1)
+        found = datasets.class_folder(tmp_path / "drawn", "train")
+        assert found.labels == tuple(sorted(MARKS))
+        views = Views(
+            found.samples, PreprocessSpec(size=(24, 24)), ViewsConfig(), read=datasets.read
+        )
+        labels = [views.get(i, np.random.default_rng(i))["label"] for i in range(len(views))]
+        assert labels == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
 
     def test_is_the_same_for_the_same_seed_and_when_it_grows(self, tmp_path: Path) -> None:
         for folder, seed, num in (("a", 1, 1), ("b", 1, 2), ("c", 2, 1)):
