@@ -258,8 +258,9 @@ def infer(
     if out.exists() and any(out.iterdir()) and not exist_ok:
         raise UsageError(f"{out} is not empty", fix="choose another --out, or pass --exist-ok")
     opened = open_source(source)
+    say = _say(context)
     with open_bundle(bundle) as system:
-        _say(context)(f"{system.backend}, {system.precision}")
+        say(f"{system.backend}, {system.precision}")
         with _Progress(context) as show:
             summary = run_infer(
                 system,
@@ -270,6 +271,7 @@ def infer(
                 overlays=save_overlays,
                 frame_step=frame_step,
                 progress=partial(show, "inference"),
+                say=say,
             )
     if report is not None:
         from runtime.report import of_inference

@@ -75,7 +75,8 @@ def ranking(image: Array, title: str, values: Sequence[tuple[str, float]]) -> Ar
         values: (label, value in [0, 1]), at least one.
 
     Returns:
-        As ``panel``; a picture too flat for the bars or too narrow for its title is centred on a dark ground.
+        As ``panel``; a picture too flat for the bars, or too narrow for its title, is centred on a
+        dark ground.
     """
     picture = _scaled(image, _panel_height(*image.shape[:2]))
     height = max(picture.shape[0], _MIN_ROW * len(values))

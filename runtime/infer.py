@@ -1,7 +1,8 @@
 """A whole source through a system: decoding and drawing overlap inference, results keep the order.
 
     source -> decoder thread -> bounded queue -> system.infer -> JSON lines, CSV
-                                                            `--> drawing threads -> overlays, video
+                                                            `--> drawing threads -> overlays and
+                                                                 their overview, or a video
 
 Files are written under temporary names and renamed at the end; after an interrupt they are renamed
 as well, so that no result is lost. A live stream has no queue: its newest frame is taken, one at a
@@ -25,17 +26,21 @@ from itertools import chain, count
 from pathlib import Path
 from typing import IO, Any
 
-from runtime import images, video
+from runtime import draw, images, video
 from runtime.errors import ImageError, InputError, VideoError
 from runtime.sources import Source
 from runtime.systems import Result, System
 from runtime.tensors import Array
 
 Progress = Callable[[int, int], None]
+Say = Callable[[str], None]
+
+OVERVIEW_NAME = "overview.jpg"
 
 _QUEUE_BATCHES = 2  # decoded ahead of inference
 _DRAWING_THREADS = 2
 _MAX_UNDRAWN = 8  # results that wait for a drawing thread, each with its picture
+_MAX_OVERVIEW, _OVERVIEW_SIDE = 64, 640  # pictures of the overview, and their longer side at most
 
 
 @dataclass
@@ -89,18 +94,21 @@ def infer(
     overlays: bool = False,
     frame_step: int = 1,
     progress: Progress | None = None,
+    say: Say | None = None,
 ) -> Summary:
     """Run a system over a source.
 
     Writes into ``out``: ``results.csv``, the scalar fields of each result, its header from the
     first one; with ``jsonl`` ``results.jsonl``, one object per picture, those that failed included;
-    with ``overlays`` ``overlays/<name>.png`` per picture, or one annotated ``<name>.mp4``.
+    with ``overlays`` ``overlays/<name>.png`` per picture and ``overview.jpg``, the first 64 of them
+    on a sheet, or one annotated ``<name>.mp4``.
     ``system.draw`` is called in other threads than ``system.infer``.
 
     Args:
         batch: pictures per call; a live stream is always served one by one.
         frame_step: only every n-th frame of a video or stream.
         progress: called with (done, total); total is 0 where it is not known.
+        say: called with a line per picture, its name and result; not for frames.
 
     Returns:
         Counts and times. Pictures that cannot be read are in ``failures``, not raised.
@@ -134,6 +142,8 @@ def infer(
                         error = tables.add(item, item.image, result)
                         if drawer and error is None:
                             drawer.add(item, item.image, result)
+                        if say and error is None and item.time_s is None:
+                            say(f"{item.name}: {result.summary()}")
                     if error is None:
                         summary.num_done += 1
                     else:
@@ -323,7 +333,10 @@ class _Drawer:
         self._pictures = {path: out / "overlays" / name for path, name in names.items()}
         stem = source.paths[0].stem if self._is_file else "stream"
         self._video_path = out / f"{stem}.mp4"
-        _check_apart([*self._pictures.values(), self._video_path], source.paths)
+        self._overview_path = out / OVERVIEW_NAME
+        self._thumbnails: dict[str, Array | None] = {}  # None until it is drawn
+        targets = [*self._pictures.values(), self._overview_path, self._video_path]
+        _check_apart(targets, source.paths)
         self._video: video.VideoWriter | None = None
         # the frames of a video stay in order
         self._threads = ThreadPoolExecutor(_DRAWING_THREADS if source.kind == "images" else 1)
@@ -335,6 +348,7 @@ class _Drawer:
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         with ExitStack() as stack:
             stack.callback(self._close_video)
+            stack.callback(self._write_overview)
             self._threads.shutdown()  # draws what is left: its results have been written
             if error is None:
                 for each in self._undrawn:
@@ -344,17 +358,26 @@ class _Drawer:
         """Queue one overlay; waits while too many are queued."""
         while self._undrawn and (len(self._undrawn) == _MAX_UNDRAWN or self._undrawn[0].done()):
             self._undrawn.popleft().result()
+        if item.time_s is None and len(self._thumbnails) < _MAX_OVERVIEW:
+            self._thumbnails[item.name] = None
         self._undrawn.append(self._threads.submit(self._draw, item, image, result))
 
     def _draw(self, item: _Item, image: Array, result: Result) -> None:
         picture = self._system.draw(image, result)
         if item.time_s is None:
             images.write(self._pictures[Path(item.name)], picture)
+            if item.name in self._thumbnails:
+                self._thumbnails[item.name] = draw.thumbnail(picture, _OVERVIEW_SIDE)
             return
         if self._video is None:
             rate = video.info(item.name).rate if self._is_file else video.LIVE_RATE
             self._video = video.VideoWriter(self._video_path, rate / self._step)
         self._video.write(picture, item.time_s)
+
+    def _write_overview(self) -> None:
+        drawn = [picture for picture in self._thumbnails.values() if picture is not None]
+        if drawn:
+            images.write(self._overview_path, draw.grid(drawn))
 
     def _close_video(self) -> None:
         if self._video is not None:

@@ -5,7 +5,7 @@ small bundle of real graphs that every command takes. Nothing here needs PyTorch
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,11 +20,19 @@ from runtime.bundle import Bundle, GraphEntry, Manifest, write
 from runtime.engines import BACKENDS, open_engine
 from runtime.errors import BackendError, EngineError
 from runtime.preprocess import PreprocessSpec, apply
-from runtime.systems import noising
+from runtime.systems import noising, paco
 from runtime.tensors import Array, Feeds, TensorSpec, check_feeds, check_host
 
 _STRIDE = 8  # pixels of the input per patch of the tiny graph
 _WIDTH = 16  # of its features
+_COLOURS = {
+    "blue": (0.2, 0.3, 1.0),
+    "green": (0.2, 0.9, 0.2),
+    "red": (1.0, 0.2, 0.2),
+    "violet": (0.7, 0.2, 0.9),
+    "white": (1.0, 1.0, 1.0),
+    "yellow": (1.0, 0.9, 0.1),
+}
 _IMAGE_AMAX, _HIDDEN_AMAX = 3.0, 8.0  # more than drawn images reach, for the INT8 graphs
 
 
@@ -119,6 +127,47 @@ def write_parts(
     return root
 
 
+def draw_flower(rng: np.random.Generator, size: tuple[int, int], label: str) -> Array:
+    """A picture of five petals of one colour on a dark meadow.
+
+    Args:
+        size: (height, width) in pixels, at least 32 each.
+        label: the colour: blue, green, red, violet, white or yellow.
+
+    Returns:
+        (H, W, 3) uint8 RGB.
+    """
+    height, width = size
+    red, green, blue = (int(220 * share) for share in _COLOURS[label])
+    canvas = np.full((height, width, 3), (40, 60, 30), np.uint8)
+    radius, turn = min(size) / 6, rng.uniform(0, 2 * np.pi)
+    centre = np.array([width / 2, height / 2]) + rng.uniform(-2, 2, 2)
+    for angle in turn + np.arange(5) * (2 * np.pi / 5):
+        petal = centre + 1.2 * radius * np.array([np.cos(angle), np.sin(angle)])
+        place = (round(petal[0]), round(petal[1]))
+        cv2.circle(canvas, place, round(radius), (red, green, blue), cv2.FILLED, cv2.LINE_AA)
+    noisy = canvas + rng.normal(0, 5, canvas.shape)
+    return np.clip(noisy, 0, 255).astype(np.uint8)
+
+
+def write_flowers(
+    root: Path,
+    *,
+    size: tuple[int, int] = (64, 64),
+    num_train: int = 4,
+    num_test: int = 2,
+    seed: int = 0,
+) -> Path:
+    """A folder of ``draw_flower`` pictures by class, in train and test; returns ``root``."""
+    rng = np.random.default_rng(seed)
+    for split, count in {"train": num_train, "test": num_test}.items():
+        for label in _COLOURS:
+            for i in range(count):
+                path = root / split / label / f"{i:03d}.png"
+                images.write(path, draw_flower(rng, size, label))
+    return root
+
+
 def write_tiny_noising_bundle(
     folder: Path,
     *,
@@ -152,25 +201,12 @@ def write_tiny_noising_bundle(
     pictures = [draw_part(rng, size, defective=False)[0] for _ in range(12)]
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
-        files = {}
-        for variant, model in graphs.items():
-            name = "features.onnx" if variant == "float" else f"features.{variant}.onnx"
-            files[name] = work / name
-            onnx.save(model, work / name)
-        features = _run(work / "features.onnx", apply(spec, pictures))
+        files, entry = _save_graph("features", graphs, work)
+        features = _run(work / "features.onnx", apply(spec, pictures))["features"]
         config = noising.FitConfig(k=3, coreset_ratio=0.3, smoothing=2.0, false_reject=0.0)
         fitted = noising.fit(features, grid, size, config, seed=0)
         files["bank.faiss"] = work / "bank.faiss"
         fitted.bank.save(work / "bank.faiss")
-        entry = GraphEntry(
-            inputs={"images": TensorSpec(dtype="float32", shape=("batch", 3, *size))},
-            outputs={
-                "features": TensorSpec(
-                    dtype="float32", shape=("batch", grid[0] * grid[1], features.shape[2])
-                )
-            },
-            variants=dict(zip(graphs, list(files)[: len(graphs)], strict=True)),
-        )
         manifest = Manifest(
             system=noising.NAME,
             graphs={"features": entry},
@@ -184,11 +220,83 @@ def write_tiny_noising_bundle(
         return write(folder, manifest, files)
 
 
-def _run(path: Path, images_BCHW: Array) -> Array:
+def write_tiny_paco_bundle(
+    folder: Path,
+    *,
+    size: tuple[int, int] = (64, 64),
+    int8: bool = False,
+    gate: Mapping[str, float] | None = None,
+) -> Bundle:
+    """A ``paco`` bundle that tells ``draw_flower``'s colours apart, on a real graph.
+
+    Args:
+        folder: to make.
+        size: (height, width) of the network input, multiples of 4.
+        int8: add the variants ``int8`` and ``int8-u8``, with fixed ranges.
+        gate: allowed drops; those of the real system where not given.
+
+    Raises:
+        BackendError: neither ONNX Runtime nor OpenVINO is installed.
+    """
+    spec = PreprocessSpec(size=size)
+    rng = np.random.default_rng(1)
+    labels = tuple(_COLOURS)
+    pictures = [draw_flower(rng, size, label) for label in labels for _ in range(8)]
+    wanted = np.eye(len(labels)).repeat(8, axis=0)
+    zero_points = {"float": None, "int8": 0, "int8-u8": 128} if int8 else {"float": None}
+    with tempfile.TemporaryDirectory() as scratch:
+        work = Path(scratch)
+        # trained by least squares: one where the class is right, else zero; then made confident
+        blank = tiny_classifier(size, np.zeros((len(labels), _WIDTH)), np.zeros(len(labels)))
+        _save_graph("blank", {"float": blank}, work)
+        embedding = _run(work / "blank.onnx", apply(spec, pictures))["embedding"]
+        rows = np.concatenate([embedding, np.ones((len(pictures), 1))], axis=1)
+        solution = 10 * np.linalg.lstsq(rows, wanted, rcond=None)[0].T
+        graphs = {
+            variant: tiny_classifier(size, solution[:, :-1], solution[:, -1], zero_point=zero_point)
+            for variant, zero_point in zero_points.items()
+        }
+        files, entry = _save_graph("classify", graphs, work)
+        manifest = Manifest(
+            system=paco.NAME,
+            graphs={"classify": entry},
+            preprocess=spec,
+            labels=labels,
+            params=paco.Params(num_top=3).model_dump(mode="json"),
+            gate={"top1": 0.005} if gate is None else dict(gate),
+            provenance={"made_by": "runtime.testing"},
+        )
+        return write(folder, manifest, files)
+
+
+def _save_graph(
+    name: str, variants: Mapping[str, onnx.ModelProto], folder: Path
+) -> tuple[dict[str, Path], GraphEntry]:
+    """Write a graph's variants; returns their files and the graph's entry in a manifest."""
+    suffix = {variant: "" if variant == "float" else f".{variant}" for variant in variants}
+    files = {variant: f"{name}{suffix[variant]}.onnx" for variant in variants}
+    for variant, model in variants.items():
+        onnx.save(model, folder / files[variant])
+    graph = variants["float"].graph
+    entry = GraphEntry(inputs=_specs(graph.input), outputs=_specs(graph.output), variants=files)
+    return {file: folder / file for file in files.values()}, entry
+
+
+def _specs(values: Iterable[onnx.ValueInfoProto]) -> dict[str, TensorSpec]:
+    shapes = {
+        value.name: tuple(
+            axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim
+        )
+        for value in values
+    }
+    return {name: TensorSpec(dtype="float32", shape=shape) for name, shape in shapes.items()}
+
+
+def _run(path: Path, images_BCHW: Array) -> dict[str, Array]:
     for name, row in BACKENDS.items():
         if row.why_not() is None and "float" in row.variants.get("float", ()):
             with closing(open_engine(path, name, threads=1)) as engine:
-                return engine.run({"images": images_BCHW})["features"]
+                return engine.run({"images": images_BCHW})
     raise BackendError("no backend is installed here", fix='pip install "engineworks[cpu]"')
 
 
@@ -208,16 +316,39 @@ def tiny_features(
     """
     rng = np.random.default_rng(seed)
     net = _Net(zero_point)
-    x = net.conv("conv1", "images", rng.normal(0, 0.2, (12, 3, 4, 4)), 4, _IMAGE_AMAX)
-    x = net.add("Relu", "relu1", [x])
-    x = net.conv("conv2", x, rng.normal(0, 0.3, (_WIDTH, 12, 1, 1)), 1, _HIDDEN_AMAX)
-    x = net.add("Relu", "relu2", [x])
+    x = net.trunk(rng)
     x = net.add("AveragePool", "pool", [x], kernel_shape=[2, 2], strides=[2, 2])
     shape = net.constant("shape", np.array([0, _WIDTH, -1], np.int64))
     x = net.add("Reshape", "flatten", [x, shape])
     net.add("Transpose", "transpose", [x], output="features", perm=[0, 2, 1])
     patches = size[0] // _STRIDE * (size[1] // _STRIDE)
-    return net.model(["batch", 3, *size], ["batch", patches, _WIDTH])
+    return net.model(size, {"features": [patches, _WIDTH]})
+
+
+def tiny_classifier(
+    size: tuple[int, int],
+    weight_CF: Array,
+    bias_C: Array,
+    *,
+    zero_point: int | None = None,
+    seed: int = 0,
+) -> onnx.ModelProto:
+    """Two convolutions with drawn weights, a mean over pixels, and a given linear classifier.
+
+    Args:
+        size: (height, width) of the input, multiples of 4.
+        weight_CF, bias_C: (C, 16) and (C,) of the classifier.
+        zero_point, seed: see ``tiny_features``; the classifier is quantized as well.
+
+    Returns:
+        images (batch, 3, H, W) -> logits (batch, C), embedding (batch, 16), all float32.
+    """
+    net = _Net(zero_point)
+    x = net.trunk(np.random.default_rng(seed))
+    x = net.add("GlobalAveragePool", "pool", [x])
+    x = net.add("Flatten", "flatten", [x], output="embedding", axis=1)
+    net.linear("classifier", x, weight_CF, bias_C, _HIDDEN_AMAX, output="logits")
+    return net.model(size, {"logits": [len(weight_CF)], "embedding": [_WIDTH]})
 
 
 class _Net:
@@ -245,33 +376,53 @@ class _Net:
         self._nodes.append(helper.make_node(op_type, inputs, [output], name=name, **attributes))
         return output
 
+    def trunk(self, rng: np.random.Generator) -> str:
+        """Two convolutions: (batch, 3, H, W) ``images`` -> (batch, 16, H / 4, W / 4)."""
+        x = self.conv("conv1", "images", rng.normal(0, 0.2, (12, 3, 4, 4)), 4, _IMAGE_AMAX)
+        x = self.add("Relu", "relu1", [x])
+        x = self.conv("conv2", x, rng.normal(0, 0.3, (_WIDTH, 12, 1, 1)), 1, _HIDDEN_AMAX)
+        return self.add("Relu", "relu2", [x])
+
     def conv(self, name: str, x: str, weight: Array, stride: int, amax: float) -> str:
-        """A convolution; in a quantized graph behind Q/DQ of ``x`` and DQ of ``weight``."""
+        """A convolution of ``x``; see ``_quantized``."""
+        inputs = self._quantized(name, x, weight, amax)
+        kernel = list(weight.shape[2:])
+        return self.add("Conv", name, inputs, kernel_shape=kernel, strides=[stride, stride])
+
+    def linear(
+        self, name: str, x: str, weight: Array, bias: Array, amax: float, *, output: str
+    ) -> str:
+        """``x @ weight.T + bias``; see ``_quantized``."""
+        inputs = self._quantized(name, x, weight, amax)
+        inputs.append(self.constant(f"{name}.bias", bias.astype(np.float32)))
+        return self.add("Gemm", name, inputs, output=output, transB=1)
+
+    def _quantized(self, name: str, x: str, weight: Array, amax: float) -> list[str]:
+        """``x`` and ``weight``, in a quantized graph behind Q/DQ of the one and DQ of the other."""
         values = weight.astype(np.float32)
         if self._zero_point is None:
-            w = self.constant(f"{name}.weight", values)
-        else:
-            dtype = np.int8 if self._zero_point == 0 else np.uint8
-            pair = [
-                self.constant(f"{x}.scale", np.asarray(amax / 127, np.float32)),
-                self.constant(f"{x}.zero", np.asarray(self._zero_point, dtype)),
-            ]
-            q = self.add("QuantizeLinear", f"{x}.quantize", [x, *pair])
-            x = self.add("DequantizeLinear", f"{x}.dequantize", [q, *pair])
-            scale = np.abs(values).max(axis=(1, 2, 3)) / np.float32(127)
-            steps = np.rint(values / scale[:, None, None, None]).astype(np.int8)
-            parts = {"int8": steps, "scale": scale, "zero": np.zeros(scale.shape, np.int8)}
-            names = [self.constant(f"{name}.weight.{k}", v) for k, v in parts.items()]
-            w = self.add("DequantizeLinear", f"{name}.weight.dequantize", names, axis=0)
-        kernel = list(weight.shape[2:])
-        return self.add("Conv", name, [x, w], kernel_shape=kernel, strides=[stride, stride])
+            return [x, self.constant(f"{name}.weight", values)]
+        dtype = np.int8 if self._zero_point == 0 else np.uint8
+        pair = [
+            self.constant(f"{x}.scale", np.asarray(amax / 127, np.float32)),
+            self.constant(f"{x}.zero", np.asarray(self._zero_point, dtype)),
+        ]
+        q = self.add("QuantizeLinear", f"{x}.quantize", [x, *pair])
+        x = self.add("DequantizeLinear", f"{x}.dequantize", [q, *pair])
+        scale = np.abs(values).reshape(len(values), -1).max(axis=1) / np.float32(127)
+        steps = np.rint(values / scale.reshape(-1, *[1] * (values.ndim - 1))).astype(np.int8)
+        parts = {"int8": steps, "scale": scale, "zero": np.zeros(scale.shape, np.int8)}
+        names = [self.constant(f"{name}.weight.{k}", v) for k, v in parts.items()]
+        return [x, self.add("DequantizeLinear", f"{name}.weight.dequantize", names, axis=0)]
 
-    def model(self, images: Sequence[int | str], features: Sequence[int | str]) -> onnx.ModelProto:
+    def model(self, size: tuple[int, int], outputs: Mapping[str, Sequence[int]]) -> onnx.ModelProto:
+        """The graph from ``images`` to the outputs, whose shapes follow the batch's axis."""
+        shapes = {name: ["batch", *shape] for name, shape in outputs.items()}
         graph = helper.make_graph(
             self._nodes,
             "tiny",
-            [helper.make_tensor_value_info("images", TensorProto.FLOAT, images)],
-            [helper.make_tensor_value_info("features", TensorProto.FLOAT, features)],
+            [helper.make_tensor_value_info("images", TensorProto.FLOAT, ["batch", 3, *size])],
+            [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in shapes.items()],
             self._constants,
         )
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)

@@ -25,6 +25,10 @@ class Result(Protocol):
 
     def to_json(self) -> dict[str, Any]: ...
 
+    def summary(self) -> str:
+        """The answer in one line, for people."""
+        ...
+
 
 class System(Protocol):
     """An opened bundle.
