@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from export.systems import Contents, Recipe, Source
+from export.systems import Contents, Recipe, Source, read_json
 from runtime.bundle import Threshold
-from runtime.errors import RunError
 from training.backbones import read_weights
 from training.run import open_run
 from training.systems.noising.config import TaskConfig
@@ -42,24 +39,15 @@ def contents(run: Path) -> Contents:
     opened = open_run(run)
     assert isinstance(opened.config, TaskConfig)
     thresholds = {
-        name: Threshold.model_validate(value) for name, value in _read(run, "thresholds").items()
+        name: Threshold.model_validate(value)
+        for name, value in read_json(run, "thresholds").items()
     }
     return Contents(
         preprocess=opened.config.preprocess,
-        params=_read(run, "params"),
+        params=read_json(run, "params"),
         thresholds=thresholds,
         assets={"bank": run / "bank.faiss"},
     )
-
-
-def _read(run: Path, name: str) -> dict[str, Any]:
-    path = run / f"{name}.json"
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise RunError(
-            f"{path} cannot be read ({error})", fix="copy the run again, or train anew"
-        ) from error
 
 
 # Resize, pooling and the neighbourhood mean have no weights: the quantizer leaves them in float.

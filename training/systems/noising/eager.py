@@ -6,16 +6,13 @@ interpolation and a separable convolution: the straightforward torch program, wi
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from runtime.bank import Bank
 from runtime.bundle import Bundle
@@ -25,6 +22,7 @@ from runtime.preprocess import apply
 from runtime.results import AnomalyMap
 from runtime.systems.noising import Params
 from runtime.tensors import Array
+from training import eager
 from training.run import open_run
 from training.systems.noising.config import TaskConfig
 from training.systems.noising.task import build_model
@@ -33,7 +31,7 @@ from training.systems.noising.task import build_model
 class EagerNoising:
     """Images to results in torch, with the signals that the bundle ships."""
 
-    def __init__(self, network: Callable[[Tensor], Tensor], bank: Bank, bundle: Bundle) -> None:
+    def __init__(self, network: eager.Network, bank: Bank, bundle: Bundle) -> None:
         manifest = bundle.manifest
         self.network = network
         self.params = Params.model_validate(manifest.params, strict=False)
@@ -46,15 +44,15 @@ class EagerNoising:
         self.kernel = kernel / kernel.sum()
 
     @torch.inference_mode()
-    def features(self, images_BCHW: Array) -> Tensor:
+    def forward(self, images_BCHW: Array) -> Tensor:
         """(B, C, H, W) float32 -> (B, N, D) float32."""
-        images = torch.from_numpy(images_BCHW).contiguous(memory_format=torch.channels_last)
-        return self.network(images).float()
+        features: Tensor = self.network(eager.to_channels_last(images_BCHW))
+        return features.float()
 
     @torch.inference_mode()
     def infer(self, images: Sequence[Array]) -> list[AnomalyMap]:
         """See ``runtime.systems.noising.System.infer``."""
-        return [self.score(features) for features in self.features(apply(self.spec, images))]
+        return [self.score(features) for features in self.forward(apply(self.spec, images))]
 
     def score(self, features_ND: Tensor) -> AnomalyMap:
         """One image's result from its patch features."""
@@ -125,39 +123,9 @@ def contenders(
     opened = open_run(run)
     if not isinstance(opened.config, TaskConfig):
         raise RunError(f"{run} is a run of '{opened.info.system}', the bundle is of 'noising'")
-    torch.set_num_threads(threads)
     bank = Bank.load(bundle.asset("bank"))
     model, _ = build_model(opened.config, weights=False)
     model.load_state_dict(load_file(opened.weights("best")))
-    model.to(memory_format=torch.channels_last)
-    found = []
-    rows = [("eager channels_last", False, False), ("eager channels_last", False, True)]
-    if any(shutil.which(compiler) for compiler in (os.environ.get("CXX", "g++"), "clang++")):
-        rows += [("torch.compile", True, False), ("torch.compile", True, True)]
-    else:
-        say("no rows of torch.compile: it needs a C++ compiler, and none is installed")
-    for name, compiled, bf16 in rows:
-        if compiled:
-            say(f"compiling for {'bf16' if bf16 else 'float32'}")
-        net: Callable[[Tensor], Tensor] = torch.compile(model) if compiled else model
-        system = EagerNoising(_autocast(net) if bf16 else net, bank, bundle)
-        found.append(
-            Contender(
-                name=name,
-                precision="bf16" if bf16 else "float",
-                network=system.features,
-                path=system.infer,
-                evaluate=None,
-                close=lambda: None,
-            )
-        )
-    return found
-
-
-def _autocast(network: nn.Module | Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    def call(images: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            result: Any = network(images)
-        return torch.as_tensor(result)
-
-    return call
+    return eager.contenders(
+        model, lambda network: EagerNoising(network, bank, bundle), threads=threads, say=say
+    )

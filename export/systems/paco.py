@@ -1,0 +1,47 @@
+"""``paco``: one graph, ``classify``; what trained it stays behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from export.systems import Contents, Recipe, Source, read_json
+from runtime.systems.paco import Params
+from training.run import open_run
+from training.systems.paco.config import TaskConfig
+from training.systems.paco.eager import trained_net
+
+
+def graphs(run: Path) -> dict[str, Source]:
+    """``classify``: images (batch, 3, H, W) -> logits (batch, C), embedding (batch, F), float32."""
+    opened = open_run(run)
+    assert isinstance(opened.config, TaskConfig)
+    generator = torch.Generator().manual_seed(0)
+    height, width = opened.config.preprocess.size
+    examples = torch.randn(3, 3, height, width, generator=generator)
+    return {
+        "classify": Source(
+            module=trained_net(opened),
+            inputs=("images",),
+            outputs=("logits", "embedding"),
+            examples=((examples[:2],), (examples[2:],)),
+            free={"images": {0: "batch"}},
+        )
+    }
+
+
+def contents(run: Path) -> Contents:
+    """The class names that ``finish`` left in the run; there are no thresholds and no assets."""
+    opened = open_run(run)
+    assert isinstance(opened.config, TaskConfig)
+    return Contents(
+        preprocess=opened.config.preprocess,
+        params=Params().model_dump(mode="json"),
+        thresholds={},
+        assets={},
+        labels=tuple(read_json(run, "labels")),
+    )
+
+
+RECIPE = Recipe(graphs=graphs, contents=contents, gate={"top1": 0.005})

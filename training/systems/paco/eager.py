@@ -1,0 +1,96 @@
+"""The same system in eager PyTorch: what a benchmark compares the bundle with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from runtime.bundle import Bundle
+from runtime.contenders import Contender
+from runtime.errors import RunError
+from runtime.preprocess import apply
+from runtime.results import Classification
+from runtime.systems.paco import Params
+from runtime.tensors import Array
+from training import eager
+from training.backbones import read_weights
+from training.run import Run, open_run
+from training.systems.paco.config import TaskConfig
+from training.systems.paco.model import Paco
+from training.systems.paco.task import build_model
+
+_NET = "net."  # within what trained it
+
+
+class EagerPaco:
+    """Images to results in torch."""
+
+    def __init__(self, network: eager.Network, bundle: Bundle) -> None:
+        manifest = bundle.manifest
+        self.network = network
+        self.spec = manifest.preprocess
+        self.labels = manifest.labels
+        self.num_top = min(Params.model_validate(manifest.params).num_top, len(self.labels))
+
+    @torch.inference_mode()
+    def forward(self, images_BCHW: Array) -> tuple[Tensor, Tensor]:
+        """(B, C, H, W) float32 -> logits (B, classes), embedding (B, F), both float32."""
+        logits_BC, embedding_BF = self.network(eager.to_channels_last(images_BCHW))
+        return logits_BC.float(), embedding_BF.float()
+
+    @torch.inference_mode()
+    def infer(self, images: Sequence[Array]) -> list[Classification]:
+        """See ``runtime.systems.paco.System.infer``."""
+        logits_BC, embedding_BF = self.forward(apply(self.spec, images))
+        best = logits_BC.softmax(1).topk(self.num_top)
+        return [
+            Classification(
+                label=self.labels[indices[0]],
+                index=indices[0],
+                probability=values[0],
+                top=tuple((self.labels[i], p) for i, p in zip(indices, values, strict=True)),
+                embedding_F=embedding_F,
+            )
+            for indices, values, embedding_F in zip(
+                best.indices.tolist(), best.values.tolist(), embedding_BF.numpy(), strict=True
+            )
+        ]
+
+
+def trained_net(run: Run) -> Paco:
+    """What of a run answers at inference, with its best weights, in eval mode.
+
+    Raises:
+        RunError, WeightsError: the run has no weights, or damaged ones.
+    """
+    assert isinstance(run.config, TaskConfig)
+    weights = read_weights(run.weights())
+    own = {n.removeprefix(_NET): tensor for n, tensor in weights.items() if n.startswith(_NET)}
+    # how training was made faster or smaller is of no use here, and cannot be traced
+    plain = run.config.backbone.model_copy(update={"compile": False, "checkpointing": False})
+    config = run.config.model_copy(update={"backbone": plain})
+    net = build_model(config, len(own["classifier.weight"]), weights=False)[0].net
+    net.load_state_dict(own)
+    return net.eval()
+
+
+def contenders(
+    run: Path, bundle: Bundle, *, threads: int, say: Callable[[str], None]
+) -> list[Contender]:
+    """Eager and compiled PyTorch rows for the bundle that was exported from ``run``.
+
+    Raises:
+        RunError: the folder is no finished run of ``paco``.
+    """
+    opened = open_run(run)
+    if not isinstance(opened.config, TaskConfig):
+        raise RunError(f"{run} is a run of '{opened.info.system}', the bundle is of 'paco'")
+    return eager.contenders(
+        trained_net(opened),
+        lambda network: EagerPaco(network, bundle),
+        threads=threads,
+        say=say,
+    )
