@@ -10,6 +10,7 @@ from runtime.errors import UsageError
 
 TASKS: dict[str, str] = {
     "noising": "training.systems.noising",
+    "paco": "training.systems.paco",
 }
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.linalg import logm  # type: ignore[import-untyped]
+from scipy.linalg import logm
 from torch import Tensor
 
 from training.systems.paco.loss import consistency
