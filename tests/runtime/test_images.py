@@ -362,3 +362,20 @@ class TestWrite:
         with pytest.raises(ImageError, match=r"a\.jpg"):
             images.write(tmp_path / "a.jpg", np.zeros((2, 70000, 3), np.uint8))
         assert list(tmp_path.iterdir()) == []
+
+
+class TestDecode:
+    def test_gives_the_pixels_of_the_file_with_that_content(self, tmp_path: Path) -> None:
+        (tmp_path / "a.jpg").write_bytes(with_orientation(jpeg(scene()), 6))
+
+        decoded = images.decode((tmp_path / "a.jpg").read_bytes(), "row 3")
+
+        assert np.array_equal(decoded, images.read(tmp_path / "a.jpg"))
+
+    @pytest.mark.parametrize(
+        ("data", "reason"),
+        [(b"", "empty"), (b"no picture", "no picture"), (jpeg(scene())[:200], "truncated")],
+    )
+    def test_calls_what_cannot_be_decoded_by_its_name(self, data: bytes, reason: str) -> None:
+        with pytest.raises(ImageError, match=f"row 3 .*{reason}"):
+            images.decode(data, "row 3")

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime.results import AnomalyMap
+from runtime.results import AnomalyMap, Classification
 
 
 def result(**changes: Any) -> AnomalyMap:
@@ -52,3 +52,35 @@ class TestAnAnomalyMap:
 
         assert len({one, other, one}) == 2
         assert one != other
+
+    def test_says_in_a_line_what_it_found(self) -> None:
+        assert result(score=3.211).summary() == "anomalous, score 3.21 (border 3.00)"
+        assert result(score=1.0).summary() == "normal, score 1.00 (border 3.00)"
+
+
+class TestAClassification:
+    def result(self) -> Classification:
+        return Classification(
+            label="wheat",
+            index=2,
+            probability=np.float64(0.9213456789),
+            top=(("wheat", np.float64(0.9213456789)), ("rye", 0.05)),
+            embedding_F=np.zeros(4, np.float32),
+        )
+
+    def test_goes_into_one_json_line_best_first(self) -> None:
+        assert json.loads(json.dumps(self.result().to_json())) == {
+            "label": "wheat",
+            "probability": 0.921346,
+            "top": [
+                {"label": "wheat", "probability": 0.921346},
+                {"label": "rye", "probability": 0.05},
+            ],
+        }
+
+    def test_says_in_a_line_what_it_found(self) -> None:
+        assert self.result().summary() == "wheat 0.92, rye 0.05"
+
+    def test_cannot_be_changed(self) -> None:
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            self.result().label = "oat"  # type: ignore[misc]
