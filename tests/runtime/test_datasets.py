@@ -1,12 +1,30 @@
 from __future__ import annotations
 
+import multiprocessing
+import os
 import shutil
+import subprocess
+import sys
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import cv2
+import numpy as np
 import pytest
 
-from runtime.datasets import MvtecSample, mvtec
-from runtime.errors import DatasetError
+from runtime import images
+from runtime.datasets import (
+    ClassFolder,
+    MvtecSample,
+    class_folder,
+    class_splits,
+    mvtec,
+    read,
+)
+from runtime.errors import BackendError, DatasetError, ImageError
+from runtime.tensors import Array
 
 
 def make(root: Path, *names: str) -> Path:
@@ -136,3 +154,289 @@ def test_real_folders_have_their_known_counts(
     assert len(tested) == test
     assert sum(sample.label for sample in tested) == defective
     assert all((sample.mask_path is not None) == bool(sample.label) for sample in tested)
+
+
+def by_class(folder: ClassFolder) -> list[tuple[str, int, str]]:
+    return [(s.path.name, s.label, s.class_name) for s in folder.samples]
+
+
+class TestFoldersOfClasses:
+    @pytest.fixture
+    def flowers(self, tmp_path: Path) -> Path:
+        return make(
+            tmp_path,
+            "train/rose/2.png",
+            "train/rose/1.JPG",
+            "train/rose/notes.txt",
+            "train/aster/1.png",
+            "train/mallow/1.png",
+            "test/rose/3.png",
+            "test/mallow/4.png",
+            "train/.cache/5.png",
+        )
+
+    def test_number_the_classes_of_train_by_name(self, flowers: Path) -> None:
+        folder = class_folder(flowers, "train")
+
+        assert folder.labels == ("aster", "mallow", "rose")
+        assert by_class(folder) == [
+            ("1.png", 0, "aster"),
+            ("1.png", 1, "mallow"),
+            ("1.JPG", 2, "rose"),
+            ("2.png", 2, "rose"),
+        ]
+        assert folder.files == sorted(flowers.glob("train/[!.]*/*.[pJ]*"))
+
+    def test_keep_the_numbers_in_a_split_that_lacks_classes(self, flowers: Path) -> None:
+        folder = class_folder(flowers, "test")
+
+        assert folder.labels == ("aster", "mallow", "rose")
+        assert by_class(folder) == [("4.png", 1, "mallow"), ("3.png", 2, "rose")]
+
+    def test_need_no_val_but_say_which_splits_there_are(self, flowers: Path) -> None:
+        assert class_splits(flowers) == ("train", "test")
+        with pytest.raises(DatasetError, match="'val', only of train, test") as caught:
+            class_folder(flowers, "val")
+        assert "val/<class>" in str(caught.value.fix)
+
+        make(flowers, "val/rose/1.png")
+        assert class_splits(flowers) == ("train", "val", "test")
+
+    @pytest.mark.parametrize("split", ["val", "test"])
+    def test_refuse_a_class_that_train_lacks(self, flowers: Path, split: str) -> None:
+        make(flowers, f"{split}/tulip/1.png")
+
+        with pytest.raises(DatasetError, match=f"'{split}' has pictures of the class 'tulip'"):
+            class_folder(flowers, "train")
+
+    def test_for_testing_alone_bring_their_own_classes(self, tmp_path: Path) -> None:
+        make(tmp_path, "test/b/1.png", "test/a/1.png", "val/c/1.png")
+
+        assert class_folder(tmp_path, "test").labels == ("a", "b", "c")
+        assert class_splits(tmp_path) == ("val", "test")
+
+    def test_without_splits_are_for_evaluation_only(self, tmp_path: Path) -> None:
+        make(tmp_path, "b/1.png", "a/1.png", "video.mp4")
+
+        assert class_splits(tmp_path) == ("val", "test")
+        for split in ("val", "test"):
+            assert by_class(class_folder(tmp_path, split)) == [("1.png", 0, "a"), ("1.png", 1, "b")]
+        with pytest.raises(DatasetError, match="'train', only of val, test"):
+            class_folder(tmp_path, "train")
+
+    def test_pictures_that_lie_beside_the_folders_of_classes_are_no_class(
+        self, tmp_path: Path
+    ) -> None:
+        make(tmp_path, "train/1.png", "train/2.png")
+
+        with pytest.raises(DatasetError, match="no pictures by class") as caught:
+            class_folder(tmp_path, "train")
+        assert "train/<class>" in str(caught.value.fix)
+
+    def test_give_their_pixels(self, tmp_path: Path) -> None:
+        picture = drawn(5)
+        images.write(tmp_path / "test" / "a" / "1.png", picture)
+
+        (sample,) = class_folder(tmp_path, "test").samples
+
+        assert np.array_equal(read(sample), picture)
+
+
+def drawn(level: int) -> Array:
+    picture = np.full((9, 12, 3), level, np.uint8)
+    picture[:4] = (255, 0, level)
+    return picture
+
+
+def encoded(level: int) -> bytes:
+    return bytes(cv2.imencode(".png", drawn(level)[..., ::-1])[1].tobytes())
+
+
+# as in the sets of ultra-fine-grained classes: labels in an order that is not that of the names
+ROWS: dict[str, list[Any]] = {
+    "image": [encoded(level) for level in range(6)],
+    "label": [1, 0, 1, 0, 2, 2],
+    "class_name": ["alpha", "zeta", "alpha", "zeta", "mu", "mu"],
+    "split": ["train", "train", "test", "val", "train", "test"],
+}
+
+
+def write_parquet(path: Path, rows_in_group: int | None = None, **changes: Any) -> Path:
+    """``ROWS`` with other columns; a column of None is left out."""
+    pa = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
+    columns = {name: c for name, c in {**ROWS, **changes}.items() if c is not None}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), path, row_group_size=rows_in_group)
+    return path
+
+
+class TestAParquetFile:
+    @pytest.mark.parametrize("rows_in_group", [None, 2, 1])
+    def test_gives_the_pixels_of_every_row_in_any_order(
+        self, tmp_path: Path, rows_in_group: int | None
+    ) -> None:
+        write_parquet(tmp_path / "set.parquet", rows_in_group)
+
+        samples = [
+            s for split in ("test", "train", "val") for s in class_folder(tmp_path, split).samples
+        ]
+
+        levels = [int(read(sample)[8, 0, 0]) for sample in samples]
+        assert levels == [2, 5, 0, 1, 4, 3]
+        assert np.array_equal(read(samples[1]), drawn(5))
+
+    def test_numbers_classes_by_its_labels_and_names_them_by_its_names(
+        self, tmp_path: Path
+    ) -> None:
+        write_parquet(tmp_path / "set.parquet")
+
+        for split, labels in {"train": [1, 0, 2], "val": [0], "test": [1, 2]}.items():
+            folder = class_folder(tmp_path, split)
+            assert folder.labels == ("zeta", "alpha", "mu")
+            assert [sample.label for sample in folder.samples] == labels
+            assert all(folder.labels[s.label] == s.class_name for s in folder.samples)
+            assert folder.files == [tmp_path / "set.parquet"]
+        assert class_splits(tmp_path) == ("train", "val", "test")
+
+    def test_may_count_from_one_or_leave_numbers_out(self, tmp_path: Path) -> None:
+        write_parquet(tmp_path / "set.parquet", label=[4, 1, 4, 1, 9, 9])
+
+        assert [s.label for s in class_folder(tmp_path, "train").samples] == [1, 0, 2]
+
+    def test_may_hold_structs_with_bytes(self, tmp_path: Path) -> None:
+        packed = [{"bytes": data, "path": f"{i}.png"} for i, data in enumerate(ROWS["image"])]
+        write_parquet(tmp_path / "set.parquet", image=packed)
+
+        (sample,) = class_folder(tmp_path, "val").samples
+
+        assert np.array_equal(read(sample), drawn(3))
+
+    def test_may_be_named_itself(self, tmp_path: Path) -> None:
+        path = write_parquet(tmp_path / "a" / "set.parquet")
+
+        assert class_folder(path, "val") == class_folder(path.parent, "val")
+
+    def test_that_was_replaced_is_read_anew(self, tmp_path: Path) -> None:
+        path = write_parquet(tmp_path / "set.parquet")
+        class_folder(path, "val")
+        later = path.stat().st_mtime_ns + 10**9
+        write_parquet(path, image=ROWS["image"][::-1])
+        os.utime(path, ns=(later, later))
+
+        (sample,) = class_folder(path, "val").samples
+
+        assert np.array_equal(read(sample), drawn(2))
+
+    def test_is_read_in_another_process_without_pyarrow(self, tmp_path: Path) -> None:
+        """What a loader's worker does, however it was started."""
+        write_parquet(tmp_path / "set.parquet")
+        samples = class_folder(tmp_path, "test").samples
+        context = multiprocessing.get_context("spawn")
+
+        with ProcessPoolExecutor(1, mp_context=context, initializer=_forbid_pyarrow) as pool:
+            pixels = list(pool.map(read, samples))
+
+        assert [int(image[8, 0, 0]) for image in pixels] == [2, 5]
+
+    def test_leaves_nothing_behind_when_the_process_ends(self, tmp_path: Path) -> None:
+        write_parquet(tmp_path / "set.parquet")
+        code = (
+            "import sys, pathlib; from runtime.datasets import class_folder;"
+            "sample = class_folder(pathlib.Path(sys.argv[1]), 'val').samples[0];"
+            "assert sample.packed.file.is_file(); sys.stdout.write(str(sample.packed.file))"
+        )
+
+        done = subprocess.run(
+            [sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True
+        )
+
+        assert not Path(done.stdout).parent.exists()
+
+
+def _forbid_pyarrow() -> None:
+    sys.modules["pyarrow"] = None  # type: ignore[assignment]
+
+
+class TestAParquetFileThatIsNone:
+    @pytest.mark.parametrize(
+        ("changes", "reason"),
+        [
+            ({"split": None}, r"lacks split"),
+            ({"image": ["a"] * 6}, r"column image holds string"),
+            ({"label": [1, 0, 1, 2, 2, 2]}, r"class 'zeta' has both label 0 and 2"),
+            (
+                {"class_name": ["a", "b", "c", "b", "d", "d"]},
+                r"label 1 stands for both '.' and '.'",
+            ),
+            ({"split": ["train"] * 5 + ["dev"]}, r"row 5: .* split 'dev'"),
+            ({"class_name": [None, "b", "a", "b", "d", "d"]}, r"row 0: .* class_name None"),
+            ({"label": [1.5] * 6}, r"row 0: label 1.5"),
+            ({"split": ["test", "train", "test", "val", "train", "test"]}, r"class 'alpha'"),
+        ],
+    )
+    def test_of_this_layout_is_refused_with_the_reason(
+        self, tmp_path: Path, changes: dict[str, Any], reason: str
+    ) -> None:
+        write_parquet(tmp_path / "set.parquet", **changes)
+
+        with pytest.raises(DatasetError, match=reason) as caught:
+            class_folder(tmp_path, "train")
+        assert caught.value.fix
+
+    def test_with_a_row_without_a_picture_is_refused(self, tmp_path: Path) -> None:
+        write_parquet(tmp_path / "set.parquet", image=[*ROWS["image"][:4], None, b""])
+
+        with pytest.raises(DatasetError, match="row 4 has no picture"):
+            class_folder(tmp_path, "train")
+
+    def test_names_the_row_that_cannot_be_decoded(self, tmp_path: Path) -> None:
+        write_parquet(tmp_path / "set.parquet", image=[*ROWS["image"][:3], b"x", b"y", b"z"])
+        (sample,) = class_folder(tmp_path, "val").samples
+
+        with pytest.raises(ImageError, match=r"set\.parquet, row 3 is corrupt"):
+            read(sample)
+
+    def test_beside_another_one_is_refused(self, tmp_path: Path) -> None:
+        write_parquet(tmp_path / "a.parquet")
+        write_parquet(tmp_path / "b.parquet")
+
+        with pytest.raises(DatasetError, match=r"2 parquet files: a\.parquet, b\.parquet"):
+            class_splits(tmp_path)
+
+    def test_at_all_is_refused(self, tmp_path: Path) -> None:
+        pytest.importorskip("pyarrow")
+        make(tmp_path, "set.parquet")
+
+        with pytest.raises(DatasetError, match="cannot be read as parquet"):
+            class_splits(tmp_path)
+
+    def test_that_breaks_off_among_its_pictures_is_refused(self, tmp_path: Path) -> None:
+        path = write_parquet(tmp_path / "set.parquet")
+        damaged = bytearray(path.read_bytes())
+        damaged[4:40] = bytes(36)  # headers of the first pages
+        path.write_bytes(damaged)
+
+        with pytest.raises(DatasetError, match=r"pictures of .* cannot be unpacked"):
+            class_folder(tmp_path, "train")
+
+    def test_without_pyarrow_is_refused_with_the_install_line(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        make(tmp_path, "set.parquet")
+        monkeypatch.setitem(sys.modules, "pyarrow", None)
+
+        with pytest.raises(BackendError, match="needs pyarrow") as caught:
+            class_splits(tmp_path)
+        assert "engineworks[parquet]" in str(caught.value.fix)
+
+
+@pytest.mark.data
+def test_a_real_folder_of_classes_has_its_known_counts(shared: Path) -> None:
+    root = shared / "data" / "flower17"
+
+    assert class_splits(root) == ("train", "test")
+    for split, num in {"train": 70, "test": 10}.items():
+        folder = class_folder(root, split)
+        assert len(folder.labels) == 17
+        assert Counter(s.label for s in folder.samples) == dict.fromkeys(range(17), num)
