@@ -4,7 +4,7 @@ VENV := .venv
 GPU_VENV := .venv-gpu
 CLI := $(VENV)/bin/python cli.py
 
-SYSTEMS := noising
+SYSTEMS := noising paco
 # Weights of the backbone: none (random, so that no download is needed) | hub | FILE.safetensors
 WEIGHTS ?= none
 
@@ -35,6 +35,11 @@ demo: $(SYSTEMS:%=demo-%)
 # one early stage and a small bank: random weights see little further on, and it is quick
 demo_noising := --set backbone.weights=$(WEIGHTS) --set "backbone.stages=[1]" \
 	--set "preprocess.size=[192, 192]" --set fit.max_rows=1000
+
+# small pictures and a small net with a finer last map: the marks that tell the moths apart are small
+demo_paco := --profile --set backbone.weights=$(WEIGHTS) --set backbone.name=resnet10t \
+	--set "preprocess.size=[96, 96]" --set train.epochs=16 --set train.batch_size=16 \
+	--set train.optimizer.lr=2e-3 --set train.optimizer.warmup_epochs=1 --set loss.warmup_epochs=2
 
 demo-%: $(VENV)/.installed
 	rm -rf demo/$*

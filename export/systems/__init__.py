@@ -21,6 +21,7 @@ from runtime.preprocess import PreprocessSpec
 # name -> module with a ``RECIPE``
 RECIPES: dict[str, str] = {
     "noising": "export.systems.noising",
+    "paco": "export.systems.paco",
 }
 
 

@@ -17,6 +17,7 @@ PRECISIONS = ("auto", "int8", "float", "bf16")
 # name -> module with a class ``System``
 SYSTEMS: dict[str, str] = {
     "noising": "runtime.systems.noising",
+    "paco": "runtime.systems.paco",
 }
 
 
