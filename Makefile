@@ -38,7 +38,8 @@ demo_noising := --set backbone.weights=$(WEIGHTS) --set "backbone.stages=[1]" \
 
 # small pictures and a small net with a finer last map: the marks that tell the moths apart are small
 demo_paco := --profile --set backbone.weights=$(WEIGHTS) --set backbone.name=resnet10t \
-	--set "preprocess.size=[96, 96]" --set train.epochs=16 --set train.batch_size=16 \
+	--set "backbone.args={output_stride: 16}" --set "preprocess.size=[96, 96]" \
+	--set train.epochs=12 --set train.batch_size=16 \
 	--set train.optimizer.lr=2e-3 --set train.optimizer.warmup_epochs=1 --set loss.warmup_epochs=2
 
 demo-%: $(VENV)/.installed
