@@ -24,8 +24,8 @@ class ViewsConfig(Config):
         flip: probability of a horizontal flip.
         operations: light colour and geometry changes per view, drawn with replacement; 0 is none
             (published: 2).
-        occlusion: probability that a square of about a tenth of the second view becomes its mean
-            (published: 0.3).
+        occlusion: probability that a square, a quarter of the second view's side wide, becomes its
+            mean (published: 0.3).
         shuffle: probability that four pairs of 16 x 16 patches of the second view change places
             (published: 0.3).
         cache_bytes: decoded pictures that each loader process keeps, shrunk to what the crops
@@ -95,7 +95,7 @@ class LossConfig(Config):
             the batch's. All but ``pair`` take no gradient. ``euclid``: the identity.
         shrinkage: rho: (1 - rho) S + rho trace(S) / d I; null uses ``ridge`` instead.
         ridge: epsilon: added to the diagonal of each view's covariance, and tau: once more to
-            their mean (published: 1e-5 or 1e-2 each).
+            their mean (published: 1e-5 or 1e-2 each); never less than the rounding of the numbers.
         mining: ``semi-hard`` (nearest negative beyond the positive, or the nearest of all) or
             ``hardest``.
         top_m: null mines among all negatives, exactly. A number mines only among the M of
