@@ -107,7 +107,7 @@ def grid(pictures: Sequence[Array]) -> Array:
     columns = min(range(1, num + 1), key=lambda n: max(n * width, -(-num // n) * height))
     rows = -(-num // columns)
     scale = min(1.0, _SHEET_SIDE / (columns * width), _SHEET_SIDE / (rows * height))
-    small = [_scaled(p, max(1, round(p.shape[0] * scale))) for p in pictures]
+    small = [_reduced(picture, scale) for picture in pictures]
     height, width = np.max([picture.shape[:2] for picture in small], axis=0)
     cells = [_centred(picture, height, width) for picture in small]
     cells += [_ground(height, width)] * (rows * columns - num)
@@ -118,16 +118,15 @@ def grid(pictures: Sequence[Array]) -> Array:
 
 def thumbnail(image: Array, side: int) -> Array:
     """Average an image down until no side is longer; a smaller one stays as it is."""
-    scale = min(1.0, side / max(image.shape[:2]))
-    return _scaled(image, max(1, round(image.shape[0] * scale)))
+    return _reduced(image, min(1.0, side / max(image.shape[:2])))
 
 
 def confusion_matrix(counts_CC: Array, labels: Sequence[str]) -> Array:
     """What is taken for what: a row per class, a column per answer.
 
     Right answers are blue, wrong ones red: the square root of the share of their row is the depth
-    of the colour. Labels and counts are written where the cells have room for them, up to about a
-    hundred and fifty classes.
+    of the colour. Labels are written where the cells have room for them, up to about a hundred
+    classes, and counts up to about fifty.
 
     Args:
         counts_CC: (C, C) int, see ``runtime.metrics.ClassificationMetrics.confusion``.
@@ -218,6 +217,11 @@ def _fitting(line: str, size: Sequence[int]) -> float:
     while scale > 0.2 and _width(line, scale) > size[1] - 8:
         scale *= 0.95
     return scale
+
+
+def _reduced(image: Array, scale: float) -> Array:
+    height, width = (max(1, round(side * scale)) for side in image.shape[:2])
+    return np.asarray(cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA))
 
 
 def _weight(scale: float) -> int:

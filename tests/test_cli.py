@@ -217,6 +217,7 @@ class TestInfer:
             assert [float(row["score"]) for row in csv.DictReader(file)] == [
                 record["score"] for record in records
             ]
+        assert (out / "overview.jpg").is_file()
         overlays = {p.relative_to(out / "overlays").as_posix() for p in out.rglob("*.png")}
         assert overlays == {f"{kind}/{i:03d}.png" for kind in ("good", "scratch") for i in range(4)}
 
@@ -274,6 +275,17 @@ class TestInfer:
         assert answer.out.startswith("3 done, 1 failed")
         records = lines(out / "results.jsonl")
         assert ["error" in record for record in records] == [False, True, False, False]
+
+    def test_each_picture_is_named_with_its_result(
+        self, tiny: Path, data: Path, tmp_path: Path
+    ) -> None:
+        folder = data / "test" / "scratch"
+        answer = cli("infer", tiny, "--source", folder, "--out", tmp_path / "out")
+        said = [line for line in answer.err.splitlines() if ".png: " in line]
+        assert [line.split(": ")[0] for line in said] == [
+            str(folder / f"{i:03d}.png") for i in range(4)
+        ]
+        assert all(": anomalous, score " in line for line in said)
 
     def test_quiet_says_nothing_on_stderr(self, tiny: Path, data: Path, tmp_path: Path) -> None:
         source = data / "test" / "good" / "000.png"

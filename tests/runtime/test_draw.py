@@ -134,3 +134,131 @@ class TestPanel:
         assert rows.max() < bar
         assert columns.max() < width
         assert rows.max() - rows.min() >= 8  # pixels: about the smallest print that can be read
+
+
+TOP = (("rye", 0.75), ("wheat", 0.25), ("a cultivar with a rather long name", 0.0))
+
+
+class TestRanking:
+    def bars(self, made: Array, length: int) -> list[int]:
+        """Lengths of the filled bars, from above, in the chart's last columns."""
+        full = (made[:, -length:] == (50, 125, 215)).all(-1)
+        rows = full.any(axis=1)
+        starts = np.flatnonzero(rows & ~np.roll(rows, 1))
+        return [int(full[start].sum()) for start in starts]
+
+    @pytest.mark.parametrize(
+        ("height", "width"), [(24, 24), (200, 300), (2000, 1500), (10, 900), (900, 10)]
+    )
+    def test_has_bars_as_long_as_their_values_beside_a_picture_of_any_size(
+        self, height: int, width: int
+    ) -> None:
+        made = draw.ranking(grey(height, width), "rye", TOP)
+
+        long, short = self.bars(made, 700)
+        assert long >= 0.75 * (256 - 8) - 1  # of the narrowest chart
+        assert long == pytest.approx(3 * short, abs=3)
+        assert made.shape[0] <= 1280 + 57
+        assert (made == 120).all(-1).any(), "the picture is there"
+
+    @pytest.mark.parametrize("size", [(24, 24), (10, 900), (2000, 1500)])
+    def test_has_labels_that_can_be_read(self, size: tuple[int, int]) -> None:
+        made = draw.ranking(grey(*size), "", [("HHH", 0.0)] * 5)
+        blank = draw.ranking(grey(*size), "", [("", 0.0)] * 5)
+
+        rows = (made != blank).any(axis=(1, 2))
+        starts = np.flatnonzero(rows & ~np.roll(rows, 1))
+        ends = np.flatnonzero(~rows & np.roll(rows, 1))
+        assert len(starts) == 5
+        # pixels: about the smallest print that can be read
+        assert (ends - starts).min() >= 8
+
+    def test_shows_the_picture_as_it_is(self) -> None:
+        image = np.random.default_rng(0).integers(0, 256, (200, 250, 3), dtype=np.uint8)
+
+        made = draw.ranking(image, "rye", TOP)
+
+        assert np.array_equal(made[-200:, :250], image)
+
+
+class TestGrid:
+    @settings(max_examples=15, deadline=None)
+    @given(st.lists(st.tuples(st.integers(1, 640), st.integers(1, 640)), min_size=1, max_size=20))
+    def test_is_bounded_and_has_every_picture_whole(self, sizes: list[tuple[int, int]]) -> None:
+        # each of its own colour: averaging leaves a flat picture as it is
+        pictures = [
+            np.full((h, w, 3), (i + 60, 200, 90), np.uint8) for i, (h, w) in enumerate(sizes)
+        ]
+
+        sheet = draw.grid(pictures)
+
+        # 20 pictures: rounding adds at most half a pixel to each, and there are 4 between them
+        assert max(sheet.shape[:2]) <= 2560 + 20 * 4.5
+        for i, (height, width) in enumerate(sizes):
+            rows, columns = np.nonzero(sheet[..., 0] == i + 60)
+            tall, wide = np.ptp(rows) + 1, np.ptp(columns) + 1
+            assert len(rows) == tall * wide, "it is one rectangle, covered by no other"
+            # both sides are rounded to half a pixel, and never to nothing
+            assert abs(tall * width - wide * height) <= max(width, height)
+
+    def test_goes_by_rows(self) -> None:
+        sheet = draw.grid([grey(20, 30, level) for level in (10, 20, 30, 40, 50)])
+
+        # 2 columns of 30 are less long than 3; 3 rows of 20
+        assert sheet.shape == (3 * 20 + 2 * 4, 2 * 30 + 4, 3)
+        centres = [int(sheet[10 + 24 * r, 15 + 34 * c, 0]) for r in range(3) for c in range(2)]
+        assert centres == [10, 20, 30, 40, 50, 24]
+
+    def test_reduces_large_pictures_alike(self) -> None:
+        sheet = draw.grid([grey(1000, 1000), grey(500, 1000, 50)] * 8)
+
+        assert sheet.shape[:2] == (4 * 640 + 12, 4 * 640 + 12)
+        assert (sheet[:640, :640] == 120).all()
+        assert (sheet[160:480, 644:1284] == 50).all()
+
+
+class TestThumbnail:
+    @given(st.integers(1, 900), st.integers(1, 900))
+    @settings(max_examples=30, deadline=None)
+    def test_has_the_same_shape_and_no_longer_side(self, height: int, width: int) -> None:
+        made = draw.thumbnail(grey(height, width), 100)
+
+        scale = min(1, 100 / max(height, width))
+        assert made.shape == (max(1, round(height * scale)), max(1, round(width * scale)), 3)
+
+
+class TestConfusionMatrix:
+    def counts(self, num: int) -> Array:
+        counts = np.diag(np.full(num, 3))
+        counts[0, 1] = 1
+        return counts
+
+    @pytest.mark.parametrize("num", [17, 80, 300, 1000])
+    def test_is_bounded_and_has_a_cell_per_pair(self, num: int) -> None:
+        made = draw.confusion_matrix(self.counts(num), [f"class {i}" for i in range(num)])
+
+        assert 200 < max(made.shape[:2]) <= 1280 + 57 + 240
+        blue = (made == (50, 125, 215)).all(-1)
+        red = (made == (154, 46, 46)).all(-1)  # half way: the root of a quarter
+        assert red.any()
+        # the diagonal falls from the second class on
+        rows, columns = np.nonzero(blue)
+        assert np.corrcoef(rows, columns)[0, 1] > 0.99
+        assert np.nonzero(red)[0].max() < rows.min()
+        assert np.nonzero(red)[1].min() == columns.min()
+
+    def test_names_rows_and_columns_where_there_is_room(self) -> None:
+        labels = [f"class {i}" for i in range(40)]
+
+        named = draw.confusion_matrix(self.counts(40), labels)
+        blank = draw.confusion_matrix(self.counts(40), [" " * len(label) for label in labels])
+
+        assert named.shape[0] > 40 * 32
+        assert blank.shape[0] >= 40 * 32
+        bare = draw.confusion_matrix(self.counts(300), [f"class {i}" for i in range(300)])
+        assert bare.shape[1] == 300 * 4
+
+    def test_of_a_class_that_does_not_occur_has_an_empty_row(self) -> None:
+        made = draw.confusion_matrix(np.zeros((3, 3), int), ["a", "b", "c"])
+
+        assert not (made == draw.MARK).all(-1).any()

@@ -36,6 +36,9 @@ class Level:
     def to_json(self) -> dict[str, Any]:
         return {"level": self.level, "of": {"kind": "grey", "deep": {"x": 1}}, "boxes": [[1, 2]]}
 
+    def summary(self) -> str:
+        return f"level {self.level:.0f}"
+
 
 @dataclass
 class Levels:
@@ -234,6 +237,82 @@ class TestOverlays:
             assert ".." not in name.parts
         # no file stands where another one needs a folder
         assert not set(names.values()) & {up for name in names.values() for up in name.parents}
+
+
+class TestTheOverview:
+    def test_shows_the_overlays_in_their_order(self, pictures: Path, out: Path) -> None:
+        infer(Levels(), open_source(str(pictures)), out, batch=3, overlays=True)
+
+        sheet = images.read(out / "overview.jpg")
+        # of nine overlays of 16 x 24 three columns are nearest to a square; gaps of 4
+        assert sheet.shape == (3 * 16 + 2 * 4, 3 * 24 + 2 * 4, 3)
+        centres = [sheet[8 + 20 * r, 12 + 28 * c, 0] for r in range(3) for c in range(3)]
+        # 3: of a flat grey beside another one, JPEG keeps the middle
+        assert centres == pytest.approx([0, 10, 30, 40, 50, 60, 70, 80, 90], abs=3)
+
+    def test_shows_no_more_than_it_can(
+        self, tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(driver, "_MAX_OVERVIEW", 4)
+        write_pictures(tmp_path / "in", range(0, 200, 20))
+
+        infer(Levels(), open_source(str(tmp_path / "in")), out, overlays=True)
+
+        assert len(list((out / "overlays").iterdir())) == 10
+        sheet = images.read(out / "overview.jpg")
+        assert sheet.shape[:2] == (2 * 16 + 4, 2 * 24 + 4)
+        assert sheet.max() < 80  # the first four, of levels 0 to 60
+
+    def test_keeps_only_small_copies_of_large_overlays(self, tmp_path: Path, out: Path) -> None:
+        images.write(tmp_path / "in.png", grey(40, 900, 1500))
+
+        infer(Levels(), open_source(str(tmp_path / "in.png")), out, overlays=True)
+
+        assert images.read(out / "overview.jpg").shape[:2] == (384, 640)
+
+    def test_is_there_after_an_interrupt(self, tmp_path: Path, out: Path) -> None:
+        def interrupt() -> None:
+            if len(system.batches) == 2:
+                raise KeyboardInterrupt
+
+        write_pictures(tmp_path / "in", range(9))
+        system = Levels(before=interrupt)
+
+        with pytest.raises(KeyboardInterrupt):
+            infer(system, open_source(str(tmp_path / "in")), out, batch=2, overlays=True)
+
+        assert images.read(out / "overview.jpg").shape[:2] == (2 * 16 + 4, 2 * 24 + 4)
+
+    def test_is_not_made_of_nothing(self, tmp_path: Path, out: Path) -> None:
+        (tmp_path / "a.png").write_bytes(b"no picture")
+
+        infer(Levels(), open_source(str(tmp_path / "a.png")), out, overlays=True)
+
+        assert not (out / "overview.jpg").exists()
+
+    def test_is_never_written_over_a_source(self, tmp_path: Path) -> None:
+        images.write(tmp_path / "overview.jpg", grey(10))
+
+        with pytest.raises(InputError, match=r"overview\.jpg"):
+            infer(Levels(), open_source(str(tmp_path / "overview.jpg")), tmp_path, overlays=True)
+
+
+class TestWhatIsSaid:
+    def test_is_a_line_per_picture_that_has_a_result(self, pictures: Path, out: Path) -> None:
+        said: list[str] = []
+
+        infer(Levels(), open_source(str(pictures)), out, batch=4, say=said.append)
+
+        levels = {0: 0, 1: 10, 3: 30, 4: 40, 5: 50, 6: 60, 7: 70, 8: 80, 9: 90}
+        assert said == [f"{pictures / f'{i:03}.png'}: level {v}" for i, v in levels.items()]
+
+    def test_is_nothing_about_frames(self, tmp_path: Path, out: Path) -> None:
+        write_video(tmp_path / "film.mp4", [0.0, 0.1])
+        said: list[str] = []
+
+        infer(Levels(), open_source(str(tmp_path / "film.mp4")), out, say=said.append)
+
+        assert said == []
 
 
 class TestDrawing:

@@ -17,10 +17,14 @@ from runtime.systems import open_system
 from runtime.tensors import TensorSpec
 from runtime.testing import (
     FunctionEngine,
+    draw_flower,
     draw_part,
+    tiny_classifier,
     tiny_features,
+    write_flowers,
     write_parts,
     write_tiny_noising_bundle,
+    write_tiny_paco_bundle,
 )
 
 X = TensorSpec(dtype="float32", shape=("batch", 3))
@@ -188,3 +192,62 @@ class TestTheTinyGraph:
         axes = [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim]
         assert axes == ["batch", 3, 48, 96]
         onnx.checker.check_model(tiny_features((48, 96)), full_check=True)
+
+
+class TestDrawnFlowers:
+    def test_make_a_folder_that_the_reader_of_data_sets_knows(self, tmp_path: Path) -> None:
+        root = write_flowers(tmp_path / "flowers", num_train=3, num_test=2)
+
+        train, test = datasets.class_folder(root, "train"), datasets.class_folder(root, "test")
+
+        assert train.labels == ("blue", "green", "red", "violet", "white", "yellow")
+        assert [sample.label for sample in train.samples] == [i for i in range(6) for _ in range(3)]
+        assert [sample.label for sample in test.samples] == [i for i in range(6) for _ in range(2)]
+
+    @pytest.mark.parametrize("size", [(64, 64), (48, 96)])
+    def test_have_the_colour_of_their_label(self, size: tuple[int, int]) -> None:
+        red = draw_flower(np.random.default_rng(3), size, "red")
+        green = draw_flower(np.random.default_rng(3), size, "green")
+
+        assert red.shape == (*size, 3)
+        assert red.dtype == np.uint8
+        petals = red[..., 0] > 150
+        assert 0.1 < petals.mean() < 0.6
+        assert (red[petals][:, 0] > red[petals][:, 1]).all()
+        assert (green[petals][:, 0] < green[petals][:, 1]).all()
+
+
+class TestTheTinyClassifier:
+    def test_is_a_bundle_that_every_backend_runs_and_that_knows_flowers(
+        self, tmp_path: Path
+    ) -> None:
+        made = write_tiny_paco_bundle(tmp_path / "tiny", int8=True)
+        flowers = write_flowers(tmp_path / "flowers")
+
+        assert read(tmp_path / "tiny") == made
+        for backend in ("ort", "openvino"):
+            for precision in ("float", "int8"):
+                system = open_system(made, backend=backend, precision=precision, threads=1)
+                found = system.evaluate(flowers)
+                system.close()
+                assert found["top1"] == 1.0
+
+    def test_may_be_oblong_and_float_only(self, tmp_path: Path) -> None:
+        made = write_tiny_paco_bundle(tmp_path / "tiny", size=(48, 96))
+
+        assert set(made.manifest.graphs["classify"].variants) == {"float"}
+        system = open_system(made, backend="ort", threads=1)
+        (result,) = system.infer([np.zeros((10, 20, 3), np.uint8)])
+        assert result.to_json()["label"] in made.manifest.labels
+        system.close()
+
+    def test_is_the_same_every_time(self, tmp_path: Path) -> None:
+        first = write_tiny_paco_bundle(tmp_path / "a", int8=True)
+        second = write_tiny_paco_bundle(tmp_path / "b", int8=True)
+
+        assert first.manifest.digest == second.manifest.digest
+
+    def test_in_int8_is_legal(self) -> None:
+        weight = np.random.default_rng(0).normal(size=(3, 16))
+
+        check_legal(tiny_classifier((64, 64), weight, np.zeros(3), zero_point=0))

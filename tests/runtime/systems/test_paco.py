@@ -1,0 +1,293 @@
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from runtime import images
+from runtime.bundle import Bundle, GraphEntry, Manifest
+from runtime.errors import BundleError, DatasetError, EngineError, InputError
+from runtime.metrics import ClassificationMetrics
+from runtime.preprocess import PreprocessSpec, apply
+from runtime.systems import open_engines
+from runtime.systems.paco import NAME, Params, System
+from runtime.tensors import Array, TensorSpec
+from runtime.testing import (
+    FunctionEngine,
+    draw_flower,
+    write_flowers,
+    write_tiny_paco_bundle,
+)
+
+LABELS = ("rye", "wheat", "oat")
+SPEC = PreprocessSpec(size=(8, 8), mean=(0, 0, 0), std=(1, 1, 1))
+
+
+def bundle(
+    labels: Sequence[str] = LABELS, params: dict[str, Any] | None = None, num_classes: int = 3
+) -> Bundle:
+    """A bundle whose graph stands in no file."""
+    entry = GraphEntry(
+        inputs={"images": TensorSpec(dtype="float32", shape=("batch", 3, 8, 8))},
+        outputs={
+            "logits": TensorSpec(dtype="float32", shape=("batch", num_classes)),
+            "embedding": TensorSpec(dtype="float32", shape=("batch", 3)),
+        },
+        variants={"float": "classify.onnx"},
+    )
+    manifest = Manifest(
+        system=NAME,
+        graphs={"classify": entry},
+        preprocess=SPEC,
+        labels=tuple(labels),
+        params=Params().model_dump(mode="json") if params is None else params,
+    )
+    return Bundle(root=Path("somewhere"), manifest=manifest)
+
+
+def system(bundle: Bundle, scale: float = 40.0) -> System:
+    """Logits are the mean red, green and blue times ``scale``; the embedding is those means."""
+    entry = bundle.manifest.graphs["classify"]
+
+    def classify(feeds: Any) -> dict[str, Array]:
+        means = feeds["images"].mean(axis=(2, 3))
+        return {"logits": np.float32(scale) * means, "embedding": means}
+
+    engine = FunctionEngine(classify, entry.inputs, entry.outputs)
+    return System(bundle, {"classify": engine}, backend="function", precision="float")
+
+
+def flat(red: int, green: int, blue: int, size: tuple[int, int] = (10, 12)) -> Array:
+    return np.full((*size, 3), (red, green, blue), np.uint8)
+
+
+def softmax(logits: Array) -> Array:
+    weights = np.exp(logits.astype(np.float64) - logits.max())
+    return np.asarray(weights / weights.sum())
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return write_tiny_paco_bundle(tmp_path_factory.mktemp("paco") / "bundle", int8=True)
+
+
+class TestAnAnswer:
+    @settings(max_examples=30)
+    @given(st.lists(st.tuples(*[st.integers(0, 255)] * 3), min_size=1, max_size=4))
+    def test_ranks_the_classes_by_the_softmax_of_the_logits(
+        self, colours: list[tuple[int, int, int]]
+    ) -> None:
+        pictures = [flat(*colour) for colour in colours]
+        means = apply(SPEC, pictures).mean(axis=(2, 3))
+
+        results = system(bundle()).infer(pictures)
+
+        assert len(results) == len(pictures)
+        for result, mean in zip(results, means, strict=True):
+            want = softmax(np.float32(40) * mean)
+            assert result.index == np.argmax(want)
+            assert result.label == LABELS[result.index] == result.top[0][0]
+            assert result.probability == result.top[0][1]
+            found = dict(result.top)
+            # float64 sums in another order
+            assert [found[label] for label in LABELS] == pytest.approx(want, rel=1e-12)
+            values = [p for _, p in result.top]
+            assert values == sorted(values, reverse=True)
+            np.testing.assert_array_equal(result.embedding_F, mean)
+
+    def test_lists_as_many_classes_as_the_bundle_says(self) -> None:
+        (two,) = system(bundle(params={"num_top": 2})).infer([flat(9, 200, 100)])
+        (all_three,) = system(bundle(params={"num_top": 99})).infer([flat(9, 200, 100)])
+
+        assert [label for label, _ in two.top] == ["wheat", "oat"]
+        assert [label for label, _ in all_three.top] == ["wheat", "oat", "rye"]
+
+    def test_of_equal_logits_is_the_first_class(self) -> None:
+        (result,) = system(bundle()).infer([flat(70, 70, 70)])
+
+        assert [label for label, _ in result.top] == list(LABELS)
+        assert result.probability == pytest.approx(1 / 3)
+
+    def test_survives_logits_whose_exponential_overflows(self) -> None:
+        (result,) = system(bundle(), scale=1e5).infer([flat(255, 0, 0)])
+
+        assert [p for _, p in result.top] == [1.0, 0.0, 0.0]
+
+    def test_does_not_depend_on_the_rest_of_the_batch(self, tiny: Bundle) -> None:
+        rng = np.random.default_rng(5)
+        pictures = [draw_flower(rng, (70, 90), label) for label in ("red", "white", "blue")]
+        engines = open_engines(tiny, "ort", "float", threads=1)
+        with closing(System(tiny, engines, backend="ort", precision="float")) as opened:
+            together = opened.infer(pictures)
+            alone = [opened.infer([picture])[0] for picture in pictures]
+
+        assert [result.label for result in together] == ["red", "white", "blue"]
+        for one, other in zip(together, alone, strict=True):
+            # float32 kernels may sum a batch in another order
+            assert one.probability == pytest.approx(other.probability, abs=1e-5)
+
+    def test_to_no_picture_is_none_and_runs_nothing(self) -> None:
+        opened = system(bundle())
+
+        assert opened.infer([]) == []
+        assert opened.engines["classify"].calls == []  # type: ignore[attr-defined]
+
+    @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+    def test_of_values_that_are_not_finite_is_refused(self, bad: float) -> None:
+        opened = system(bundle(), scale=bad)
+
+        with pytest.raises(EngineError, match=r"'classify' graph .* not finite") as caught:
+            opened.infer([flat(1, 2, 3)])
+        assert "--precision float" in str(caught.value.fix)
+
+    def test_is_not_given_for_what_is_no_picture(self) -> None:
+        with pytest.raises(InputError):
+            system(bundle()).infer([np.zeros((8, 8), np.uint8)])
+
+    def test_can_be_drawn_on_pictures_of_any_size(self) -> None:
+        opened = system(bundle())
+        for size in ((8, 8), (3000, 20), (20, 3000)):
+            (result,) = opened.infer([flat(9, 9, 200, size)])
+
+            made = opened.draw(flat(9, 9, 200, size), result)
+
+            assert made.dtype == np.uint8
+            assert made.ndim == 3
+            assert min(made.shape[:2]) >= 90
+
+
+class TestABundle:
+    @pytest.mark.parametrize("params", [{"num_top": 0}, {"num_top": "5"}, {"k": 3}])
+    def test_with_parameters_of_another_system_is_refused(self, params: dict[str, Any]) -> None:
+        with pytest.raises(BundleError, match="parameters of bundle somewhere"):
+            system(bundle(params=params))
+
+    def test_without_a_label_for_every_class_is_refused(self) -> None:
+        with pytest.raises(BundleError, match="3 labels for 4 classes"):
+            system(bundle(num_classes=4))
+
+    def test_closes_its_engines(self) -> None:
+        opened = system(bundle())
+
+        opened.close()
+        opened.close()
+
+        with pytest.raises(EngineError, match="closed"):
+            opened.infer([flat(1, 2, 3)])
+
+
+class TestEvaluating:
+    @pytest.fixture
+    def fields(self, tmp_path: Path) -> Path:
+        """By name the classes are oat, rye, wheat: another order than the bundle's."""
+        for name, colours in {
+            "test/rye": [(200, 10, 10), (200, 190, 10), (10, 200, 10)],
+            "test/wheat": [(10, 200, 10)],
+            "test/oat": [(10, 10, 200), (10, 200, 190)],
+        }.items():
+            for i, colour in enumerate(colours):
+                images.write(tmp_path / name / f"{i}.png", flat(*colour))
+        return tmp_path
+
+    def test_knows_the_classes_by_name(self, fields: Path) -> None:
+        shown: list[tuple[int, int]] = []
+        opened = system(bundle())
+
+        found = opened.evaluate(fields, progress=lambda done, of: shown.append((done, of)))
+
+        # wrong are one rye and one oat
+        assert found["top1"] == pytest.approx(4 / 6)
+        assert found["balanced_accuracy"] == pytest.approx((2 / 3 + 1 + 1 / 2) / 3)
+        want = ClassificationMetrics(3)
+        for label, name in enumerate(LABELS):
+            for path in sorted((fields / "test" / name).iterdir()):
+                means = apply(SPEC, [images.read(path)]).mean(axis=(2, 3))
+                want.update(np.float32(40) * means[0], label)
+        assert found == pytest.approx(want.compute())
+        assert shown == [(6, 6)]
+
+    def test_takes_test_before_val_and_a_folder_of_classes_as_it_is(self, fields: Path) -> None:
+        opened = system(bundle())
+        on_test = opened.evaluate(fields)
+
+        assert opened.evaluate(fields / "test") == on_test
+        images.write(fields / "val" / "rye" / "0.png", flat(10, 10, 200))
+        assert opened.evaluate(fields) == on_test
+        shutil.rmtree(fields / "test")
+        assert opened.evaluate(fields)["top1"] == 0
+
+    def test_does_not_look_at_training_pictures(self, fields: Path) -> None:
+        (fields / "test").rename(fields / "train")
+
+        with pytest.raises(DatasetError, match="no pictures of the split 'val'"):
+            system(bundle()).evaluate(fields)
+
+    def test_refuses_a_class_that_the_bundle_does_not_know(self, fields: Path) -> None:
+        images.write(fields / "test" / "barley" / "0.png", flat(1, 2, 3))
+
+        with pytest.raises(DatasetError, match="class 'barley'") as caught:
+            system(bundle()).evaluate(fields)
+        assert "rename" in str(caught.value.fix)
+
+    def test_goes_through_a_parquet_file_as_through_folders(
+        self, fields: Path, tmp_path: Path
+    ) -> None:
+        pa = pytest.importorskip("pyarrow")
+        pq = pytest.importorskip("pyarrow.parquet")
+        paths = sorted((fields / "test").rglob("*.png"))
+        names = [path.parent.name for path in paths]
+        rows = {
+            "image": [path.read_bytes() for path in paths],
+            "label": [sorted(set(names)).index(name) for name in names],
+            "class_name": names,
+            "split": ["test"] * len(names),
+        }
+        (tmp_path / "packed").mkdir()
+        pq.write_table(pa.table(rows), tmp_path / "packed" / "fields.parquet")
+        opened = system(bundle())
+
+        assert opened.evaluate(tmp_path / "packed") == opened.evaluate(fields)
+
+    def test_of_many_pictures_goes_batch_by_batch(self, tmp_path: Path) -> None:
+        for i in range(19):
+            images.write(tmp_path / "rye" / f"{i:02}.png", flat(200, 0, 0))
+        opened = system(bundle())
+        shown: list[tuple[int, int]] = []
+
+        opened.evaluate(tmp_path, progress=lambda done, of: shown.append((done, of)))
+
+        calls = opened.engines["classify"].calls  # type: ignore[attr-defined]
+        assert [len(call["images"]) for call in calls] == [8, 8, 3]
+        assert shown == [(8, 19), (16, 19), (19, 19)]
+
+
+@pytest.mark.parametrize("backend", ["ort", "openvino"])
+@pytest.mark.parametrize("precision", ["float", "int8"])
+def test_real_engines_know_drawn_flowers(
+    tiny: Bundle, tmp_path: Path, backend: str, precision: str
+) -> None:
+    flowers = write_flowers(tmp_path / "flowers", size=(50, 60))
+    engines = open_engines(tiny, backend, precision, threads=1)
+    with closing(System(tiny, engines, backend=backend, precision=precision)) as opened:
+        found = opened.evaluate(flowers)
+
+    assert found["top1"] == found["top5"] == found["balanced_accuracy"] == 1.0
+    assert found["nll"] < 0.1
+
+
+def test_the_result_is_frozen_and_has_the_embedding_of_the_graph(tiny: Bundle) -> None:
+    engines = open_engines(tiny, "ort", "float", threads=1)
+    with closing(System(tiny, engines, backend="ort", precision="float")) as opened:
+        (result,) = opened.infer([flat(200, 10, 10, (64, 64))])
+
+    assert dataclasses.is_dataclass(result)
+    assert result.embedding_F.shape == (16,)
+    assert result.embedding_F.dtype == np.float32
