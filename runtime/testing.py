@@ -33,6 +33,7 @@ _COLOURS = {
     "white": (1.0, 1.0, 1.0),
     "yellow": (1.0, 0.9, 0.1),
 }
+_RIDGE = 0.1
 _IMAGE_AMAX, _HIDDEN_AMAX = 3.0, 8.0  # more than drawn images reach, for the INT8 graphs
 
 
@@ -246,12 +247,14 @@ def write_tiny_paco_bundle(
     zero_points = {"float": None, "int8": 0, "int8-u8": 128} if int8 else {"float": None}
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
-        # trained by least squares: one where the class is right, else zero; then made confident
+        # trained by ridge regression on one where the class is right, else zero; then made
+        # confident. The ridge keeps the weights small, and so what INT8 does to the answers.
         blank = tiny_classifier(size, np.zeros((len(labels), _WIDTH)), np.zeros(len(labels)))
         _save_graph("blank", {"float": blank}, work)
         embedding = _run(work / "blank.onnx", apply(spec, pictures))["embedding"]
         rows = np.concatenate([embedding, np.ones((len(pictures), 1))], axis=1)
-        solution = 10 * np.linalg.lstsq(rows, wanted, rcond=None)[0].T
+        gram = rows.T @ rows + _RIDGE * np.eye(rows.shape[1])
+        solution = 10 * np.linalg.solve(gram, rows.T @ wanted).T
         graphs = {
             variant: tiny_classifier(size, solution[:, :-1], solution[:, -1], zero_point=zero_point)
             for variant, zero_point in zero_points.items()
