@@ -14,7 +14,7 @@ import onnxruntime
 
 import runtime
 from calibration import ranges
-from calibration.observe import Histogram, Observer
+from calibration.observe import ChannelMean, Histogram, Observer
 from calibration.samples import Sample
 from calibration.table import GraphRanges, Range, Table, graph_sha256, preprocess_sha256
 from calibration.tap import Tap
@@ -28,11 +28,12 @@ BATCH_SIZE = 4
 
 @dataclass(frozen=True)
 class Histograms:
-    """What one pass saw: graph -> tensor -> histogram, and with what."""
+    """What one pass saw: graph -> tensor -> histogram and channel means, and with what."""
 
     bundle: Bundle
     samples: tuple[Sample, ...]
     graphs: Mapping[str, Mapping[str, Histogram]]
+    means: Mapping[str, Mapping[str, ChannelMean]]
 
     def table(self, method: str, *, percentile: float = ranges.DEFAULT_PERCENTILE) -> Table:
         """Ranges by one method, with their provenance.
@@ -52,6 +53,7 @@ class Histograms:
                             amax=ranges.amax(histogram, method, percentile=percentile),
                             min=histogram.min,
                             max=histogram.max,
+                            means=tuple(self.means[graph][name].mean.ravel().tolist()),
                         )
                         for name, histogram in histograms.items()
                     },
@@ -119,7 +121,8 @@ def measure(
                 f"the system ran no image through graph '{graph}'",
                 fix="keep that graph float, or give samples that reach it",
             )
-    return Histograms(bundle, tuple(samples), measured)
+    means = {name: taps[name].means for name in tensors}
+    return Histograms(bundle, tuple(samples), measured, means)
 
 
 def calibrate(

@@ -1,4 +1,4 @@
-"""Run a float graph with its inner tensors in sight, and keep histograms of them, not values."""
+"""Run a float graph with its inner tensors in sight; keep histograms and means, not values."""
 
 from __future__ import annotations
 
@@ -99,8 +99,36 @@ class Histogram:
         self.limit = needed
 
 
+class ChannelMean:
+    """The mean of a tensor's values per channel: axis 1 of a map (B, C, H, W), else the last.
+
+    Attributes:
+        mean: (C,) float64; () before anything was seen.
+    """
+
+    def __init__(self) -> None:
+        self._sum: Array = np.zeros(())
+        self._count = 0
+
+    @property
+    def mean(self) -> Array:
+        return self._sum / max(self._count, 1)
+
+    def add(self, values: Array) -> None:
+        """Count in a tensor of any rank from 1, always of the same number of channels."""
+        axis = channel_axis(values.ndim)
+        others = tuple(i for i in range(values.ndim) if i != axis)
+        self._sum = self._sum + values.sum(axis=others, dtype=np.float64)
+        self._count += values.size // values.shape[axis]
+
+
+def channel_axis(rank: int) -> int:
+    """Which axis of a tensor holds its channels."""
+    return 1 if rank == 4 else rank - 1
+
+
 class Observer:
-    """A float graph on ONNX Runtime that fills a histogram per chosen tensor.
+    """A float graph on ONNX Runtime that fills a histogram and a mean per chosen tensor.
 
     Every chosen tensor is made an output, so no fusion can swallow it: its values are the float
     graph's, up to rounding.
@@ -108,7 +136,8 @@ class Observer:
     Attributes:
         engine: the graph with the chosen tensors among its outputs.
         outputs: names of the graph's own outputs.
-        histograms: tensor name -> what was seen so far.
+        histograms, means: tensor name -> what was seen so far; tensors without an axis, and empty
+            ones, have no mean.
     """
 
     def __init__(
@@ -140,6 +169,7 @@ class Observer:
                 kind = onnx.TensorProto.FLOAT
                 graph.output.append(onnx.helper.make_tensor_value_info(name, kind, None))
         self.histograms = {name: Histogram() for name in tensors}
+        self.means = {name: ChannelMean() for name in tensors}
         self.engine = OrtEngine(proto.SerializeToString(), threads=threads)
         self._lock = threading.Lock()
 
@@ -161,4 +191,6 @@ class Observer:
                         f"tensor '{name}' of the float graph: {error.message}",
                         fix="check the weights, and the sample that was being run",
                     ) from error
+                if values.ndim and values.size:
+                    self.means[name].add(values)
         return {name: results[name] for name in self.outputs}

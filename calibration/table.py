@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from calibration.ranges import DEFAULT_PERCENTILE
@@ -15,6 +16,7 @@ from calibration.samples import Sample
 from runtime.bundle import Bundle, write_atomic
 from runtime.errors import CalibrationError
 from runtime.preprocess import PreprocessSpec
+from runtime.tensors import Array
 
 _SHA256 = Field(pattern=r"^[0-9a-f]{64}$")
 
@@ -24,11 +26,18 @@ class _Part(BaseModel):
 
 
 class Range(_Part):
-    """Of one tensor: what INT8 shall represent, and the true extremes of what was seen."""
+    """Of one tensor: what INT8 shall represent, and what was seen.
+
+    Attributes:
+        amax: the largest magnitude to represent.
+        min, max: the true extremes.
+        means: of each channel; none where they were not measured.
+    """
 
     amax: float = Field(gt=0)
     min: float
     max: float
+    means: tuple[float, ...] = ()
 
 
 class GraphRanges(_Part):
@@ -65,12 +74,23 @@ class Table(_Part):
         Raises:
             CalibrationError: the table has no such graph.
         """
+        return {name: found.amax for name, found in self._tensors(graph).items()}
+
+    def means(self, graph: str) -> dict[str, Array]:
+        """Tensor -> (C,) float64 channel means of one graph, likewise.
+
+        Raises:
+            CalibrationError: the table has no such graph.
+        """
+        return {name: np.array(r.means) for name, r in self._tensors(graph).items() if r.means}
+
+    def _tensors(self, graph: str) -> dict[str, Range]:
         if graph not in self.graphs:
             raise CalibrationError(
                 f"the calibration table has no graph '{graph}', only {sorted(self.graphs)}",
                 fix="calibrate again",
             )
-        return {name: found.amax for name, found in self.graphs[graph].tensors.items()}
+        return self.graphs[graph].tensors
 
     def check(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from calibration.observe import Histogram, Observer
+from calibration.observe import ChannelMean, Histogram, Observer
 from runtime.errors import EngineError
 from runtime.tensors import Array, Feeds, TensorSpec
 
@@ -24,6 +24,7 @@ class Tap:
             name: engine.outputs[name] for name in observer.outputs
         }
         self.histograms: Mapping[str, Histogram] = observer.histograms
+        self.means: Mapping[str, ChannelMean] = observer.means
 
     def run(self, feeds: Feeds, *, stream: int | None = None) -> dict[str, Array]:
         """Observe the feeds; the graph's own outputs.

@@ -133,7 +133,12 @@ def build(
         for name, model in floats.items():
             say(f"sensitivity of graph '{name}': one node at a time")
             costs[name] = sensitivity(
-                model, table.amax(name), feeds[name][:2], keep[name], threads=config.threads
+                model,
+                table.amax(name),
+                feeds[name][:2],
+                keep[name],
+                means=table.means(name),
+                threads=config.threads,
             )
     with tempfile.TemporaryDirectory() as scratch:
         trial = Path(scratch)
@@ -240,7 +245,10 @@ def _choose_table(
         tables[label] = histograms.table(method, percentile=percentile or config.percentile)
         worst = 0.0
         for name, model in floats.items():
-            graph = to_unsigned(quantize(model, tables[label].amax(name), keep[name]))
+            table = tables[label]
+            graph = to_unsigned(
+                quantize(model, table.amax(name), keep[name], means=table.means(name))
+            )
             with closing(OrtEngine(graph.SerializeToString(), threads=config.threads)) as engine:
                 found = compare(_outputs(engine, feeds[name]), want[name])
             worst = max(worst, *(1 - parity.cosine_worst1pct for parity in found.values()))
@@ -289,7 +297,7 @@ def _assemble(
     files = {name: bundle.path(name) for name in manifest.files if name not in stale}
     graphs = {}
     for name, model in floats.items():
-        canonical = quantize(model, table.amax(name), keep[name])
+        canonical = quantize(model, table.amax(name), keep[name], means=table.means(name))
         check_legal(canonical)
         variants = {"float": manifest.graphs[name].variants["float"]}
         for variant, graph in (("int8", canonical), ("int8-u8", to_unsigned(canonical))):

@@ -59,6 +59,7 @@ def sensitivity(
     feeds: Sequence[Mapping[str, Array]],
     keep_float: KeepFloat = NOTHING,
     *,
+    means: Mapping[str, Array] | None = None,
     threads: int | None = None,
 ) -> list[NodeCost]:
     """Quantize one node at a time, and all but one, and compare the outputs with the float graph's.
@@ -70,6 +71,7 @@ def sensitivity(
         ranges: tensor -> amax.
         feeds: host arrays for the graph's inputs, at least one set.
         keep_float: nodes that stay float in any case.
+        means: tensor -> channel means, as ``quantize`` takes them.
         threads: None takes all cores that this process may use.
 
     Returns:
@@ -87,7 +89,7 @@ def sensitivity(
 
     def errors(quantized: set[str]) -> dict[str, OutputError]:
         rest = keep_float.plus(set(names) - quantized)
-        got = _run(to_unsigned(quantize(model, ranges, rest)), feeds, threads)
+        got = _run(to_unsigned(quantize(model, ranges, rest, means=means)), feeds, threads)
         return {name: measure(want[name], got[name]) for name in want}
 
     costs = [

@@ -104,9 +104,13 @@ class TestCalibrate:
         bundle = make_bundle()
         fed = apply(bundle.manifest.preprocess, [images.read(s.path) for s in samples])
 
-        found = calibrate(bundle, samples, TENSORS, threads=1).graphs["features"].tensors
+        table = calibrate(bundle, samples, TENSORS, threads=1)
 
+        found = table.graphs["features"].tensors
         assert found["image"].amax == np.abs(fed).max()
+        means = table.means("features")["image"]
+        # float64 sums of the same float32 values in another order
+        np.testing.assert_allclose(means, fed.mean(axis=(0, 2, 3), dtype=np.float64), rtol=1e-9)
         assert (found["tripled"].min, found["tripled"].max) == (3 * fed.min(), 3 * fed.max())
         assert systems[0].closed
 

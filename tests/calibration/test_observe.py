@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from calibration.observe import NUM_BINS, Histogram, Observer
+from calibration.observe import NUM_BINS, ChannelMean, Histogram, Observer
 from runtime.errors import CalibrationError
 
 GRAPH = """<ir_version: 9, opset_import: ["" : 18]>
@@ -135,3 +135,21 @@ class TestObserver:
     def test_refuses_a_tensor_that_the_graph_does_not_have(self) -> None:
         with pytest.raises(CalibrationError, match=r"no tensors \['c'\]"):
             Observer(model(), ["a", "c"])
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 4), st.integers(1, 3)), min_size=1, max_size=4),
+    st.sampled_from([(5,), (7, 5), (5, 3, 2)]),
+)
+def test_channel_means_are_those_of_all_values_at_once(
+    batches: list[tuple[int, int]], rest: tuple[int, ...]
+) -> None:
+    rng = np.random.default_rng(len(batches))
+    values = [rng.normal(3, 2, (size, *rest)).astype(np.float32) for size, _ in batches]
+    channels = ChannelMean()
+    for part in values:
+        channels.add(part)
+    whole = np.concatenate(values).astype(np.float64)
+    axes = (0, 2, 3) if whole.ndim == 4 else tuple(range(whole.ndim - 1))
+    # float64 sums in another order
+    np.testing.assert_allclose(channels.mean, whole.mean(axis=axes), rtol=1e-12)

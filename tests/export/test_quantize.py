@@ -432,3 +432,110 @@ class TestOpenVino:
         for name in want:
             # as above: its integer kernels flip steps too
             assert lost(want[name], got[name]) < 1.25 * lost(want[name], literal[name]), name
+
+
+CONV = """<ir_version: 9, opset_import: ["" : 18]>
+g (float[n, 6, 5, 5] x) => (float[n, 4, 3, 3] y)
+{ y = Conv<group = GROUP>(x, wBIAS) }"""
+GEMM = """<ir_version: 9, opset_import: ["" : 18]>
+g (float[n, 6] x) => (float[n, 4] y) { y = Gemm<transB = TRANS>(x, w, b) }"""
+
+
+class TestTheCorrectionOfBiases:
+    """What rounding the weights adds to the mean of a node's output is taken off its bias."""
+
+    @pytest.mark.parametrize("biased", [True, False])
+    @pytest.mark.parametrize("groups", [1, 2])
+    def test_leaves_a_convolution_with_the_mean_that_it_had(
+        self, groups: int, biased: bool
+    ) -> None:
+        constants = {"w": draw(4, 6 // groups, 3, 3)} | ({"b": draw(4, seed=1)} if biased else {})
+        text = CONV.replace("GROUP", str(groups)).replace("BIAS", ", b" if biased else "")
+        model = parse(text, **constants)
+        x = draw(50, 6, 5, 5, seed=2) + np.arange(6, dtype=np.float32)[:, None, None]
+        # every position is seen by every tap alike, so that the channel means are all that counts
+        x[:] = x.mean(axis=(0, 2, 3), keepdims=True)
+        self.check(model, x, x.mean(axis=(0, 2, 3), dtype=np.float64))
+
+    @pytest.mark.parametrize("transposed", [0, 1])
+    def test_leaves_a_linear_layer_with_the_mean_that_it_had(self, transposed: int) -> None:
+        weight = draw(4, 6) if transposed else draw(6, 4)
+        model = parse(GEMM.replace("TRANS", str(transposed)), w=weight, b=draw(4, seed=1))
+        x = draw(50, 6, seed=2) + np.arange(6, dtype=np.float32)
+        self.check(model, x, x.mean(axis=0, dtype=np.float64))
+
+    def check(self, model: onnx.ModelProto, x: np.ndarray, mean: np.ndarray) -> None:
+        (name,) = (node.name for node in model.graph.node)
+        quantized = quantize(model, {"x": 10.0}, means={"x": mean})
+        plain = quantize(model, {"x": 10.0})
+        shift = {}
+        for label, graph in (("corrected", quantized), ("plain", plain)):
+            # the rounded weight on the unrounded input
+            weight = constant(graph, f"{name}.weight.int8").astype(np.float64)
+            scale = constant(graph, f"{name}.weight.scale").astype(np.float64)
+            node = next(n for n in graph.graph.node if n.name == name)
+            axis = 0 if node.op_type == "Conv" or self.transposed(node) else 1
+            dense = weight * scale.reshape([-1 if i == axis else 1 for i in range(weight.ndim)])
+            bias = constant(graph, node.input[2]) if len(node.input) > 2 else np.zeros(4)
+            original = parse_like(model, dense.astype(np.float32), bias.astype(np.float32))
+            got, want = (run(m, {"x": x})["y"] for m in (original, model))
+            axes = tuple(i for i in range(got.ndim) if i != 1)
+            shift[label] = np.abs((got - want).mean(axis=axes, dtype=np.float64)).max()
+        assert shift["plain"] > 1e-2  # rounding of the weights alone
+        # float32 rounding of sums of 50 terms of up to 20
+        assert shift["corrected"] < 1e-5
+
+    @staticmethod
+    def transposed(node: onnx.NodeProto) -> bool:
+        return any(a.name == "transB" and a.i for a in node.attribute)
+
+    def test_brings_a_whole_net_nearer_to_the_float_one(
+        self, net: onnx.ModelProto, feeds: dict[str, np.ndarray], ranges: dict[str, float]
+    ) -> None:
+        tensors = [name for name in activations(net) if name != "image"]
+        probe = onnx.ModelProto()
+        probe.CopyFrom(net)
+        for name in tensors:
+            value = onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
+            probe.graph.output.append(value)
+        seen = run(probe, feeds) | feeds
+        means = {
+            name: values.mean(axis=(0, 2, 3) if values.ndim == 4 else 0)
+            for name, values in seen.items()
+            if name in ("image", *tensors)
+        }
+        want = run(net, feeds)["logits"]
+        plain = lost(want, run(quantize(net, ranges), feeds)["logits"])
+        assert lost(want, run(quantize(net, ranges, means=means), feeds)["logits"]) < plain
+
+    def test_does_not_touch_a_bias_that_another_node_shares(self) -> None:
+        model = parse(
+            """<ir_version: 9, opset_import: ["" : 18]>
+            g (float[n, 6] x) => (float[n, 4] y, float[n, 4] z)
+            { y = Gemm(x, w, b)  z = Gemm(x, v, b) }""",
+            w=draw(6, 4),
+            v=draw(6, 4, seed=3),
+            b=draw(4, seed=1),
+        )
+        graph = quantize(model, {"x": 3.0}, means={"x": np.ones(6)})
+        first, second = (n.input[2] for n in graph.graph.node if n.op_type == "Gemm")
+        assert first != second
+        assert not np.array_equal(constant(graph, first), constant(graph, second))
+
+    def test_needs_as_many_means_as_channels(self) -> None:
+        model = parse(GEMM.replace("TRANS", "0"), w=draw(6, 4), b=draw(4))
+        with pytest.raises(QuantizationError, match=r"5 channels .* which has 6"):
+            quantize(model, {"x": 3.0}, means={"x": np.ones(5)})
+
+
+def parse_like(model: onnx.ModelProto, weight: np.ndarray, bias: np.ndarray) -> onnx.ModelProto:
+    """The same single node with other constants."""
+    other = onnx.ModelProto()
+    other.CopyFrom(model)
+    (node,) = other.graph.node
+    del other.graph.initializer[:]
+    other.graph.initializer.append(numpy_helper.from_array(weight, "w"))
+    other.graph.initializer.append(numpy_helper.from_array(bias, "b"))
+    del node.input[2:]
+    node.input.append("b")
+    return other
