@@ -1,6 +1,7 @@
-"""Does part contrast help? Cross-entropy alone, with the published settings, and with ours.
+r"""Does part contrast help? Cross-entropy alone, with the published settings, and with ours.
 
-    python -m tests.benchmarks.paco_gain --data DIR --weights FILE --out DIR [--seeds 3] [--jobs 2]
+    python -m tests.benchmarks.paco_gain --data DIR --weights FILE --out DIR [--seeds 3] [--jobs 2] \
+        [--arm NAME ...] [--set key=value ...]
 
 All arms have the same pictures, views, steps and optimizer; each seed gives another classifier,
 order of pictures and augmentation. The published settings run in our code, so without the faults of
@@ -54,10 +55,13 @@ ARMS = {
 }
 
 
-def train(data: Path, weights: Path, out: Path, arm: str, seed: int) -> dict[str, float]:
+def train(
+    data: Path, weights: Path, out: Path, overrides: tuple[str, ...], arm: str, seed: int
+) -> dict[str, float]:
     """Metrics of one run on the pictures that judge it; one thread."""
     root = out / f"{arm.replace(' ', '_')}_{seed}"
-    settings = [*SETTINGS, *ARMS[arm], f"backbone.weights={weights}", f"train.seed={seed}"]
+    settings = [*SETTINGS, *overrides, *ARMS[arm]]
+    settings += [f"backbone.weights={weights}", f"train.seed={seed}"]
     record = root / "run.json"
     if not (record.is_file() and json.loads(record.read_text())["status"] == "finished"):
         command = [sys.executable, "cli.py", "train", "paco", "--data", str(data)]
@@ -77,14 +81,28 @@ def train(data: Path, weights: Path, out: Path, arm: str, seed: int) -> dict[str
 @click.option("--out", type=click.Path(path_type=Path), required=True)
 @click.option("--seeds", default=3)
 @click.option("--jobs", default=2, help="Runs at a time, of one thread each.")
-def main(data: Path, weights: Path, out: Path, seeds: int, jobs: int) -> None:
-    runs = [(arm, seed) for seed in range(seeds) for arm in ARMS]
+@click.option("--arm", "arms", type=click.Choice(list(ARMS)), multiple=True, default=list(ARMS))
+@click.option("--set", "overrides", multiple=True, help="Of the settings that all arms share.")
+def main(
+    data: Path,
+    weights: Path,
+    out: Path,
+    seeds: int,
+    jobs: int,
+    arms: tuple[str, ...],
+    overrides: tuple[str, ...],
+) -> None:
+    runs = [(arm, seed) for seed in range(seeds) for arm in arms]
     with ThreadPoolExecutor(jobs) as pool:
         metrics = dict(
-            zip(runs, pool.map(lambda run: train(data, weights, out, *run), runs), strict=True)
+            zip(
+                runs,
+                pool.map(lambda run: train(data, weights, out, overrides, *run), runs),
+                strict=True,
+            )
         )
     print(f"\n{seeds} seeds: mean +- standard deviation, and each")
-    for arm in ARMS:
+    for arm in arms:
         for name in ("top1", "balanced_accuracy", "ece", "nll"):
             values = [metrics[arm, seed][name] for seed in range(seeds)]
             spread = statistics.stdev(values) if seeds > 1 else 0.0
