@@ -1,7 +1,7 @@
 r"""Does part contrast help? Cross-entropy alone, with the published settings, and with ours.
 
-    python -m tests.benchmarks.paco_gain --data DIR --weights FILE --out DIR [--seeds 3] [--jobs 2] \
-        [--arm NAME ...] [--set key=value ...]
+    python -m tests.benchmarks.paco_gain --data DIR --weights FILE --out DIR [--seeds 3] \
+        [--jobs 2] [--arm NAME ...] [--set key=value ...]
 
 All arms have the same pictures, views, steps and optimizer; each seed gives another classifier,
 order of pictures and augmentation. The published settings run in our code, so without the faults of
