@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from runtime import tiling
 from runtime.bundle import write_atomic
@@ -72,7 +72,7 @@ class Strips:
         self.dtype = values.dtype
         self.shapes = index.shapes
         self.lowest, self.highest = index.lowest, index.highest
-        self._values = values
+        self._values = np.asarray(values)  # the same pages, without the slow indexing of memmap
         self._starts = np.cumsum([0, *sizes]).tolist()
 
     def __len__(self) -> int:
@@ -198,23 +198,24 @@ class Tiles:
         return strip, tops[row], lefts[column]
 
     def get(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
-        """``planes`` (3, size, size) float32 in the sensor's values, ``mask`` (1, size, size) bool."""
+        """``planes`` (3, size, size) in the files' dtype, and ``mask`` (1, size, size) bool."""
         config, size = self.config, self.config.tiles.size
         strip, top, left = self.place(index)
         height, width = self.strips.shapes[strip]
-        jitter = rng.integers(-config.tiles.jitter, config.tiles.jitter, 2, endpoint=True).tolist()
-        top = min(max(top + jitter[0], 0), height - size)
-        left = min(max(left + jitter[1], 0), width - size)
-        down, across = np.where(rng.random(2) < config.disturbances.flip, -1, 1).tolist()
+        down, across = rng.integers(-config.tiles.jitter, config.tiles.jitter, 2, endpoint=True)
+        top = min(max(top + int(down), 0), height - size)
+        left = min(max(left + int(across), 0), width - size)
         crop = self.strips[strip][:, top : top + size, left : left + size]
-        planes_CHW = crop[:, ::down, ::across].astype(np.float32, order="C")
+        upside_down, mirrored = rng.random(2) < config.disturbances.flip
+        planes_CHW = crop[:, :: -1 if upside_down else 1, :: -1 if mirrored else 1].astype(
+            np.float32, order="C"
+        )
         mask_HW = np.zeros((size, size), bool)
         planned = defects.plan(rng, config.defects, self.kernels, size, size)
         defects.paint(planes_CHW, mask_HW, planned, self.kernels, config.value_range)
         self.disturbances.apply(rng, planes_CHW)
         np.clip(planes_CHW, *config.value_range, out=planes_CHW)
         if np.issubdtype(self.strips.dtype, np.integer):
-            np.rint(
-                planes_CHW, out=planes_CHW
-            )  # as the sensor would, or a fraction tells it is ours
-        return {"planes": planes_CHW, "mask": mask_HW[None]}
+            np.rint(planes_CHW, out=planes_CHW)
+        # back to what the sensor gives: a fraction would tell what is painted, and cost memory
+        return {"planes": planes_CHW.astype(self.strips.dtype), "mask": mask_HW[None]}

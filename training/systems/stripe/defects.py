@@ -198,51 +198,50 @@ class Disturbances:
         Args:
             planes_CHW: (3, H, W) float32 in the sensor's values, C-contiguous.
         """
-        config, span = self.config, self.high - self.low
+        config, span, middle = self.config, self.high - self.low, (self.low + self.high) / 2
         num, height, width = planes_CHW.shape
         if config.shift:
-            for reference_HW, (down, across) in zip(
-                planes_CHW[1:], rng.uniform(-config.shift, config.shift, (num - 1, 2)), strict=True
-            ):
-                displace(reference_HW, down, across)
+            shifts = rng.uniform(-config.shift, config.shift, (num - 1, 2))
+            for reference_HW, shift in zip(planes_CHW[1:], shifts, strict=True):
+                displace(reference_HW, shift)
         if rng.random() < config.lines:
             self._line(rng, planes_CHW[rng.integers(num)])
-        amounts = rng.uniform((-config.gain, -config.offset, 0), self._high(), (num, 3)).tolist()
+        gains, offsets, levels = rng.uniform(-1, 1, (3, num)).tolist()
         places = rng.integers(self.pool.size - height * width, size=num)
-        for plane_HW, (gain, offset, noise), place in zip(planes_CHW, amounts, places, strict=True):
+        for plane_HW, gain, offset, level, place in zip(
+            planes_CHW, gains, offsets, levels, places, strict=True
+        ):
             normal_HW = self.pool[place : place + height * width].reshape(height, width)
+            gain *= config.gain
             # contrast changes about the middle of the range, so that brightness stays
-            shift = offset * span - gain * (self.low + self.high) / 2
-            cv2.addWeighted(plane_HW, 1 + gain, normal_HW, noise * span, shift, dst=plane_HW)
-
-    def _high(self) -> tuple[float, float, float]:
-        return self.config.gain, self.config.offset, self.config.noise
+            added = offset * config.offset * span - gain * middle
+            sigma = abs(level) * config.noise * span
+            cv2.addWeighted(plane_HW, 1 + gain, normal_HW, sigma, added, dst=plane_HW)
 
     def _line(self, rng: Generator, plane_HW: Array) -> None:
-        """One to three pixels wide, along the rows or the columns, from a fifth of the tile on."""
-        along = plane_HW if rng.random() < 0.5 else plane_HW.T
-        num, length = along.shape
-        start = int(rng.integers(-length // 2, int(length * 0.8)))
-        end = max(start, 0) + int(rng.integers(length // 5, length + 1))
+        """One to three pixels wide, along rows or columns, mostly a fifth of the tile or longer."""
+        along_HW = plane_HW if rng.random() < 0.5 else plane_HW.T
+        num, length = along_HW.shape
+        start = int(rng.integers(length * 4 // 5))
+        end = start + int(rng.integers(length // 5, length + 1))
         at, wide = int(rng.integers(num)), int(rng.integers(1, 4))
-        amplitude = rng.uniform(*self.config.line_amplitude) * (self.high - self.low)
-        sign = 1 if rng.random() < 0.5 else -1
-        along[at : at + wide, max(start, 0) : end] += np.float32(sign * amplitude)
+        amplitude = rng.uniform(*self.config.line_amplitude) * rng.choice((-1, 1))
+        along_HW[at : at + wide, start:end] += np.float32(amplitude * (self.high - self.low))
 
 
-def displace(plane_HW: Array, down: float, across: float) -> None:
-    """Move a plane by a fraction of a pixel or more, in place; mirrored at its borders.
+def displace(plane_HW: Array, shift: Array) -> None:
+    """Move a plane (down, across) by pixels and fractions of them, in place; mirrored at borders.
 
     Cubic (Catmull-Rom), one row of weights per axis.
     """
-    taps = (_taps(across), _taps(down))
-    cv2.sepFilter2D(plane_HW, -1, *taps, dst=plane_HW, borderType=cv2.BORDER_REFLECT_101)
+    down, across = taps(shift)
+    cv2.sepFilter2D(plane_HW, -1, across, down, dst=plane_HW, borderType=cv2.BORDER_REFLECT_101)
 
 
-def _taps(shift: float) -> Array:
-    """Weights of a row of pixels about the one that is computed: f(x - shift)."""
-    radius = math.ceil(abs(shift)) + 1
-    distance = np.abs(np.arange(-radius, radius + 1) + shift)
+def taps(shift_N: Array) -> Array:
+    """Weights of the pixels about the one that is computed: f(x - shift), a row for each shift."""
+    radius = math.ceil(np.abs(shift_N).max()) + 1
+    distance = np.abs(np.arange(-radius, radius + 1) + shift_N[:, None])
     near = (1.5 * distance - 2.5) * distance**2 + 1
     far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
     return np.where(distance <= 1, near, np.where(distance < 2, far, 0.0))

@@ -75,7 +75,7 @@ class Plain(nn.Module):
         ]
         self.features = nn.Sequential(first, *inner)
         self.last = nn.Conv2d(width, cell * cell, 3, padding=1)
-        nn.init.constant_(self.last.bias, math.log(_PRIOR / (1 - _PRIOR)))
+        nn.init.constant_(self.last.get_parameter("bias"), math.log(_PRIOR / (1 - _PRIOR)))
 
     def forward(self, planes_BCHW: Tensor) -> Tensor:
         cells: Tensor = self.last(self.features(planes_BCHW))

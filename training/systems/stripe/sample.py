@@ -15,8 +15,8 @@ import numpy as np
 from numpy.random import Generator
 
 from runtime import images
-from runtime.errors import RunError
 from runtime.tensors import Array
+from training.drawing import check_empty
 
 # name of the folder -> sign of its spots
 DEFECTS = {"bright_spots": 1, "dark_spots": -1}
@@ -47,8 +47,7 @@ def sample(
     Raises:
         RunError: ``out`` already holds something.
     """
-    if out.exists() and any(out.iterdir()):
-        raise RunError(f"{out} is not empty", fix="choose another --out, or empty it")
+    check_empty(out)
     counts: dict[str, int] = {}
 
     def save(folder: str, planes_HWC: Array) -> str:
@@ -149,20 +148,21 @@ def _captures(rng: Generator, surface: _Surface, size: tuple[int, int]) -> Array
     return np.stack(planes, axis=-1)
 
 
-def _places(rng: Generator, num: int, size: tuple[int, int]) -> list[tuple[float, float]]:
-    """Points (y, x) that are at least 12 pixels apart along one of the axes."""
-    places: list[tuple[float, float]] = []
+def _places(rng: Generator, num: int, size: tuple[int, int]) -> list[tuple[int, int]]:
+    """Pixels (y, x) that are at least 12 apart along one of the axes."""
+    places: list[tuple[int, int]] = []
     while len(places) < num:
-        y, x = rng.uniform(_BORDER, np.subtract(size, _BORDER))
+        y, x = rng.integers(_BORDER, np.subtract(size, _BORDER)).tolist()
         if all(max(abs(y - v), abs(x - u)) >= 12 for v, u in places):
-            places.append((float(y), float(x)))
+            places.append((y, x))
     return places
 
 
-def _spot(rng: Generator, y: float, x: float) -> tuple[tuple[slice, slice], Array]:
-    """A Gaussian about a point between the pixels, in a box of 3 x 3, 3 x 5 or 5 x 3 pixels."""
-    rows, columns = ((3, 3), (3, 5), (5, 3))[rng.integers(3)]
-    top, left = round(y) - rows // 2, round(x) - columns // 2
-    v = (np.arange(top, top + rows)[:, None] - y) / (0.35 * rows)
-    u = (np.arange(left, left + columns) - x) / (0.35 * columns)
-    return (slice(top, top + rows), slice(left, left + columns)), np.exp(-(v**2 + u**2) / 2)
+def _spot(rng: Generator, y: int, x: int) -> tuple[tuple[slice, slice], Array]:
+    """A Gaussian about a point of a pixel, in a box of 3 x 3 or 3 x 5 pixels around it."""
+    columns = 3 if rng.random() < 0.5 else 5
+    down, across = rng.uniform(-0.25, 0.25, 2)
+    v = (np.arange(-1, 2)[:, None] - down) / rng.uniform(1.0, 1.3)
+    u = (np.arange(-(columns // 2), columns // 2 + 1) - across) / rng.uniform(1.2, 1.5)
+    box = slice(y - 1, y + 2), slice(x - columns // 2, x + columns // 2 + 1)
+    return box, np.exp(-(v**2 + u**2) / 2)
