@@ -70,35 +70,39 @@ def boundaries(starts: Sequence[int], tile: int) -> tuple[int, ...]:
     return (0, *inner, starts[-1] + tile)
 
 
-def cut(image: Array, rows: Sequence[int], columns: Sequence[int], tile: int) -> list[Array]:
+def cut(
+    image: Array, rows: Sequence[int], columns: Sequence[int], size: tuple[int, int]
+) -> list[Array]:
     """The tiles of an image, row by row, as views.
 
     Args:
         image: (..., H, W).
         rows, columns: starts of the tiles.
+        size: (height, width) of a tile.
 
     Returns:
-        (..., tile, tile) each.
+        (..., height, width) each.
     """
-    return [image[..., y : y + tile, x : x + tile] for y, x in product(rows, columns)]
+    height, width = size
+    return [image[..., y : y + height, x : x + width] for y, x in product(rows, columns)]
 
 
 def stitch(tiles_NHW: Array, rows: Sequence[int], columns: Sequence[int]) -> Array:
     """Put maps of tiles together: each pixel from its owner.
 
     Args:
-        tiles_NHW: (N, tile, tile) in the order of ``cut``.
+        tiles_NHW: (N, height, width) in the order of ``cut``.
         rows, columns: starts of the tiles, as given to ``cut``.
 
     Returns:
         (H, W) of the tiles' dtype.
     """
-    tile = tiles_NHW.shape[1]
-    tops, lefts = boundaries(rows, tile), boundaries(columns, tile)
+    _, height, width = tiles_NHW.shape
+    tops, lefts = boundaries(rows, height), boundaries(columns, width)
     whole = np.empty((tops[-1], lefts[-1]), tiles_NHW.dtype)
-    places = product(
-        zip(rows, pairwise(tops), strict=True), zip(columns, pairwise(lefts), strict=True)
-    )
-    for tile_HW, ((y, (top, bottom)), (x, (left, right))) in zip(tiles_NHW, places, strict=True):
+    down = zip(rows, pairwise(tops), strict=True)
+    across = zip(columns, pairwise(lefts), strict=True)
+    for tile_HW, (vertical, horizontal) in zip(tiles_NHW, product(down, across), strict=True):
+        (y, (top, bottom)), (x, (left, right)) = vertical, horizontal
         whole[top:bottom, left:right] = tile_HW[top - y : bottom - y, left - x : right - x]
     return whole

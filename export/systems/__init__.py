@@ -16,7 +16,7 @@ from typing import Any
 from export.quantize import NOTHING, KeepFloat
 from runtime.bundle import Threshold
 from runtime.errors import RunError, UsageError
-from runtime.preprocess import PreprocessSpec
+from runtime.preprocess import PlanesSpec, PreprocessSpec
 
 # name -> module with a ``RECIPE``
 RECIPES: dict[str, str] = {
@@ -53,7 +53,7 @@ class Contents:
         assets: role -> file of the run, copied under its own name.
     """
 
-    preprocess: PreprocessSpec
+    preprocess: PreprocessSpec | PlanesSpec
     params: Mapping[str, Any]
     thresholds: Mapping[str, Threshold]
     assets: Mapping[str, Path]

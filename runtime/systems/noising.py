@@ -527,7 +527,8 @@ class System:
         self.engines = engines
         self.backend = backend
         self.precision = precision
-        self.spec: PreprocessSpec = manifest.preprocess
+        assert isinstance(manifest.preprocess, PreprocessSpec)
+        self.spec = manifest.preprocess
         self.bank = Bank.load(bundle.asset("bank"))
         self.search = FastSearch(self.bank, self.params.k, backend=backend, threads=threads)
         # the influence map is part of the answer even where its weight is 0

@@ -105,8 +105,8 @@ class TestStitch:
         self, height: int, width: int, minimum: int
     ) -> None:
         image = np.arange(height * width).reshape(height, width)
-        rows, columns = positions(height, 16, minimum), positions(width, 16, minimum)
-        tiles = np.stack(cut(image, rows, columns, 16))
+        rows, columns = positions(height, 16, minimum), positions(width, 12, minimum)
+        tiles = np.stack(cut(image, rows, columns, (16, 12)))
         assert (stitch(tiles, rows, columns) == image).all()
 
     @given(length=st.integers(128, 2000), minimum=st.integers(1, 9))
@@ -129,7 +129,7 @@ class TestStitch:
 
     def test_planes_are_cut_alike(self) -> None:
         planes = np.arange(3 * 20 * 20).reshape(3, 20, 20)
-        tiles = cut(planes, (0, 4), (0, 4), 16)
+        tiles = cut(planes, (0, 4), (0, 4), (16, 16))
         assert len(tiles) == 4
         assert (tiles[1] == planes[:, :16, 4:]).all()
 
