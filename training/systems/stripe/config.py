@@ -137,7 +137,7 @@ class NetworkConfig(Config):
 
     name: Literal["plain", "unet", "unet-se"] = "plain"
     width: int = Field(default=32, ge=1)
-    depth: int = Field(default=6, ge=2)
+    depth: int = Field(default=4, ge=1)
     cell: Literal[1, 2, 4] = 2
 
 

@@ -7,24 +7,21 @@ own.
 
 from __future__ import annotations
 
-import logging
 import math
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from runtime import tiling
+from runtime import planes, tiling
 from runtime.bundle import write_atomic
 from runtime.errors import ConfigError, DatasetError
 from runtime.tensors import Array
 from training.systems.stripe import defects
 from training.systems.stripe.config import TaskConfig
-
-_log = logging.getLogger(__name__)
 
 
 class _Index(BaseModel):
@@ -97,25 +94,19 @@ class Strips:
         self.path.with_suffix(".json").unlink()
 
 
-def pack(
-    sources: Sequence[Callable[[], Array]],
-    folder: Path,
-    key: str,
-    *,
-    progress: Callable[[int, int], None] = lambda done, of: None,
-) -> Strips:
+def pack(paths: Sequence[Path], folder: Path, key: str) -> Strips:
     """Decode strips into one file, unless the folder has them already.
 
     The index is written last: where it is, the file beside it is whole.
 
     Args:
-        sources: each reads one strip, (H, W, 3).
+        paths: the strips, as ``runtime.planes.read`` takes them.
         folder: for the file; it is made.
         key: hash of the strips' content; the file is named after it.
 
     Raises:
         DatasetError: strips of different dtypes, or a damaged file.
-        ImageError: from reading.
+        InputError: a strip cannot be read, or holds values that are not finite.
     """
     path = folder / f"strips-{key[:16]}.planes"
     if path.with_suffix(".json").is_file():
@@ -126,8 +117,9 @@ def pack(
     dtype: np.dtype[Any] | None = None
     try:
         with temporary.open("wb") as file:
-            for done, read in enumerate(sources, start=1):
-                strip_HWC = read()
+            for strip in paths:
+                strip_HWC = planes.read(strip)
+                planes.check_planes(strip_HWC)
                 dtype = dtype or strip_HWC.dtype
                 if strip_HWC.dtype != dtype:
                     raise DatasetError(
@@ -138,7 +130,6 @@ def pack(
                 lowest = min(lowest, float(strip_HWC.min()))
                 highest = max(highest, float(strip_HWC.max()))
                 file.write(np.ascontiguousarray(strip_HWC.transpose(2, 0, 1)).data)
-                progress(done, len(sources))
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

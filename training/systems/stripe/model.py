@@ -32,13 +32,17 @@ class Segment(nn.Module):
     Args:
         net: rescaled planes (B, 3, H, W) -> (B, 1, H, W).
         stride: heights and widths must be multiples of it.
+        reach: pixels beyond which nothing changes a logit; None where there is no such border.
         middle, unit: a value becomes (value - middle) / unit before it reaches the net.
     """
 
-    def __init__(self, net: nn.Module, stride: int, middle: float, unit: float) -> None:
+    def __init__(
+        self, net: nn.Module, *, stride: int, reach: int | None, middle: float, unit: float
+    ) -> None:
         super().__init__()
         self.net = net
         self.stride = stride
+        self.reach = reach
         self.middle = middle
         self.scale = 1 / unit
 
@@ -52,10 +56,17 @@ def build(config: TaskConfig) -> Segment:
     """The network of a configuration with random weights from torch's global generator."""
     network, (low, high) = config.network, config.value_range
     if network.name == "plain":
-        # about 0: INT8 is symmetric, and would leave half its steps unused otherwise
-        return Segment(Plain(network), network.cell, (low + high) / 2, (high - low) / 2)
+        return Segment(
+            Plain(network),
+            stride=network.cell,
+            reach=network.cell * (network.depth + 2),
+            # about 0: INT8 is symmetric, and would leave half its steps unused otherwise
+            middle=(low + high) / 2,
+            unit=(high - low) / 2,
+        )
     unet = UNet(network.width, attentive=network.name == "unet-se")
-    return Segment(_OneLogit(unet), UNet.stride, low, high - low)
+    # no reach: its upsampling spreads from corner to corner, by another step for every size
+    return Segment(_OneLogit(unet), stride=UNet.stride, reach=None, middle=low, unit=high - low)
 
 
 class Plain(nn.Module):
@@ -235,7 +246,7 @@ def multiply_adds(module: nn.Module, height: int, width: int) -> int:
     layers = [m for m in module.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     handles = [layer.register_forward_hook(count) for layer in layers]
     was_training = module.training
-    module.eval()(torch.zeros(1, 3, height, width))
+    module.eval()(torch.zeros(1, 3, height, width, device=next(module.parameters()).device))
     module.train(was_training)
     for handle in handles:
         handle.remove()

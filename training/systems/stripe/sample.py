@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 from numpy.random import Generator
 
-from runtime import images
+from runtime import images, planes
 from runtime.tensors import Array
 from training.drawing import check_empty
 
@@ -37,8 +37,7 @@ def sample(
 
     Args:
         out: folder to make: train/good, test/good, test/<defect>, ground_truth/<defect> with
-            <name>_mask.png (255 = defective). A strip is one PNG; red, green and blue are target
-            and references.
+            <name>_mask.png (255 = defective). A strip is one PNG.
         size: (height, width) of the strips in pixels.
 
     Returns:
@@ -53,7 +52,7 @@ def sample(
     def save(folder: str, planes_HWC: Array) -> str:
         name = f"{counts.get(folder, 0):03d}"
         counts[folder] = counts.get(folder, 0) + 1
-        images.write(out / folder / f"{name}.png", planes_HWC)
+        planes.write(out / folder / f"{name}.png", planes_HWC)
         return name
 
     # one stream of random numbers per strip: more strips do not change the first ones
@@ -65,8 +64,8 @@ def sample(
     names = list(DEFECTS)
     for i in range(num_test - num_good):
         defect = names[i % len(names)]
-        planes, mask = draw(np.random.default_rng((seed, 2, i)), size, defect)
-        name = save(f"test/{defect}", planes)
+        strip, mask = draw(np.random.default_rng((seed, 2, i)), size, defect)
+        name = save(f"test/{defect}", strip)
         images.write(out / "ground_truth" / defect / f"{name}_mask.png", mask)
     return counts
 
@@ -86,21 +85,21 @@ def draw(
         where the target is defective.
     """
     mask = np.zeros(size, np.uint8)
-    planes = _captures(rng, _Surface(rng), size)
+    strip = _captures(rng, _Surface(rng), size)
     shown = [_DISTRACTORS[rng.integers(len(_DISTRACTORS))] for _ in range(distractors)]
     signs = [int(rng.choice((-1, 1))) for _ in range(distractors)]
     if defect is not None:
         num = int(rng.integers(1, 4))
         shown, signs = shown + [(1, 0, 0)] * num, signs + [DEFECTS[defect]] * num
     places = _places(rng, len(shown), size)
-    for i, (planes_shown, sign, (y, x)) in enumerate(zip(shown, signs, places, strict=True)):
+    for i, (captures, sign, (y, x)) in enumerate(zip(shown, signs, places, strict=True)):
         box, spot = _spot(rng, y, x)
-        for plane, shows in enumerate(planes_shown):
+        for plane, shows in enumerate(captures):
             if shows:
-                planes[(*box, plane)] += sign * rng.uniform(55, 90) * spot
+                strip[(*box, plane)] += sign * rng.uniform(55, 90) * spot
         if i >= distractors:
             mask[box] = 255
-    noisy = planes + rng.normal(0, rng.uniform(2, 4), planes.shape)
+    noisy = strip + rng.normal(0, rng.uniform(2, 4), strip.shape)
     return np.clip(np.round(noisy), 0, 255).astype(np.uint8), mask
 
 
@@ -139,13 +138,13 @@ class _Surface:
 
 def _captures(rng: Generator, surface: _Surface, size: tuple[int, int]) -> Array:
     """(height, width, 3) float64: a target and two references that are not quite in register."""
-    planes = []
+    captures = []
     for plane in range(3):
         down, across = rng.uniform(-0.6, 0.6, 2) if plane else (0.0, 0.0)
         gain, offset = rng.uniform(0.97, 1.03), rng.uniform(-4, 4)
         slope = np.linspace(-1, 1, size[0])[:, None] * rng.uniform(-3, 3)
-        planes.append(surface.seen(size, down, across) * gain + offset + slope)
-    return np.stack(planes, axis=-1)
+        captures.append(surface.seen(size, down, across) * gain + offset + slope)
+    return np.stack(captures, axis=-1)
 
 
 def _places(rng: Generator, num: int, size: tuple[int, int]) -> list[tuple[int, int]]:
