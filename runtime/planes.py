@@ -21,6 +21,7 @@ import numpy as np
 
 from runtime import images
 from runtime.errors import ImageError, InputError
+from runtime.sources import Reader
 from runtime.tensors import Array
 
 SUFFIXES = images.SUFFIXES | {".npy"}
@@ -183,6 +184,9 @@ def write(path: Path, planes_HWC: Array) -> None:
         raise ImageError(
             f"{path} cannot hold planes of {planes_HWC.dtype}", fix="write .npy or .tif"
         )
+
+
+PLANES = Reader(read, SUFFIXES, lambda path: not is_reference(path), takes_video=False)
 
 
 def _overlap(length: int, shift: int) -> tuple[slice, slice]:

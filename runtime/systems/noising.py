@@ -46,7 +46,7 @@ from runtime.metrics import AnomalyMetrics, false_reject_threshold
 from runtime.preprocess import PreprocessSpec, apply, place, restore
 from runtime.results import AnomalyMap
 from runtime.search import FastSearch
-from runtime.sources import open_source
+from runtime.sources import PICTURES, open_source
 from runtime.systems import choose, open_engines
 from runtime.tensors import Array
 
@@ -503,6 +503,8 @@ def ablation(
 
 class System:
     """An opened ``noising`` bundle; see ``runtime.systems.System``."""
+
+    reader = PICTURES
 
     def __init__(
         self,

@@ -23,7 +23,7 @@ from runtime.bundle import Bundle
 from runtime.engines import Engine
 from runtime.errors import EngineError, ImageError, InputError, VideoError
 from runtime.infer import Summary, infer, overlay_names
-from runtime.sources import Source, open_source
+from runtime.sources import Reader, Source, open_source
 from runtime.tensors import Array
 
 
@@ -580,7 +580,7 @@ class TestResultsThatAreNotFinite:
 
 class TestDecodingAhead:
     def test_keeps_the_order_when_decoding_is_slow_and_uneven(
-        self, tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+        self, tmp_path: Path, out: Path
     ) -> None:
         rng = np.random.default_rng(0)
 
@@ -588,8 +588,7 @@ class TestDecodingAhead:
             time.sleep(float(rng.uniform(0, 0.004)))
             return grey(int(path.stem))
 
-        monkeypatch.setattr(images, "read", read)
-        source = Source("images", tuple(Path(f"{i}.png") for i in range(50)))
+        source = Source("images", tuple(Path(f"{i}.png") for i in range(50)), reader=Reader(read))
 
         summary = infer(Levels(), source, out, batch=7, jsonl=True)
 
@@ -598,9 +597,7 @@ class TestDecodingAhead:
         assert summary.seconds >= summary.wait_seconds + summary.infer_seconds
 
     @pytest.mark.parametrize("batch", [1, 3])
-    def test_holds_a_bounded_number_of_pictures(
-        self, out: Path, monkeypatch: pytest.MonkeyPatch, batch: int
-    ) -> None:
+    def test_holds_a_bounded_number_of_pictures(self, out: Path, batch: int) -> None:
         num_read, num_seen, ahead = [0], [0], [0]
 
         def read(path: Path) -> Array:
@@ -612,8 +609,7 @@ class TestDecodingAhead:
             num_seen[0] += batch
             ahead.append(num_read[0] - num_seen[0])
 
-        monkeypatch.setattr(images, "read", read)
-        source = Source("images", tuple(Path(f"{i}.png") for i in range(60)))
+        source = Source("images", tuple(Path(f"{i}.png") for i in range(60)), reader=Reader(read))
 
         infer(Levels(before=slowly), source, out, batch=batch)
 
@@ -629,11 +625,11 @@ class TestDecodingAhead:
                 together.wait()
             return grey(1)
 
-        monkeypatch.setattr(images, "read", read)
+        source = Source("images", (Path("0.png"), Path("1.png")), reader=Reader(read))
         system = Levels(before=lambda: together.wait() if not system.batches else None)
 
         # breaks the barrier unless picture 1 is decoded while picture 0 is inferred
-        infer(system, Source("images", (Path("0.png"), Path("1.png"))), out, batch=1)
+        infer(system, source, out, batch=1)
 
 
 class TestAFault:
@@ -664,15 +660,14 @@ class TestAFault:
 
     @pytest.mark.parametrize("error", [MemoryError("too large"), ValueError("bug")])
     def test_of_the_decoder_that_is_no_bad_picture_reaches_the_caller(
-        self, out: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+        self, out: Path, error: BaseException
     ) -> None:
         def read(path: Path) -> Array:
             if path.stem == "5":
                 raise error
             return grey(int(path.stem))
 
-        monkeypatch.setattr(images, "read", read)
-        source = Source("images", tuple(Path(f"{i}.png") for i in range(9)))
+        source = Source("images", tuple(Path(f"{i}.png") for i in range(9)), reader=Reader(read))
         threads = self.num_threads()
 
         with pytest.raises(type(error), match=str(error)):
