@@ -19,6 +19,7 @@ PRECISIONS = ("auto", "int8", "float", "bf16")
 SYSTEMS: dict[str, str] = {
     "noising": "runtime.systems.noising",
     "paco": "runtime.systems.paco",
+    "stripe": "runtime.systems.stripe",
 }
 
 
