@@ -1,0 +1,67 @@
+"""``stripe``: one graph, ``segment``, for strips of every size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from export.systems import Contents, Recipe, Source, read_json
+from runtime.bundle import Threshold
+from runtime.preprocess import PlanesSpec
+from training.backbones import read_weights
+from training.run import open_run
+from training.systems.stripe.config import TaskConfig
+from training.systems.stripe.task import build_model
+
+_CELLS = (24, 32)  # of the traced example: height and width in multiples of the stride
+
+
+def graphs(run: Path) -> dict[str, Source]:
+    """``segment``: planes (batch, 3, height, width) -> logits (batch, 1, height, width).
+
+    Both are float32. The planes are in the sensor's own values: the graph rescales them.
+    """
+    opened = open_run(run)
+    assert isinstance(opened.config, TaskConfig)
+    model, _ = build_model(opened.config, weights=False)
+    model.load_state_dict(read_weights(opened.weights()))
+    model.eval()
+    low, high = opened.config.value_range
+    generator = torch.Generator().manual_seed(0)
+    height, width = (model.stride * cells for cells in _CELLS)
+
+    def example(batch: int, height: int, width: int) -> tuple[torch.Tensor]:
+        return (low + (high - low) * torch.rand(batch, 3, height, width, generator=generator),)
+
+    return {
+        "segment": Source(
+            module=model,
+            inputs=("planes",),
+            outputs=("logits",),
+            examples=(example(2, height, width), example(1, 2 * width, height)),
+            free={"planes": {0: "batch", 2: "height", 3: "width"}},
+        )
+    }
+
+
+def contents(run: Path) -> Contents:
+    """What ``finish`` left in the run."""
+    thresholds = {
+        name: Threshold.model_validate(value)
+        for name, value in read_json(run, "thresholds").items()
+    }
+    spec = read_json(run, "preprocess")
+    return Contents(
+        preprocess=PlanesSpec(size=tuple(spec["size"]), multiple=spec["multiple"]),
+        params=read_json(run, "params"),
+        thresholds=thresholds,
+        assets={},
+    )
+
+
+RECIPE = Recipe(
+    graphs=graphs,
+    contents=contents,
+    gate={"pixel_ap": 0.01, "recall_at_1_false": 0.01},
+)
