@@ -10,6 +10,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from runtime.systems.stripe import InferenceConfig
 from training.config import Config, SystemConfig
 
 
@@ -140,6 +141,11 @@ class NetworkConfig(Config):
     depth: int = Field(default=4, ge=1)
     cell: Literal[1, 2, 4] = 2
 
+    @property
+    def stride(self) -> int:
+        """Heights and widths of the network's input must be multiples of it."""
+        return self.cell if self.name == "plain" else 32
+
 
 class LossConfig(Config):
     """Focal loss.
@@ -160,7 +166,7 @@ class TaskConfig(SystemConfig):
     Attributes:
         value_range: (low, high) of the sensor, in the files' own values. One linear rescale, the
             same in training, calibration and inference.
-        tiles, network, defects, disturbances, loss: see there.
+        tiles, network, defects, disturbances, loss, inference: see there.
     """
 
     system: Literal["stripe"] = "stripe"
@@ -170,10 +176,13 @@ class TaskConfig(SystemConfig):
     defects: DefectsConfig = DefectsConfig()
     disturbances: DisturbanceConfig = DisturbanceConfig()
     loss: LossConfig = LossConfig()
+    inference: InferenceConfig = InferenceConfig()
 
     @model_validator(mode="after")
-    def _sensor(self) -> Self:
+    def _fits(self) -> Self:
         low, high = self.value_range
         if not low < high:
             raise ValueError("value_range must be (low, high) with low < high")
+        if self.tiles.size % self.network.stride:
+            raise ValueError(f"tiles.size must be a multiple of {self.network.stride} for this net")
         return self

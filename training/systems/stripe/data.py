@@ -205,8 +205,24 @@ class Tiles:
         planned = defects.plan(rng, config.defects, self.kernels, size, size)
         defects.paint(planes_CHW, mask_HW, planned, self.kernels, config.value_range)
         self.disturbances.apply(rng, planes_CHW)
-        np.clip(planes_CHW, *config.value_range, out=planes_CHW)
+        return {"planes": self._captured(planes_CHW), "mask": mask_HW[None]}
+
+    def distracted(self, strip: int, rng: np.random.Generator) -> Array:
+        """A whole strip (height, width, 3) as it is, but with spots that are not to be found."""
+        planes_CHW = self.strips[strip].astype(np.float32)
+        config = self.config.defects.model_copy(update={"clean": 0.0})
+        planned = defects.plan(rng, config, self.kernels, *self.strips.shapes[strip])
+        shared = [defect for defect in planned if not defect.wanted]
+        nothing_HW = np.zeros(self.strips.shapes[strip], bool)
+        defects.paint(planes_CHW, nothing_HW, shared, self.kernels, self.config.value_range)
+        return self._captured(planes_CHW).transpose(1, 2, 0)
+
+    def _captured(self, planes_CHW: Array) -> Array:
+        """As the sensor gives it: in its range and its type; changes its argument.
+
+        A fraction that no file holds would tell what is painted, and cost memory.
+        """
+        np.clip(planes_CHW, *self.config.value_range, out=planes_CHW)
         if np.issubdtype(self.strips.dtype, np.integer):
             np.rint(planes_CHW, out=planes_CHW)
-        # back to what the sensor gives: a fraction would tell what is painted, and cost memory
-        return {"planes": planes_CHW.astype(self.strips.dtype), "mask": mask_HW[None]}
+        return planes_CHW.astype(self.strips.dtype)

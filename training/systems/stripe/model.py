@@ -58,7 +58,7 @@ def build(config: TaskConfig) -> Segment:
     if network.name == "plain":
         return Segment(
             Plain(network),
-            stride=network.cell,
+            stride=network.stride,
             reach=network.cell * (network.depth + 2),
             # about 0: INT8 is symmetric, and would leave half its steps unused otherwise
             middle=(low + high) / 2,
@@ -66,7 +66,7 @@ def build(config: TaskConfig) -> Segment:
         )
     unet = UNet(network.width, attentive=network.name == "unet-se")
     # no reach: its upsampling spreads from corner to corner, by another step for every size
-    return Segment(_OneLogit(unet), stride=UNet.stride, reach=None, middle=low, unit=high - low)
+    return Segment(_OneLogit(unet), stride=network.stride, reach=None, middle=low, unit=high - low)
 
 
 class Plain(nn.Module):
@@ -100,15 +100,13 @@ def _conv_norm_relu(into: int, out: int, side: int, **settings: Any) -> nn.Seque
 
 
 class UNet(nn.Module):
-    """Six levels of widths w, 2w, 4w, 8w, 8w, 8w; logits of background and defect.
+    """Six levels of widths w, 2w, 4w, 8w, 8w, 8w, each half as large; two logits per pixel.
 
     Args:
         width: w (published: 64).
         attentive: the later state: pooled context at the bottom, attention over the channels
             where two levels meet, and one convolution there instead of two.
     """
-
-    stride = 32
 
     def __init__(self, width: int, *, attentive: bool = False) -> None:
         super().__init__()
