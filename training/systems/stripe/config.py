@@ -43,6 +43,8 @@ class DefectsConfig(Config):
         num_target_only: (fewest, most) of them to be found; at most half of all.
         absent: probability that one that is not to be found is missing in the target and only a
             reference has it (published: 0).
+        shared_scale: (low, high) how strongly a reference shows what it shares with the target, as
+            a factor (published: 1).
         leak: probability that one to be found also shows in one reference, weaker.
         leak_scale: (low, high) how weak, as a factor.
         amplitude: (low, high) of its peak; the sign is random, unless the range cuts it off.
@@ -55,6 +57,7 @@ class DefectsConfig(Config):
     num: tuple[int, int] = (3, 8)
     num_target_only: tuple[int, int] = (1, 2)
     absent: float = Field(default=0.25, ge=0, le=1)
+    shared_scale: tuple[float, float] = (0.6, 1.4)
     leak: float = Field(default=0.0, ge=0, le=1)
     leak_scale: tuple[float, float] = (0.2, 0.5)
     amplitude: tuple[float, float] = (0.235, 0.315)
@@ -77,6 +80,7 @@ class DefectsConfig(Config):
             raise ValueError("num_target_only must be (fewest, most), fewest at most half of num's")
         for name, (low_share, high_share) in (
             ("amplitude", self.amplitude),
+            ("shared_scale", self.shared_scale),
             ("leak_scale", self.leak_scale),
         ):
             if not 0 < low_share <= high_share:

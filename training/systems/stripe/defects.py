@@ -85,13 +85,15 @@ def allocate(
     rest = num - num_wanted
     first, second = rest // 3, 2 * (rest // 3)
     alone = int(rng.integers(2)) if rest == 1 else None  # one defect cannot be split: any of both
-    present = rng.random(rest) >= config.absent
+    present = (rng.random(rest) >= config.absent).tolist()
+    strengths = rng.uniform(*config.shared_scale, (rest, 2)).tolist()
     for i in range(rest):
         if alone is not None:
             ref1, ref2 = alone == 0, alone == 1
         else:
             ref1, ref2 = i < first or i >= second, i >= first
-        found.append(((float(present[i]), float(ref1), float(ref2)), False))
+        scales = float(present[i]), ref1 * strengths[i][0], ref2 * strengths[i][1]
+        found.append((scales, False))
     return found
 
 

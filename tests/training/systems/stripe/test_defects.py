@@ -88,7 +88,7 @@ class TestAKernel:
 
 class TestTheAllocation:
     def test_is_that_of_the_rule(self) -> None:
-        config = DefectsConfig(absent=0)
+        config = DefectsConfig(absent=0, shared_scale=(1, 1))
         rng = np.random.default_rng(0)
         tiles = [allocate(rng, config) for _ in range(4000)]
         # 4,000 tosses of a coin: three standard deviations are 0.024
@@ -123,7 +123,7 @@ class TestTheAllocation:
         assert mean == pytest.approx(stats["mean_gt_pixels_when_any"], abs=0.9)
 
     def test_of_a_single_shared_spot_takes_either_reference(self) -> None:
-        config = DefectsConfig(clean=0, num=(2, 2), absent=0)
+        config = DefectsConfig(clean=0, num=(2, 2), absent=0, shared_scale=(1, 1))
         rng = np.random.default_rng(0)
         shown = {allocate(rng, config)[1][0] for _ in range(50)}
         assert shown == {(1, 1, 0), (1, 0, 1)}
@@ -133,6 +133,15 @@ class TestTheAllocation:
         tile = allocate(rng, DefectsConfig(clean=0, absent=1))
         assert all(scales[0] == float(wanted) for scales, wanted in tile)
         assert all(sum(scales) for scales, _ in tile)
+
+    def test_shows_shared_spots_as_strongly_as_told(self) -> None:
+        rng = np.random.default_rng(0)
+        config = DefectsConfig(clean=0, absent=0, shared_scale=(0.6, 1.4))
+        tiles = [allocate(rng, config) for _ in range(200)]
+        scales = np.array([s[1:] for tile in tiles for s, wanted in tile if not wanted])
+        shown = scales[scales > 0]
+        assert 0.6 <= shown.min() < 0.62
+        assert 1.38 < shown.max() <= 1.4
 
     def test_can_leak_what_is_wanted_into_one_reference(self) -> None:
         rng = np.random.default_rng(0)
