@@ -133,15 +133,15 @@ def read_triplet(target: Path, ref1: Path, ref2: Path, *, max_shift: float = MAX
         dy, dx = displacement(found[0], plane_HW)
         if np.hypot(dy, dx) > max_shift:
             raise ImageError(
-                f"{path} is displaced against {target} by {dy:+.1f} rows and {dx:+.1f} columns, "
+                f"{path} is displaced against {target} by {dy:+d} rows and {dx:+d} columns, "
                 f"more than {max_shift:g} pixels",
                 fix="register the captures, or pair the right files",
             )
     return np.stack(found, axis=-1)
 
 
-def displacement(plane_HW: Array, other_HW: Array) -> tuple[float, float]:
-    """How far ``other`` must be moved to lie on ``plane``: (rows, columns) in pixels.
+def displacement(plane_HW: Array, other_HW: Array) -> tuple[int, int]:
+    """How far ``other`` must be moved to lie on ``plane``: (rows, columns) in whole pixels.
 
     Phase correlation proposes a displacement. On periodic images many are equally good, so it is
     taken only where it explains more than half of what is left unexplained without it; else (0, 0).
@@ -149,17 +149,19 @@ def displacement(plane_HW: Array, other_HW: Array) -> tuple[float, float]:
     Args:
         plane_HW, other_HW: (H, W), of one size.
     """
-    a, b = plane_HW.astype(np.float32), other_HW.astype(np.float32)
+    a, b = (
+        p.astype(np.float32) - np.float32(p.mean(dtype=np.float64)) for p in (plane_HW, other_HW)
+    )
     height, width = a.shape
     window = np.outer(np.hanning(height + 2)[1:-1], np.hanning(width + 2)[1:-1])
     (x, y), _ = cv2.phaseCorrelate(b, a, window.astype(np.float32))
     dy, dx = round(y), round(x)
     if (dy, dx) == (0, 0) or abs(dy) >= height - 1 or abs(dx) >= width - 1:
-        return 0.0, 0.0
+        return 0, 0
     rows, columns = _overlap(height, dy), _overlap(width, dx)
     before = _correlation(a, b)
     after = _correlation(a[rows[0], columns[0]], b[rows[1], columns[1]])
-    return (float(y), float(x)) if 1 - after < 0.5 * (1 - before) else (0.0, 0.0)
+    return (dy, dx) if 1 - after < 0.5 * (1 - before) else (0, 0)
 
 
 def write(path: Path, planes_HWC: Array) -> None:
@@ -234,6 +236,8 @@ def _read_file(path: Path) -> Array:
         raise ImageError(
             f"{path} holds {planes.dtype}", fix=f"save it as one of {', '.join(DTYPES)}"
         )
+    if planes.dtype == np.float32 and not np.isfinite(planes).all():
+        raise ImageError(f"{path} holds values that are not finite", fix="mend it or leave it out")
     return planes
 
 
