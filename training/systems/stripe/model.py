@@ -72,8 +72,9 @@ def build(config: TaskConfig) -> Segment:
 class Plain(nn.Module):
     """Convolutions on cells of pixels.
 
-    The first one sees a cell and a pixel around it; ``depth`` more follow, and the last gives
-    cell x cell logits.
+    They see the target and its differences to the references: weights in 8 bits could not take
+    one plane from another so exactly. The first one sees a cell and a pixel around it; ``depth``
+    more follow, and the last gives cell x cell logits.
     """
 
     def __init__(self, config: NetworkConfig) -> None:
@@ -89,7 +90,9 @@ class Plain(nn.Module):
         nn.init.constant_(self.last.get_parameter("bias"), math.log(_PRIOR / (1 - _PRIOR)))
 
     def forward(self, planes_BCHW: Tensor) -> Tensor:
-        cells: Tensor = self.last(self.features(planes_BCHW))
+        target_B1HW = planes_BCHW[:, :1]
+        mixed = torch.cat([target_B1HW, target_B1HW - planes_BCHW[:, 1:]], dim=1)
+        cells: Tensor = self.last(self.features(mixed))
         return F.pixel_shuffle(cells, self.cell)
 
 
