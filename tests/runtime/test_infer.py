@@ -40,6 +40,15 @@ class Level:
         return f"level {self.level:.0f}"
 
 
+@dataclass(frozen=True)
+class Marked(Level):
+    """A level with as many marks."""
+
+    def to_json(self) -> dict[str, Any]:
+        marks = [{"x": i, "at": {"y": 10 + i}} for i in range(int(self.level))]
+        return {"level": self.level, "marks": marks}
+
+
 @dataclass
 class Levels:
     """A system that measures the mean of a picture and notes how it was called."""
@@ -131,6 +140,27 @@ class TestPictures:
         assert list(table(out)[0]) == ["source", "width", "height", "level", "of.kind", "of.deep.x"]
         assert summary.num_done == 9
         assert sorted(path.name for path in out.iterdir()) == ["results.csv", "results.jsonl"]
+
+    def test_whose_results_list_objects_give_a_table_of_them(self, tmp_path: Path) -> None:
+        class Listing(Levels):
+            """As many marks as the picture is bright."""
+
+            def infer(self, images: Sequence[Array]) -> list[Any]:
+                return [Marked(int(image.mean())) for image in images]
+
+        write_pictures(tmp_path / "pictures", [0, 2, 0, 1])
+        out = tmp_path / "out"
+
+        infer(Listing(), open_source(str(tmp_path / "pictures")), out)
+
+        with (out / "marks.csv").open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        assert [(Path(row["source"]).name, row["x"], row["at.y"]) for row in rows] == [
+            ("001.png", "0", "10"),
+            ("001.png", "1", "11"),
+            ("003.png", "0", "10"),
+        ]
+        assert list(table(out)[0]) == ["source", "width", "height", "level"]
 
     def test_that_cannot_be_read_are_reported_and_skipped(self, pictures: Path, out: Path) -> None:
         listed = pictures / "list.txt"
