@@ -83,17 +83,14 @@ def allocate(
     num_wanted = int(rng.integers(low, min(high, num // 2) + 1))
     found = [(_leaked(rng, config), True) for _ in range(num_wanted)]
     rest = num - num_wanted
-    first, second = rest // 3, 2 * (rest // 3)
-    alone = int(rng.integers(2)) if rest == 1 else None  # one defect cannot be split: any of both
+    third = rest // 3
+    shown = [(1, 0)] * third + [(0, 1)] * third + [(1, 1)] * (rest - 2 * third)
+    if rest == 1:  # a single one cannot be split
+        shown = [((1, 0), (0, 1))[rng.integers(2)]]
     present = (rng.random(rest) >= config.absent).tolist()
     strengths = rng.uniform(*config.shared_scale, (rest, 2)).tolist()
-    for i in range(rest):
-        if alone is not None:
-            ref1, ref2 = alone == 0, alone == 1
-        else:
-            ref1, ref2 = i < first or i >= second, i >= first
-        scales = float(present[i]), ref1 * strengths[i][0], ref2 * strengths[i][1]
-        found.append((scales, False))
+    for (ref1, ref2), target, (one, two) in zip(shown, present, strengths, strict=True):
+        found.append(((float(target), ref1 * one, ref2 * two), False))
     return found
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, JsonValue
+from pydantic import BaseModel, JsonValue, RootModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -99,7 +99,8 @@ class Task:
         _write(run.root / "params.json", params)
         size = Counter(strips.shapes).most_common(1)[0][0]
         _write(run.root / "preprocess.json", self._spec.model_copy(update={"size": size}))
-        _write(run.root / "thresholds.json", _Thresholds(candidate=threshold))
+        thresholds = RootModel[dict[str, Threshold]]({"candidate": threshold})
+        _write(run.root / "thresholds.json", thresholds)
         results: dict[str, JsonValue] = {
             "network": {
                 "parameters": sum(p.numel() for p in model.parameters()),
@@ -151,10 +152,6 @@ class Task:
                 progress("threshold", i + 1, num)
 
         return stripe.fit_threshold(maps(), inference)
-
-
-class _Thresholds(BaseModel):
-    candidate: Threshold
 
 
 def _run(model: nn.Module) -> Callable[[Array], Array]:
