@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from export.quantize import KeepFloat
 from export.systems import Contents, Recipe, Source, read_json
 from runtime.bundle import Threshold
 from runtime.preprocess import PlanesSpec
@@ -60,8 +61,13 @@ def contents(run: Path) -> Contents:
     )
 
 
+# The fixed mix of planes before the first convolution of `plain`: cancelling target against
+# references is left to float, so that no rounded weight has to.
+_KEEP_FLOAT = KeepFloat(nodes=frozenset({"net.mix"}))
+
 RECIPE = Recipe(
     graphs=graphs,
     contents=contents,
     gate={"pixel_ap": 0.01, "recall_at_1_false": 0.01},
+    keep_float=_KEEP_FLOAT,
 )
