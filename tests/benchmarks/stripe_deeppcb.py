@@ -33,7 +33,9 @@ SETTINGS = (
     "defects.amplitude=[1.0, 3.0]",
     "defects.kernels=[{size: [5, 5], sigma: [1.5, 1.5]}, {size: [9, 9], sigma: [2.5, 2.5]},"
     " {size: [7, 13], sigma: [1.5, 3.5]}, {size: [13, 7], sigma: [3.5, 1.5]}]",
-    "disturbances.shift=1.0",
+    "disturbances.shift=1.5",
+    "disturbances.spread=0.75",
+    "disturbances.whole_pixels=true",
     "disturbances.lines=0.0",
     "inference.suppression=15.0",
     "train.precision=bf16",

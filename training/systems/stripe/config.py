@@ -95,8 +95,11 @@ class DisturbanceConfig(Config):
         gain: largest change of a plane's contrast, either way, as a share.
         offset: largest change of its brightness, either way.
         noise: largest standard deviation of its own noise.
-        shift: largest displacement of a reference along each axis in pixels; fractions are
-            interpolated.
+        shift: largest displacement of the target against both references along each axis, in
+            pixels.
+        spread: largest displacement of each reference beyond that.
+        whole_pixels: round displacements instead of interpolating: for black and white pictures,
+            whose edges would become grey.
         lines: probability of a line in one of the planes, the target included; it is no defect.
         line_amplitude: (low, high) of a line.
         flip: probability of each of the two mirrorings.
@@ -105,7 +108,9 @@ class DisturbanceConfig(Config):
     gain: float = Field(default=0.05, ge=0, lt=1)
     offset: float = Field(default=0.03, ge=0)
     noise: float = Field(default=0.02, ge=0)
-    shift: float = Field(default=0.7, ge=0, le=8)
+    shift: float = Field(default=0.5, ge=0, le=8)
+    spread: float = Field(default=0.5, ge=0, le=8)
+    whole_pixels: bool = False
     lines: float = Field(default=0.1, ge=0, le=1)
     line_amplitude: tuple[float, float] = (0.05, 0.2)
     flip: float = Field(default=0.5, ge=0, le=1)

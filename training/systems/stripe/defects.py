@@ -199,8 +199,11 @@ class Disturbances:
         """
         config, span, middle = self.config, self.high - self.low, (self.low + self.high) / 2
         num, height, width = planes_CHW.shape
-        if config.shift:
-            shifts = rng.uniform(-config.shift, config.shift, (num - 1, 2))
+        if config.shift or config.spread:
+            shifts = rng.uniform(-config.shift, config.shift, 2)
+            shifts = shifts + rng.uniform(-config.spread, config.spread, (num - 1, 2))
+            if config.whole_pixels:
+                shifts = np.rint(shifts)
             for reference_HW, shift in zip(planes_CHW[1:], shifts, strict=True):
                 displace(reference_HW, shift)
         if rng.random() < config.lines:

@@ -26,7 +26,7 @@ from training.systems.stripe.data import Strips, Tiles, pack
 
 pytestmark = pytest.mark.train
 
-STILL = DisturbanceConfig(gain=0, offset=0, noise=0, shift=0, lines=0, flip=0)
+STILL = DisturbanceConfig(gain=0, offset=0, noise=0, shift=0, spread=0, lines=0, flip=0)
 CLEAN = DefectsConfig(clean=1)
 
 
@@ -189,7 +189,9 @@ class TestTiles:
 
     def test_are_rounded_not_truncated(self, tmp_path: Path) -> None:
         strips_ = packed(tmp_path, (64, 64))
-        brighter = DisturbanceConfig(gain=0, offset=0.03, noise=0, shift=0, lines=0, flip=0)
+        brighter = DisturbanceConfig(
+            gain=0, offset=0.03, noise=0, shift=0, spread=0, lines=0, flip=0
+        )
         tiles = Tiles(strips_, config(defects=CLEAN, disturbances=brighter))
         before = strips_[0][:, :32, :32].astype(float)
         for seed in range(10):

@@ -262,14 +262,14 @@ class TestADisplacement:
 
 class TestDisturbances:
     def test_of_zero_change_nothing(self) -> None:
-        config = DisturbanceConfig(gain=0, offset=0, noise=0, shift=0, lines=0)
+        config = DisturbanceConfig(gain=0, offset=0, noise=0, shift=0, spread=0, lines=0)
         planes = np.random.default_rng(0).uniform(0, 255, (3, 30, 40)).astype(np.float32)
         before = planes.copy()
         Disturbances(config, BYTES).apply(np.random.default_rng(1), planes)
         assert (planes == before).all()
 
     def test_stay_within_their_amounts(self) -> None:
-        config = DisturbanceConfig(gain=0.1, offset=0.05, noise=0, shift=0, lines=0)
+        config = DisturbanceConfig(gain=0.1, offset=0.05, noise=0, shift=0, spread=0, lines=0)
         disturbances, seen = Disturbances(config, BYTES), []
         for seed in range(200):
             planes = np.stack([np.full((8, 8), level, np.float32) for level in (0, 127.5, 255)])
@@ -282,7 +282,7 @@ class TestDisturbances:
         assert 0.08 * 255 < ends.max() <= 0.1 * 255 + 1e-3
 
     def test_noise_is_normal_and_each_planes_own(self) -> None:
-        config = DisturbanceConfig(gain=0, offset=0, noise=0.02, shift=0, lines=0)
+        config = DisturbanceConfig(gain=0, offset=0, noise=0.02, shift=0, spread=0, lines=0)
         disturbances = Disturbances(config, BYTES)
         sigmas = []
         for seed in range(40):
@@ -296,19 +296,34 @@ class TestDisturbances:
         assert 0.9 * 0.02 * 255 < max(sigmas) < 1.05 * 0.02 * 255
 
     def test_displace_references_and_never_the_target(self) -> None:
-        config = DisturbanceConfig(gain=0, offset=0, noise=0, shift=1, lines=0)
         x = np.arange(40, dtype=np.float32)
-        planes = np.stack([np.add.outer(2 * x, 3 * x)] * 3)
-        before = planes[0].copy()
-        Disturbances(config, BYTES).apply(np.random.default_rng(0), planes)
-        assert (planes[0] == before).all()
-        inner = planes[1:, 5:-5, 5:-5] - before[5:-5, 5:-5]
-        # a ramp moves to a ramp: the same difference everywhere, at most (2 + 3) pixels' worth
-        assert np.ptp(inner, axis=(1, 2)).max() < 1e-3
-        assert 0 < np.abs(inner).max() <= 5
+        before = np.add.outer(2 * x, 3 * x)
+        for shift, spread in ((1, 0), (0, 1), (1, 1)):
+            config = DisturbanceConfig(
+                gain=0, offset=0, noise=0, shift=shift, spread=spread, lines=0
+            )
+            planes = np.stack([before] * 3)
+            Disturbances(config, BYTES).apply(np.random.default_rng(0), planes)
+            assert (planes[0] == before).all()
+            inner = planes[1:, 5:-5, 5:-5] - before[5:-5, 5:-5]
+            # a ramp moves to a ramp: the same difference everywhere, 2 and 3 for each pixel
+            assert np.ptp(inner, axis=(1, 2)).max() < 1e-3
+            assert 0 < np.abs(inner).max() <= 5 * (shift + spread)
+            assert (spread == 0) == bool((planes[1] == planes[2]).all())
+
+    def test_displace_by_whole_pixels_where_told(self) -> None:
+        config = DisturbanceConfig(
+            gain=0, offset=0, noise=0, shift=2, spread=1, lines=0, whole_pixels=True
+        )
+        rng = np.random.default_rng(0)
+        for seed in range(20):
+            planes = np.repeat(rng.choice((0.0, 255.0), (1, 20, 20)), 3, axis=0)
+            planes = planes.astype(np.float32)
+            Disturbances(config, BYTES).apply(np.random.default_rng(seed), planes)
+            assert set(np.unique(planes)) == {0, 255}
 
     def test_draw_lines_along_one_axis_of_one_plane(self) -> None:
-        config = DisturbanceConfig(gain=0, offset=0, noise=0, shift=0, lines=1)
+        config = DisturbanceConfig(gain=0, offset=0, noise=0, shift=0, spread=0, lines=1)
         disturbances, planes_hit = Disturbances(config, BYTES), set()
         for seed in range(60):
             planes = np.full((3, 50, 60), 100, np.float32)
