@@ -10,10 +10,9 @@ from export.quantize import KeepFloat
 from export.systems import Contents, Recipe, Source, read_json
 from runtime.bundle import Threshold
 from runtime.preprocess import PlanesSpec
-from training.backbones import read_weights
 from training.run import open_run
 from training.systems.stripe.config import TaskConfig
-from training.systems.stripe.task import build_model
+from training.systems.stripe.eager import trained_net
 
 _CELLS = (24, 32)  # of the traced example: height and width in multiples of the stride
 
@@ -25,9 +24,7 @@ def graphs(run: Path) -> dict[str, Source]:
     """
     opened = open_run(run)
     assert isinstance(opened.config, TaskConfig)
-    model, _ = build_model(opened.config, weights=False)
-    model.load_state_dict(read_weights(opened.weights()))
-    model.eval()
+    model = trained_net(opened)
     low, high = opened.config.value_range
     generator = torch.Generator().manual_seed(0)
     height, width = (model.stride * cells for cells in _CELLS)
