@@ -30,43 +30,32 @@ class Segment(nn.Module):
     """Raw planes -> logits.
 
     Args:
-        net: rescaled planes (B, 3, H, W) -> (B, 1, H, W).
+        net: raw planes (B, 3, H, W) -> (B, 1, H, W).
         stride: heights and widths must be multiples of it.
         reach: pixels beyond which nothing changes a logit; None where there is no such border.
-        middle, unit: a value becomes (value - middle) / unit before it reaches the net.
     """
 
-    def __init__(
-        self, net: nn.Module, *, stride: int, reach: int | None, middle: float, unit: float
-    ) -> None:
+    def __init__(self, net: nn.Module, *, stride: int, reach: int | None) -> None:
         super().__init__()
         self.net = net
         self.stride = stride
         self.reach = reach
-        self.middle = middle
-        self.scale = 1 / unit
 
     def forward(self, planes_BCHW: Tensor) -> Tensor:
         """(B, 3, H, W) float32 in the sensor's values -> (B, 1, H, W) float32 logits."""
-        logits: Tensor = self.net((planes_BCHW - self.middle) * self.scale)
+        logits: Tensor = self.net(planes_BCHW)
         return logits
 
 
 def build(config: TaskConfig) -> Segment:
     """The network of a configuration with random weights from torch's global generator."""
-    network, (low, high) = config.network, config.value_range
+    network = config.network
     if network.name == "plain":
-        return Segment(
-            Plain(network),
-            stride=network.stride,
-            reach=network.cell * (network.depth + 2),
-            # about 0: INT8 is symmetric, and would leave half its steps unused otherwise
-            middle=(low + high) / 2,
-            unit=(high - low) / 2,
-        )
+        reach = network.cell * (network.depth + 2)
+        return Segment(Plain(network, config.value_range), stride=network.stride, reach=reach)
     unet = UNet(network.width, attentive=network.name == "unet-se")
     # no reach: its upsampling spreads from corner to corner, by another step for every size
-    return Segment(_OneLogit(unet), stride=network.stride, reach=None, middle=low, unit=high - low)
+    return Segment(_OneLogit(unet, config.value_range), stride=network.stride, reach=None)
 
 
 class Plain(nn.Module):
@@ -77,10 +66,11 @@ class Plain(nn.Module):
     more follow, and the last gives cell x cell logits.
     """
 
-    def __init__(self, config: NetworkConfig) -> None:
+    def __init__(self, config: NetworkConfig, value_range: tuple[float, float]) -> None:
         super().__init__()
         cell, width = config.cell, config.width
         self.cell = cell
+        self.mix = _Mix(value_range)
         first = _conv_norm_relu(3, width, cell + 2, stride=cell, padding=1, bias=False)
         inner = [
             _conv_norm_relu(width, width, 3, padding=1, bias=False) for _ in range(config.depth)
@@ -90,10 +80,33 @@ class Plain(nn.Module):
         nn.init.constant_(self.last.get_parameter("bias"), math.log(_PRIOR / (1 - _PRIOR)))
 
     def forward(self, planes_BCHW: Tensor) -> Tensor:
-        target_B1HW = planes_BCHW[:, :1]
-        mixed = torch.cat([target_B1HW, target_B1HW - planes_BCHW[:, 1:]], dim=1)
-        cells: Tensor = self.last(self.features(mixed))
+        cells: Tensor = self.last(self.features(self.mix(planes_BCHW)))
         return F.pixel_shuffle(cells, self.cell)
+
+
+class _Mix(nn.Conv2d):
+    """Target and its differences to both references, the sensor's range rescaled to -1 ... 1.
+
+    One fixed convolution: engines that move quantizers through other operators leave it alone.
+    """
+
+    def __init__(self, value_range: tuple[float, float]) -> None:
+        super().__init__(3, 3, 1)
+        low, high = value_range
+        unit = (high - low) / 2
+        differences = torch.tensor([[1.0, 0, 0], [1, -1, 0], [1, 0, -1]]) / unit
+        # about 0, because INT8 is symmetric and would leave half its steps unused otherwise
+        middle = torch.tensor([-(low + high) / 2 / unit, 0, 0])
+        self.load_state_dict({"weight": differences[:, :, None, None], "bias": middle})
+        self.requires_grad_(False)
+
+    def forward(self, planes_BCHW: Tensor) -> Tensor:
+        """Always in float32: bfloat16 holds but 8 bits of a sensor's value."""
+        device = planes_BCHW.device.type
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return super().forward(planes_BCHW)
+        return super().forward(planes_BCHW)
 
 
 def _conv_norm_relu(into: int, out: int, side: int, **settings: Any) -> nn.Sequential:
@@ -212,14 +225,20 @@ class _ChannelAttention(nn.Module):
 
 
 class _OneLogit(nn.Module):
-    """Two logits to one: the softmax of two is the sigmoid of their difference."""
+    """The published contract, values in 0 ... 1 and two logits, behind ours.
 
-    def __init__(self, net: nn.Module) -> None:
+    The softmax of two logits is the sigmoid of their difference.
+    """
+
+    def __init__(self, net: nn.Module, value_range: tuple[float, float]) -> None:
         super().__init__()
         self.net = net
+        self.low = value_range[0]
+        self.scale = 1 / (value_range[1] - value_range[0])
 
     def forward(self, planes_BCHW: Tensor) -> Tensor:
-        background_B1HW, defect_B1HW = self.net(planes_BCHW).split(1, dim=1)
+        logits_B2HW = self.net((planes_BCHW - self.low) * self.scale)
+        background_B1HW, defect_B1HW = logits_B2HW.split(1, dim=1)
         logits: Tensor = defect_B1HW - background_B1HW
         return logits
 

@@ -28,6 +28,7 @@ from training.systems.stripe.loss import focal
 from training.systems.stripe.model import Segment, build, multiply_adds
 from training.task import Position, Progress
 
+_NUM_PAINTED = 32  # tiles for calibration
 _COUNTED = 128  # side in pixels of the tile that multiply-adds are counted on
 
 
@@ -89,7 +90,11 @@ class Task:
         return self._judge(model, None) if self.judged else {}
 
     def finish(self, run: Run, model: nn.Module, progress: Progress) -> dict[str, JsonValue]:
-        """Find the threshold of the kept weights, and write what the bundle needs to know."""
+        """Find the threshold of the kept weights, and write what the export needs.
+
+        ``painted/`` holds tiles as they were trained on: INT8 ranges that are measured on good
+        strips alone would cut off just what a defect excites.
+        """
         model.load_state_dict(read_weights(run.weights()))
         tiles = self._tiles()
         strips = tiles.strips
@@ -101,6 +106,9 @@ class Task:
         _write(run.root / "preprocess.json", self._spec.model_copy(update={"size": size}))
         thresholds = RootModel[dict[str, Threshold]]({"candidate": threshold})
         _write(run.root / "thresholds.json", thresholds)
+        for i, index in enumerate(np.linspace(0, len(tiles) - 1, _NUM_PAINTED).astype(int)):
+            tile = tiles.get(int(index), np.random.default_rng((self.config.train.seed, i)))
+            planes.write(run.root / f"painted/{i:03d}.tif", tile["planes"].transpose(1, 2, 0))
         results: dict[str, JsonValue] = {
             "network": {
                 "parameters": sum(p.numel() for p in model.parameters()),

@@ -91,10 +91,15 @@ class TestARun:
         assert {"pixel_ap", "recall_at_1_false", "recall", "false_per_image"} <= set(
             results["test"]
         )
-        # 4 x 4 and twice 3 x 3 for a cell of 4 pixels, then a logit for each of them
-        per_cell = 3 * 8 * 16 + 2 * 8 * 8 * 9 + 8 * 4 * 9
+        # the mix of each pixel; 4 x 4 and twice 3 x 3 for a cell of 4, then a logit for each
+        per_cell = 4 * 9 + 3 * 8 * 16 + 2 * 8 * 8 * 9 + 8 * 4 * 9
         assert results["network"]["multiply_adds_per_pixel"] == per_cell / 4
         assert results["data"] == {"strips": 4, "packed_bytes": 4 * 3 * 97 * 64}
+
+    def test_holds_painted_tiles_to_calibrate_on(self, run: Run) -> None:
+        painted = [planes.read(path) for path in sorted((run.root / "painted").iterdir())]
+        assert len(painted) == 32
+        assert {(tile.shape, tile.dtype.name) for tile in painted} == {((32, 32, 3), "uint8")}
 
     def test_leaves_no_packed_strips_behind(self, run: Run) -> None:
         assert not list(run.root.glob("strips-*"))
