@@ -153,7 +153,7 @@ class TestTheCountOfMultiplyAdds:
         with torch.device("meta"):
             published = UNet(64)
         assert multiply_adds(published, 128, 128) == 9_484_369_920
-        assert 9_484_369_920 > 50 * multiply_adds(built(), 128, 128)
+        assert 50 * multiply_adds(built(), 128, 128) < 9_484_369_920
 
     def test_leaves_the_module_as_it_was(self) -> None:
         net = _Two().train()
