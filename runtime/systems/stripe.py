@@ -345,6 +345,8 @@ class System:
             ("in both", draw.difference(double_detection(image), limit)),
             (f"score {result.score:.2f}", draw.rings(heat, places, 8)),
         ]
+        if image.shape[0] > image.shape[1]:
+            return draw.panel(parts)
         return draw.grid([draw.panel([part]) for part in parts])
 
     def evaluate(
