@@ -257,9 +257,9 @@ def infer(
 
     if out.exists() and any(out.iterdir()) and not exist_ok:
         raise UsageError(f"{out} is not empty", fix="choose another --out, or pass --exist-ok")
-    opened = open_source(source)
     say = _say(context)
     with open_bundle(bundle) as system:
+        opened = open_source(source, system.reader)
         say(f"{system.backend}, {system.precision}")
         with _Progress(context) as show:
             summary = run_infer(

@@ -18,7 +18,6 @@ from calibration.observe import ChannelMean, Histogram, Observer
 from calibration.samples import Sample
 from calibration.table import GraphRanges, Range, Table, graph_sha256, preprocess_sha256
 from calibration.tap import Tap
-from runtime import images
 from runtime.bundle import Bundle
 from runtime.errors import CalibrationError
 from runtime.systems import open_system
@@ -111,7 +110,7 @@ def measure(
     ) as system:
         for start in range(0, len(samples), BATCH_SIZE):
             batch = samples[start : start + BATCH_SIZE]
-            system.infer([images.read(sample.path) for sample in batch])
+            system.infer([system.reader.read(sample.path) for sample in batch])
             if progress is not None:
                 progress(start + len(batch), len(samples))
     measured = {name: taps[name].histograms for name in tensors}

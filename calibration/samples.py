@@ -6,9 +6,9 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime import images
 from runtime.bundle import sha256_file
 from runtime.errors import DatasetError
+from runtime.sources import PICTURES, Reader
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,14 @@ class Sample:
     sha256: str
 
 
-def choose(folder: Path, num: int, seed: int = 0) -> list[Sample]:
+def choose(folder: Path, num: int, seed: int = 0, *, reader: Reader = PICTURES) -> list[Sample]:
     """Draw images from a folder and its sub-folders: the same ones for the same files and seed.
 
     Args:
         folder: with at least ``num`` images.
         num: how many, at least 1.
         seed: of the draw.
+        reader: of the system that the images are for.
 
     Returns:
         ``num`` samples, sorted by name.
@@ -44,13 +45,13 @@ def choose(folder: Path, num: int, seed: int = 0) -> list[Sample]:
         raise DatasetError(f"there is no folder {folder}", fix="give the folder of sample images")
     names = sorted(
         path.relative_to(folder).as_posix()
-        for path in folder.rglob("*")
-        if path.suffix.lower() in images.SUFFIXES and path.is_file()
+        for path in reader.find(folder.rglob("*"))
+        if path.is_file()
     )
     if not names:
         raise DatasetError(
             f"there are no images in {folder}",
-            fix=f"give a folder with files of {', '.join(sorted(images.SUFFIXES))}",
+            fix=f"give a folder with files of {', '.join(sorted(reader.suffixes))}",
         )
     if not 1 <= num <= len(names):
         raise DatasetError(

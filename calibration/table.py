@@ -15,7 +15,7 @@ from calibration.ranges import DEFAULT_PERCENTILE
 from calibration.samples import Sample
 from runtime.bundle import Bundle, write_atomic
 from runtime.errors import CalibrationError
-from runtime.preprocess import PreprocessSpec
+from runtime.preprocess import PlanesSpec, PreprocessSpec
 from runtime.tensors import Array
 
 _SHA256 = Field(pattern=r"^[0-9a-f]{64}$")
@@ -55,7 +55,7 @@ class Table(_Part):
         percentile: of method ``percentile``, else None.
         graphs: graph name -> its ranges.
         samples: name -> SHA-256 of every image that was shown.
-        preprocess: SHA-256 of the PreprocessSpec that prepared them.
+        preprocess: SHA-256 of the spec that prepared them.
         tools: name -> version of what measured.
     """
 
@@ -166,7 +166,7 @@ def graph_sha256(bundle: Bundle, name: str) -> str | None:
     return manifest.files[manifest.graphs[name].variants["float"]].sha256
 
 
-def preprocess_sha256(spec: PreprocessSpec) -> str:
+def preprocess_sha256(spec: PreprocessSpec | PlanesSpec) -> str:
     """SHA-256 of a spec in its one spelling."""
     text = json.dumps(spec.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()

@@ -30,8 +30,7 @@ from runtime.bundle import Bundle, Manifest, check_out, read, write
 from runtime.engines import BACKENDS, Engine
 from runtime.engines.ort import OrtEngine
 from runtime.errors import BackendError, DatasetError, ExportError, GateError, UsageError
-from runtime.images import read as read_image
-from runtime.systems import open_engines, open_system
+from runtime.systems import open_engines, open_system, reader_of
 from runtime.tensors import Array, TensorSpec
 from runtime.tensors import Feeds as EngineFeeds
 
@@ -113,7 +112,8 @@ def build(
     if config.fail_on_drop and config.evaluation is None:
         raise UsageError("a drop cannot fail without labelled data", fix="pass --eval DIR")
     check_out(out, replace=exist_ok)
-    samples = choose(config.samples, config.num_samples, config.seed)
+    reader = reader_of(bundle.manifest.system)
+    samples = choose(config.samples, config.num_samples, config.seed, reader=reader)
     floats = {
         name: onnx.load(bundle.path(graph.variants["float"]))
         for name, graph in bundle.manifest.graphs.items()
@@ -220,7 +220,7 @@ def _record(bundle: Bundle, samples: Sequence[Sample], threads: int | None) -> F
         open_system(bundle, backend="ort", precision="float", engines=recorders, threads=threads)
     ) as system:
         for sample in samples:
-            system.infer([read_image(sample.path)])
+            system.infer([system.reader.read(sample.path)])
     return {name: recorder.feeds for name, recorder in recorders.items()}
 
 

@@ -23,7 +23,7 @@ from typing import Any, Literal, NoReturn
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from runtime.errors import BundleError, InputError
-from runtime.preprocess import PreprocessSpec
+from runtime.preprocess import PlanesSpec, PreprocessSpec
 from runtime.tensors import TensorSpec
 
 FORMAT = "engineworks-bundle"
@@ -79,7 +79,7 @@ class Manifest(_Part):
     schema_version: Literal[1] = 1
     system: str
     graphs: dict[str, GraphEntry]
-    preprocess: PreprocessSpec
+    preprocess: PreprocessSpec | PlanesSpec
     labels: tuple[str, ...] = ()
     thresholds: dict[str, Threshold] = {}
     params: dict[str, Any] = {}

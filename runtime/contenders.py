@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from runtime import bench, images
+from runtime import bench
 from runtime.bundle import Bundle
 from runtime.engines import BACKENDS, check_backend
 from runtime.errors import BundleError, UsageError
 from runtime.preprocess import apply
 from runtime.sources import open_source
-from runtime.systems import choose, open_system
+from runtime.systems import choose, open_system, reader_of
 from runtime.tensors import Array
 
 NETWORK = "network"
@@ -62,10 +62,11 @@ def images_for(bundle: Bundle, source: str | None) -> list[Array]:
         height, width = bundle.manifest.preprocess.size
         rng = np.random.default_rng(0)
         return [rng.integers(0, 256, (height, width, 3), np.uint8) for _ in range(8)]
-    opened = open_source(source)
+    reader = reader_of(bundle.manifest.system)
+    opened = open_source(source, reader)
     if opened.kind != "images":
         raise UsageError("bench takes pictures, not video", fix="give a folder of pictures")
-    return [images.read(path) for path in opened.paths[:32]]
+    return [reader.read(path) for path in opened.paths[:32]]
 
 
 def describe_images(samples: Sequence[Array]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
-from runtime import images
+from runtime import images, planes
 from runtime.errors import BackendError, DatasetError, ImageError
 from runtime.images import SUFFIXES
 from runtime.tensors import Array
@@ -356,3 +356,75 @@ def _unpack(path: Path, _mtime_ns: int) -> dict[int, PackedPicture]:
             fix="copy the file again, and make room in the temporary folder",
         ) from error
     return found
+
+
+# --- target and references ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StripeSample:
+    """One image of planes: a target and two references of the same place.
+
+    Attributes:
+        path: names the image, as ``runtime.planes.read`` takes it.
+        paths: its files: one with all planes, or target and references.
+        label: 0 normal, 1 with a defect in the target alone.
+        defect: name of the defect's folder; ``good`` for normal images.
+        mask_path: ground truth, non-zero where the target is defective; None for normal images,
+            and for defective ones without a mask.
+    """
+
+    path: Path
+    paths: tuple[Path, ...]
+    label: int
+    defect: str
+    mask_path: Path | None
+
+
+def strips(root: Path, split: Literal["train", "valid", "test"]) -> list[StripeSample]:
+    """Images of planes, sorted by path; training images are normal.
+
+    Images lie in ``train/good``, and in ``good`` and ``<defect>`` below ``valid`` and ``test``:
+    one file with all planes each, or files of the same name in ``target``, ``ref1`` and ``ref2``
+    below each of these folders. Masks are ``ground_truth/<defect>/<name>_mask`` with any suffix,
+    for ``valid`` in ``ground_truth_valid`` where that exists.
+
+    Raises:
+        DatasetError: no images for that split; the missing folder is named.
+        ImageError: a target lacks a reference.
+    """
+    if split == "train":
+        folders = [root / "train" / NORMAL]
+    else:
+        folders = sorted(p for p in (root / split).glob("[!.]*") if p.is_dir())
+    apart = root / "ground_truth_valid"
+    masks = apart if split == "valid" and apart.is_dir() else root / "ground_truth"
+    found = [sample for folder in folders for sample in _strips(folder, masks)]
+    if not found:
+        raise DatasetError(
+            f"{root} has no images for '{split}'",
+            fix=f"put them into {'train/good' if split == 'train' else f'{split}/<defect>'}, or "
+            "into target, ref1 and ref2 below that; known suffixes are "
+            f"{', '.join(sorted(planes.SUFFIXES))}",
+        )
+    return found
+
+
+def _strips(folder: Path, masks: Path) -> list[StripeSample]:
+    """All images of one folder, which is named after their defect."""
+    defect = folder.name
+    label = int(defect != NORMAL)
+    place = folder / planes.TARGET if (folder / planes.TARGET).is_dir() else folder
+    paths = sorted(place.glob("[!.]*")) if place.is_dir() else []
+    known = {p.stem: p for p in (masks / defect).glob("[!.]*") if p.suffix.lower() in SUFFIXES}
+    return [
+        StripeSample(
+            path,
+            planes.files(path),
+            label,
+            defect,
+            known.get(f"{path.stem}_mask") if label else None,
+        )
+        for path in paths
+        if path.suffix.lower() in planes.SUFFIXES
+    ]

@@ -51,6 +51,30 @@ def contour(image: Array, mask_HW: Array, colour: tuple[int, int, int] = MARK) -
     return drawn
 
 
+def rings(
+    image: Array,
+    places: Sequence[tuple[int, int]],
+    radius: int,
+    colour: tuple[int, int, int] = MARK,
+) -> Array:
+    """A copy of the image with a ring around each place.
+
+    Args:
+        places: (column, row) in pixels.
+        radius: of the rings in pixels.
+    """
+    drawn = np.array(image, order="C")
+    for place in places:
+        cv2.circle(drawn, place, radius, colour, 1, cv2.LINE_AA)
+    return drawn
+
+
+def difference(values_HW: Array, limit: float) -> Array:
+    """Grey levels of a signed map: 0 is medium grey, ``-limit`` black, ``limit`` white."""
+    scaled = np.clip(values_HW / (2 * limit) + 0.5, 0, 1)
+    return np.asarray(np.rint(scaled * 255).astype(np.uint8)[..., None].repeat(3, axis=2))
+
+
 def panel(parts: Sequence[tuple[str, Array]]) -> Array:
     """Pictures side by side, each below its title.
 

@@ -8,7 +8,9 @@ import secrets
 import sys
 import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import cv2
 import numpy as np
@@ -33,6 +35,8 @@ _END = 0xD9
 
 _stderr_lock = threading.Lock()
 
+_Decoded = TypeVar("_Decoded")
+
 # errors are raised, not printed by the library
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
@@ -53,7 +57,7 @@ def read(path: Path) -> Array:
         ImageError: missing, truncated, corrupt, or no picture. A changed byte in a format without
             checksums (JPEG, BMP, TIFF, WebP) is noticed only where decoding trips over it.
     """
-    return decode(_content(path), str(path))
+    return decode(content(path), str(path))
 
 
 def decode(data: bytes, name: str) -> Array:
@@ -79,19 +83,36 @@ def read_mask(path: Path) -> Array:
     Raises:
         ImageError: as ``read``.
     """
-    pixels = _decode(_content(path), str(path), cv2.IMREAD_GRAYSCALE | cv2.IMREAD_ANYDEPTH)
+    pixels = _decode(content(path), str(path), cv2.IMREAD_GRAYSCALE | cv2.IMREAD_ANYDEPTH)
     if pixels.dtype == np.uint16:
         pixels = np.minimum(pixels, 255).astype(np.uint8)
     _check_8_bit(str(path), pixels)
     return pixels
 
 
+def decode_pages(data: bytes, name: str) -> list[Array]:
+    """All pages of a picture's file as they are stored: no rotation, no conversion.
+
+    Args:
+        data, name: as in ``decode``.
+
+    Returns:
+        (H, W) or (H, W, C) each, of the file's dtype; colours are blue, green, red, alpha. Most
+        formats have one page.
+    """
+
+    def pages(buffer: Array) -> list[Array] | None:
+        done, found = cv2.imdecodemulti(buffer, cv2.IMREAD_UNCHANGED)
+        return list(found) if done and found else None
+
+    return _decode_with(pages, data, name)
+
+
 def write(path: Path, image: Array) -> None:
     """Encode (H, W, 3) uint8 RGB or (H, W) uint8 by the path's suffix; nobody sees half a file.
 
     Folders on the way are made. JPEG is written with quality 95, PNG at OpenCV's fast default
-    level. Nothing is forced onto the disk: that takes longer than encoding, and a picture can be
-    made again.
+    level.
 
     Raises:
         ImageError: a suffix that is not one of ``SUFFIXES``, or a size that the format cannot hold.
@@ -107,16 +128,30 @@ def write(path: Path, image: Array) -> None:
         raise ImageError(f"{path} cannot be encoded: {error.err}") from error
     if not done:
         raise ImageError(f"{path}: the format cannot hold {image.shape}", fix="write it as .png")
+    put(path, encoded.tobytes())
+
+
+def put(path: Path, data: bytes) -> None:
+    """Write a file in one step; folders on the way are made.
+
+    Nothing is forced onto the disk: that takes longer than encoding, and a picture can be made
+    again.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
-        temporary.write_bytes(encoded.tobytes())
+        temporary.write_bytes(data)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _content(path: Path) -> bytes:
+def content(path: Path) -> bytes:
+    """The bytes of a file.
+
+    Raises:
+        ImageError: it cannot be read.
+    """
     try:
         return path.read_bytes()
     except OSError as error:
@@ -124,12 +159,16 @@ def _content(path: Path) -> bytes:
 
 
 def _decode(data: bytes, name: str, flags: int) -> Array:
+    return _decode_with(lambda buffer: cv2.imdecode(buffer, flags), data, name)
+
+
+def _decode_with(decoder: Callable[[Array], _Decoded | None], data: bytes, name: str) -> _Decoded:
     if _is_truncated(data):
         raise ImageError(f"{name} is truncated", fix="copy the file again")
     if not data:
         raise ImageError(f"{name} is empty", fix="copy the file again")
     try:
-        pixels, remarks = _decode_quietly(data, flags)
+        pixels, remarks = _decode_quietly(decoder, data)
     except cv2.error as error:
         raise ImageError(f"{name} cannot be decoded: {error.err}") from error
     if pixels is None or _DAMAGE.search(remarks):
@@ -137,7 +176,9 @@ def _decode(data: bytes, name: str, flags: int) -> Array:
     return pixels
 
 
-def _decode_quietly(data: bytes, flags: int) -> tuple[Array | None, bytes]:
+def _decode_quietly(
+    decoder: Callable[[Array], _Decoded | None], data: bytes
+) -> tuple[_Decoded | None, bytes]:
     """Decode, and catch what libjpeg and libpng print about it.
 
     Both print to the process' standard error, past Python, and libjpeg says only there that it
@@ -146,12 +187,12 @@ def _decode_quietly(data: bytes, flags: int) -> tuple[Array | None, bytes]:
     """
     buffer = np.frombuffer(data, np.uint8)
     if sys.__stderr__ is None:  # the process was started without one
-        return cv2.imdecode(buffer, flags), b""
+        return decoder(buffer), b""
     with _stderr_lock, tempfile.TemporaryFile() as printed:
         stderr = os.dup(2)
         os.dup2(printed.fileno(), 2)
         try:
-            pixels = cv2.imdecode(buffer, flags)
+            pixels = decoder(buffer)
         finally:
             os.dup2(stderr, 2)
             os.close(stderr)

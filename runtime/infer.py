@@ -99,7 +99,8 @@ def infer(
     """Run a system over a source.
 
     Writes into ``out``: ``results.csv``, the scalar fields of each result, its header from the
-    first one; with ``jsonl`` ``results.jsonl``, one object per picture, those that failed included;
+    first one; ``<field>.csv`` for a field that lists objects, a line for each, once there is any;
+    with ``jsonl`` ``results.jsonl``, one object per picture, those that failed included;
     with ``overlays`` ``overlays/<name>.png`` per picture and ``overview.jpg``, the first 64 of them
     on a sheet, or one annotated ``<name>.mp4``.
     ``system.draw`` is called in other threads than ``system.infer``.
@@ -255,7 +256,7 @@ class _Decoder:
     def _pictures(self) -> Iterator[_Item]:
         for path in self._source.paths:
             try:
-                yield _Item(str(path), images.read(path))
+                yield _Item(str(path), self._source.reader.read(path))
             except ImageError as error:
                 yield _Item(str(path), error=error.message)
 
@@ -269,18 +270,33 @@ class _Decoder:
             yield _Item(name, error=error.message)
 
 
+class _Table:
+    """One CSV file, its header from the first row."""
+
+    def __init__(self, file: IO[str]) -> None:
+        self._file = file
+        self._writer: csv.DictWriter[str] | None = None
+
+    def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        if self._writer is None:
+            self._writer = csv.DictWriter(self._file, list(rows[0]), extrasaction="ignore")
+            self._writer.writeheader()
+        self._writer.writerows(rows)
+        self._file.flush()
+
+
 class _Tables:
-    """``results.csv`` and, if asked for, ``results.jsonl``."""
+    """``results.csv``, one per field that lists objects and, if asked for, ``results.jsonl``."""
 
     def __init__(self, out: Path, *, jsonl: bool) -> None:
         self._out = out
         self._jsonl = jsonl
         self._stack = ExitStack()
         self._lines: IO[str] | None = None
-        self._csv: csv.DictWriter[str] | None = None
+        self._tables: dict[str, _Table] = {}
 
     def __enter__(self) -> _Tables:
-        self._table = self._stack.enter_context(_text(self._out / "results.csv"))
+        self._open("results")
         if self._jsonl:
             self._lines = self._stack.enter_context(_text(self._out / "results.jsonl"))
         return self
@@ -301,17 +317,21 @@ class _Tables:
         except ValueError:
             return "the result holds a number that is not finite"
         self._line(line)
-        scalars = dict(_scalars(record))
-        if self._csv is None:
-            self._csv = csv.DictWriter(self._table, list(scalars), extrasaction="ignore")
-            self._csv.writeheader()
-        self._csv.writerow(scalars)
-        self._table.flush()
+        self._tables["results"].add([dict(_scalars(record))])
+        for name, values in record.items():
+            if isinstance(values, list) and values and isinstance(values[0], Mapping):
+                table = self._tables.get(name) or self._open(name)
+                table.add([{**_origin(item), **dict(_scalars(value))} for value in values])
         return None
 
     def failed(self, item: _Item, error: str) -> None:
         """Note that there is no result for a picture."""
         self._line(json.dumps({**_origin(item), "error": error}))
+
+    def _open(self, name: str) -> _Table:
+        file = self._stack.enter_context(_text(self._out / f"{name}.csv"))
+        self._tables[name] = _Table(file)
+        return self._tables[name]
 
     def _line(self, line: str) -> None:
         if self._lines is not None:

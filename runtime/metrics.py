@@ -16,11 +16,13 @@ import cv2
 import numpy as np
 
 from runtime.errors import InputError
+from runtime.results import Candidate
 from runtime.tensors import Array
 
 AUPRO_LIMIT = 0.3
 TOP = 5
 ECE_BINS = 15
+RANKS = (30, 50, 150, 500)
 
 
 class _Curve:
@@ -308,6 +310,93 @@ class ClassificationMetrics:
             "ece": float(np.abs(self._gaps).sum() / total),
             "nll": self._nll / total,
         }
+
+
+class CandidateMetrics:
+    """Collects the candidates of images; then how many defects are found, and at what price.
+
+    A candidate finds the region of ground truth (8-connected) that is nearest to it, if a pixel of
+    it lies within ``radius``. Of several that find the same region the best counts and the others
+    are left out; a candidate that finds none is false.
+
+    Keys of ``compute``:
+
+    * recall_at_1_false: share of the regions found while there is at most one false candidate per
+      image on average.
+    * recall_at_30, recall_at_50, recall_at_150, recall_at_500: share found among so many best
+      candidates of all images together.
+    * recall, false_per_image: at ``threshold``, where one is given.
+
+    Of equal scores false candidates come first. There are no keys where an image of a defect came
+    without a mask, or no region at all.
+
+    Args:
+        radius: in pixels.
+        threshold: decision border for the score of a candidate.
+    """
+
+    def __init__(self, radius: float, threshold: float | None = None) -> None:
+        self._radius = radius
+        self._threshold = threshold
+        self._hits: list[float] = []
+        self._false: list[float] = []
+        self._num_images = 0
+        self._num_regions = 0
+        self._complete = True
+
+    def update(self, candidates: Sequence[Candidate], label: int, mask_HW: Array | None) -> None:
+        """Add one image.
+
+        Args:
+            candidates: best first.
+            label: 0 normal, 1 defective.
+            mask_HW: (H, W) bool ground truth; None on a normal image: there is no defect.
+        """
+        self._num_images += 1
+        self._complete &= mask_HW is not None or not label
+        if mask_HW is None or not mask_HW.any():
+            self._false += [candidate.score for candidate in candidates]
+            return
+        count, regions_HW = cv2.connectedComponents(mask_HW.astype(np.uint8), connectivity=8)
+        self._num_regions += count - 1
+        found: set[int] = set()
+        for candidate in candidates:
+            region = self._nearest(regions_HW, candidate)
+            if region == 0:
+                self._false.append(candidate.score)
+            elif region not in found:
+                found.add(region)
+                self._hits.append(candidate.score)
+
+    def compute(self) -> dict[str, float]:
+        """All metrics that the images allow."""
+        if not self._complete or not self._num_regions:
+            return {}
+        hits, false = np.sort(self._hits)[::-1], np.sort(self._false)[::-1]
+        # the score of the first false candidate that is one too many
+        limit = false[self._num_images] if len(false) > self._num_images else -np.inf
+        found = {"recall_at_1_false": int((hits > limit).sum()) / self._num_regions}
+        above = np.searchsorted(-false, -hits, side="right")  # false ones before each hit
+        rank = above + np.arange(1, len(hits) + 1)
+        for count in RANKS:
+            found[f"recall_at_{count}"] = int((rank <= count).sum()) / self._num_regions
+        if self._threshold is not None:
+            found["recall"] = int((hits >= self._threshold).sum()) / self._num_regions
+            num_false = int((false >= self._threshold).sum())
+            found["false_per_image"] = num_false / self._num_images
+        return found
+
+    def _nearest(self, regions_HW: Array, candidate: Candidate) -> int:
+        """Number of the region that a candidate finds, 0 for none."""
+        reach = int(self._radius)
+        top, left = max(0, candidate.y - reach), max(0, candidate.x - reach)
+        window = regions_HW[top : candidate.y + reach + 1, left : candidate.x + reach + 1]
+        ys, xs = np.nonzero(window)
+        if not len(ys):
+            return 0
+        distances = np.hypot(ys + top - candidate.y, xs + left - candidate.x)
+        nearest = int(distances.argmin())
+        return int(window[ys[nearest], xs[nearest]]) if distances[nearest] <= self._radius else 0
 
 
 def log_softmax(logits: Array) -> Array:

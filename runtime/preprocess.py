@@ -14,6 +14,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
 from runtime.errors import InputError
+from runtime.planes import check_planes
 from runtime.tensors import Array
 
 _INTERPOLATION = {"bilinear": cv2.INTER_LINEAR, "cubic": cv2.INTER_CUBIC}
@@ -47,6 +48,29 @@ class PreprocessSpec(BaseModel):
         if len(self.mean) != len(self.std):
             raise ValueError(f"{len(self.mean)} means and {len(self.std)} standard deviations")
         return self
+
+
+class PlanesSpec(BaseModel):
+    """How planes of a sensor become a network input: in their own values, at their own size.
+
+    The graph rescales the values itself. Height and width are padded by reflection, at the bottom
+    and at the right, up to what the graph can take.
+
+    Attributes:
+        size: (height, width) of a usual image in pixels; others are taken as well.
+        multiple: height and width of the network input are multiples of it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    size: tuple[PositiveInt, PositiveInt]
+    multiple: PositiveInt
+
+    def padded(self, height: int, width: int) -> tuple[int, int]:
+        """Size of the network input for an image of (height, width)."""
+        return -(-height // self.multiple) * self.multiple, -(
+            -width // self.multiple
+        ) * self.multiple
 
 
 def check_image(image: Array, channels: int = 3) -> None:
@@ -132,18 +156,22 @@ def _resize(image: Array, height: int, width: int, interpolation: int) -> Array:
     return np.asarray(resized).reshape(height, width, *image.shape[2:])  # cv2 drops an axis of 1
 
 
-def apply(spec: PreprocessSpec, images: Sequence[Array]) -> Array:
+def apply(spec: PreprocessSpec | PlanesSpec, images: Sequence[Array]) -> Array:
     """Turn images into one network batch.
 
     Args:
-        images: (H, W, C) uint8 RGB each, of any sizes; C is ``len(spec.mean)``.
+        images: (H, W, C) uint8 RGB each, of any sizes; C is ``len(spec.mean)``. For a
+            ``PlanesSpec`` (H, W, 3) planes as ``runtime.planes.read`` gives them; smaller ones are
+            padded to the largest.
 
     Returns:
-        (B, C, height, width) float32, normalised as ``PreprocessSpec`` says.
+        (B, C, height, width) float32, normalised as ``PreprocessSpec`` says, or raw.
 
     Raises:
         InputError: an image of another dtype or layout.
     """
+    if isinstance(spec, PlanesSpec):
+        return _pad(spec, images)
     channels = len(spec.mean)
     scale = (1.0 / (255.0 * np.asarray(spec.std))).astype(np.float32)
     shift = (-np.asarray(spec.mean) / np.asarray(spec.std)).astype(np.float32)
@@ -153,6 +181,20 @@ def apply(spec: PreprocessSpec, images: Sequence[Array]) -> Array:
         for c, plane in enumerate(cv2.split(place(spec, image))):
             np.multiply(plane, scale[c], out=planes[c])
             planes[c] += shift[c]
+    return batch
+
+
+def _pad(spec: PlanesSpec, images: Sequence[Array]) -> Array:
+    for image in images:
+        check_planes(image)
+    sizes = [image.shape[:2] for image in images]
+    height, width = spec.padded(max(h for h, _ in sizes), max(w for _, w in sizes))
+    batch = np.empty((len(images), 3, height, width), np.float32)
+    for planes, image in zip(batch, images, strict=True):
+        down, right = height - image.shape[0], width - image.shape[1]
+        whole = cv2.copyMakeBorder(image, 0, down, 0, right, cv2.BORDER_REFLECT_101)
+        for c, plane in enumerate(cv2.split(whole)):
+            planes[c] = plane
     return batch
 
 

@@ -78,3 +78,63 @@ class Classification:
     def summary(self) -> str:
         """One line for people."""
         return ", ".join(f"{label} {probability:.2f}" for label, probability in self.top)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A place where a defect may be.
+
+    Attributes:
+        x, y: column and row of its peak in pixels of the image.
+        score: mean of the three highest pixels around the peak, in [0, 1].
+    """
+
+    x: int
+    y: int
+    score: float
+
+
+@dataclass(frozen=True, eq=False)
+class DefectMap:
+    """The answer of ``stripe`` for one image.
+
+    Attributes:
+        map_HW: (H, W) float32 at the image's size: probability that the target has a defect there
+            that no reference has.
+        candidates: peaks of the map, best first, those below the threshold included.
+        threshold: decision border for the score of a candidate.
+    """
+
+    map_HW: Array
+    candidates: tuple[Candidate, ...]
+    threshold: float
+
+    @property
+    def score(self) -> float:
+        """Of the image: that of its best candidate."""
+        return self.candidates[0].score
+
+    @property
+    def defects(self) -> tuple[Candidate, ...]:
+        """The candidates that reach the threshold."""
+        return tuple(c for c in self.candidates if c.score >= self.threshold)
+
+    @property
+    def is_defective(self) -> bool:
+        return bool(self.defects)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain numbers for one JSON line, with a list of the defects; the map is left out."""
+        return {
+            "label": "defective" if self.is_defective else "good",
+            "score": round(self.score, 6),
+            "threshold": round(self.threshold, 6),
+            "num_defects": len(self.defects),
+            "defects": [{"x": d.x, "y": d.y, "score": round(d.score, 6)} for d in self.defects],
+        }
+
+    def summary(self) -> str:
+        """One line for people."""
+        num = len(self.defects)
+        found = f"{num} defect{'s' if num > 1 else ''}" if num else "good"
+        return f"{found}, score {self.score:.2f} (border {self.threshold:.2f})"

@@ -3,15 +3,41 @@
 from __future__ import annotations
 
 import glob
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from runtime.errors import InputError
-from runtime.images import SUFFIXES
+from runtime.images import SUFFIXES, read
+from runtime.tensors import Array
 
 VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"})
 _SCHEMES = ("rtsp://", "rtsps://", "http://", "https://", "udp://", "tcp://")
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How files become the images of a system.
+
+    Attributes:
+        read: decodes the image that a path names; raises an ImageError.
+        suffixes: of files that it can read.
+        is_image: False for a file that is only a part of the image that another one names.
+        takes_video: whether a video's frames are images of the system as well.
+    """
+
+    read: Callable[[Path], Array]
+    suffixes: frozenset[str] = SUFFIXES
+    is_image: Callable[[Path], bool] = lambda _: True
+    takes_video: bool = True
+
+    def find(self, files: Iterable[Path]) -> list[Path]:
+        """The files that name images."""
+        return [p for p in files if p.suffix.lower() in self.suffixes and self.is_image(p)]
+
+
+PICTURES = Reader(read)
 
 
 @dataclass(frozen=True)
@@ -23,11 +49,13 @@ class Source:
             dropped).
         paths: the picture files, or the video file; empty for a stream.
         address: what the stream decoder opens; for ``video`` and ``stream``.
+        reader: of the files, for ``images``.
     """
 
     kind: Literal["images", "video", "stream"]
     paths: tuple[Path, ...] = ()
     address: str = ""
+    reader: Reader = PICTURES
 
     @property
     def num_images(self) -> int | None:
@@ -35,7 +63,7 @@ class Source:
         return len(self.paths) if self.kind == "images" else None
 
 
-def open_source(text: str) -> Source:
+def open_source(text: str, reader: Reader = PICTURES) -> Source:
     """Tell what the user means.
 
     Args:
@@ -43,50 +71,60 @@ def open_source(text: str) -> Source:
             per line (relative to the list; order kept, ``#`` starts a comment line), a video file,
             a webcam's number, or an address such as ``rtsp://...``. A folder that is named like a
             webcam is meant by ``./0``.
+        reader: of the system that the images are for.
 
     Raises:
         InputError: nothing there, or nothing that can be read as pictures or video.
     """
     if text.isdecimal() or text.lower().startswith(_SCHEMES):
-        return Source("stream", address=text)
+        return _moving(Source("stream", address=text), reader)
     path = Path(text)
     if not text:
         raise InputError("the source is empty", fix="give a file, folder, glob, list or address")
     if path.is_dir():
-        return _images(sorted(p for p in path.rglob("*") if p.is_file()), text)
+        return _images(sorted(p for p in path.rglob("*") if p.is_file()), text, reader)
     if path.is_file():
         suffix = path.suffix.lower()
         if suffix == ".txt":
-            return _listed(path)
+            return _listed(path, reader)
         if suffix in VIDEO_SUFFIXES:
-            return Source("video", (path,), str(path))
-        if suffix in SUFFIXES:
-            return Source("images", (path,))
+            return _moving(Source("video", (path,), str(path)), reader)
+        if suffix in reader.suffixes:
+            return Source("images", (path,), reader=reader)
         raise InputError(
             f"{text} is neither a picture nor a video by its suffix",
-            fix=f"known are {', '.join(sorted(SUFFIXES | VIDEO_SUFFIXES))} and .txt lists",
+            fix=f"known are {', '.join(sorted(reader.suffixes | VIDEO_SUFFIXES))} and .txt lists",
         )
     if glob.has_magic(text):
         # Path.glob refuses absolute patterns
         found = sorted(Path(p) for p in glob.glob(text, recursive=True))  # noqa: PTH207
-        return _images([p for p in found if p.is_file()], text)
+        return _images([p for p in found if p.is_file()], text, reader)
     raise InputError(f"there is nothing at {text}", fix="check the path, or quote the glob")
 
 
-def _images(files: list[Path], text: str) -> Source:
-    pictures = tuple(p for p in files if p.suffix.lower() in SUFFIXES)
+def _moving(source: Source, reader: Reader) -> Source:
+    if not reader.takes_video:
+        raise InputError(
+            f"the frames of {source.address} are no images of this system",
+            fix="give files that hold a target and its references",
+        )
+    return source
+
+
+def _images(files: list[Path], text: str, reader: Reader) -> Source:
+    pictures = tuple(reader.find(files))
     if not pictures:
         videos = [p for p in files if p.suffix.lower() in VIDEO_SUFFIXES]
         raise InputError(
             f"no pictures in {text}",
             fix=f"give one video at a time, e.g. {videos[0]}"
             if videos
-            else f"known suffixes are {', '.join(sorted(SUFFIXES))}",
+            else f"known suffixes are {', '.join(sorted(reader.suffixes))}",
         )
-    return Source("images", pictures)
+    return Source("images", pictures, reader=reader)
 
 
-def _listed(path: Path) -> Source:
+def _listed(path: Path, reader: Reader) -> Source:
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except UnicodeDecodeError as error:
@@ -94,4 +132,4 @@ def _listed(path: Path) -> Source:
     files = tuple(path.parent / line for line in lines if line and not line.startswith("#"))
     if not files:
         raise InputError(f"{path} lists no pictures", fix="write one path per line")
-    return Source("images", files)
+    return Source("images", files, reader=reader)

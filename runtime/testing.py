@@ -15,12 +15,12 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from runtime import images
-from runtime.bundle import Bundle, GraphEntry, Manifest, write
+from runtime import images, planes
+from runtime.bundle import Bundle, GraphEntry, Manifest, Threshold, write
 from runtime.engines import BACKENDS, open_engine
 from runtime.errors import BackendError, EngineError
-from runtime.preprocess import PreprocessSpec, apply
-from runtime.systems import noising, paco
+from runtime.preprocess import PlanesSpec, PreprocessSpec, apply
+from runtime.systems import noising, paco, stripe
 from runtime.tensors import Array, Feeds, TensorSpec, check_feeds, check_host
 
 _STRIDE = 8  # pixels of the input per patch of the tiny graph
@@ -34,6 +34,7 @@ _COLOURS = {
     "yellow": (1.0, 0.9, 0.1),
 }
 _RIDGE = 0.1
+_SENSOR = (0.0, 255.0)  # value range of drawn strips
 _IMAGE_AMAX, _HIDDEN_AMAX = 3.0, 8.0  # more than drawn images reach, for the INT8 graphs
 
 
@@ -169,6 +170,59 @@ def write_flowers(
     return root
 
 
+def draw_strip(
+    rng: np.random.Generator, size: tuple[int, int], *, defective: bool, dtype: str = "uint8"
+) -> tuple[Array, Array]:
+    """Three captures of one piece of stripes, with a spot that the target shares with a reference.
+
+    Args:
+        size: (height, width) in pixels, at least 32 each.
+        defective: a second spot is in the target alone.
+
+    Returns:
+        (H, W, 3) planes of ``dtype``, in 0 ... 255, and a (H, W) bool mask of the second spot.
+    """
+    height, width = size
+    stripes = 110 + 40 * np.sin(np.arange(width) * (2 * np.pi / 11) + rng.uniform(0, 2 * np.pi))
+    planes_HWC = np.broadcast_to(stripes[:, None], (height, width, 3)) + rng.normal(
+        0, 3, (height, width, 3)
+    )
+    spot = np.exp(-(np.square(np.mgrid[-1:2, -1:2]).sum(axis=0)) / (2 * 1.3**2))
+    shared = int(rng.integers(4, width // 2 - 4)), int(rng.integers(4, height - 4))
+    alone = int(rng.integers(width // 2 + 4, width - 4)), int(rng.integers(4, height - 4))
+    marked = np.zeros((height, width), bool)
+    x, y = shared
+    for plane in (0, int(rng.integers(1, 3))):
+        planes_HWC[y - 1 : y + 2, x - 1 : x + 2, plane] += 80 * spot
+    if defective:
+        x, y = alone
+        planes_HWC[y - 1 : y + 2, x - 1 : x + 2, 0] += 80 * spot
+        marked[y - 1 : y + 2, x - 1 : x + 2] = True
+    return np.clip(planes_HWC, *_SENSOR).astype(dtype), marked
+
+
+def write_strips(
+    root: Path,
+    *,
+    size: tuple[int, int] = (96, 64),
+    num_train: int = 4,
+    num_good: int = 4,
+    num_defective: int = 4,
+    seed: int = 0,
+) -> Path:
+    """A folder of ``draw_strip`` planes, masks included; returns ``root``."""
+    rng = np.random.default_rng(seed)
+    counts = {"train/good": num_train, "test/good": num_good, "test/spot": num_defective}
+    for folder, count in counts.items():
+        for i in range(count):
+            strip, mask = draw_strip(rng, size, defective=folder.endswith("spot"))
+            planes.write(root / folder / f"{i:03d}.png", strip)
+            if mask.any():
+                path = root / "ground_truth/spot" / f"{i:03d}_mask.png"
+                images.write(path, mask.astype(np.uint8) * 255)
+    return root
+
+
 def write_tiny_noising_bundle(
     folder: Path,
     *,
@@ -272,6 +326,38 @@ def write_tiny_paco_bundle(
         return write(folder, manifest, files)
 
 
+def write_tiny_stripe_bundle(
+    folder: Path,
+    *,
+    int8: bool = False,
+    gate: Mapping[str, float] | None = None,
+    inference: stripe.InferenceConfig | None = None,
+) -> Bundle:
+    """A ``stripe`` bundle that finds ``draw_strip``'s defects, on a real graph.
+
+    Args:
+        folder: to make.
+        int8: add the variants ``int8`` and ``int8-u8``, with fixed ranges.
+        gate: allowed drops; those of the real system where not given.
+        inference: how the graph is used; as by default where not given.
+    """
+    zero_points = {"float": None, "int8": 0, "int8-u8": 128} if int8 else {"float": None}
+    graphs = {name: tiny_segment(zero_point=zero_point) for name, zero_point in zero_points.items()}
+    params = stripe.Params(value_range=_SENSOR, inference=inference or stripe.InferenceConfig())
+    with tempfile.TemporaryDirectory() as scratch:
+        files, entry = _save_graph("segment", graphs, Path(scratch))
+        manifest = Manifest(
+            system=stripe.NAME,
+            graphs={"segment": entry},
+            preprocess=PlanesSpec(size=(96, 64), multiple=2),
+            thresholds={"candidate": Threshold(value=0.5, source="chosen for drawn strips")},
+            params=params.model_dump(mode="json"),
+            gate={"pixel_ap": 0.01, "recall_at_1_false": 0.01} if gate is None else dict(gate),
+            provenance={"made_by": "runtime.testing"},
+        )
+        return write(folder, manifest, files)
+
+
 def _save_graph(
     name: str, variants: Mapping[str, onnx.ModelProto], folder: Path
 ) -> tuple[dict[str, Path], GraphEntry]:
@@ -325,7 +411,7 @@ def tiny_features(
     x = net.add("Reshape", "flatten", [x, shape])
     net.add("Transpose", "transpose", [x], output="features", perm=[0, 2, 1])
     patches = size[0] // _STRIDE * (size[1] // _STRIDE)
-    return net.model(size, {"features": [patches, _WIDTH]})
+    return net.model({"images": [3, *size]}, {"features": [patches, _WIDTH]})
 
 
 def tiny_classifier(
@@ -351,7 +437,36 @@ def tiny_classifier(
     x = net.add("GlobalAveragePool", "pool", [x])
     x = net.add("Flatten", "flatten", [x], output="embedding", axis=1)
     net.linear("classifier", x, weight_CF, bias_C, _HIDDEN_AMAX, output="logits")
-    return net.model(size, {"logits": [len(weight_CF)], "embedding": [_WIDTH]})
+    outputs = {"logits": [len(weight_CF)], "embedding": [_WIDTH]}
+    return net.model({"images": [3, *size]}, outputs)
+
+
+def tiny_segment(*, zero_point: int | None = None) -> onnx.ModelProto:
+    """The smaller of a target's differences to two references, smoothed, as a logit per pixel.
+
+    min(u, v) = u - relu(u - v), once for what is brighter and once for what is darker.
+
+    Args:
+        zero_point: see ``tiny_features``.
+
+    Returns:
+        planes (batch, 3, height, width) -> logits (batch, 1, height, width), both float32: 0 where
+        the target differs by 15 from both, rising by 0.4 per unit.
+    """
+    net = _Net(zero_point)
+    differences = np.array([[1, -1, 0], [1, 0, -1], [-1, 1, 0], [-1, 0, 1]])
+    smoothing = np.outer([1, 2, 1], [1, 2, 1]) / 16
+    weight = differences[:, :, None, None] * smoothing
+    x = net.conv("conv1", "planes", weight, 1, _SENSOR[1], pad=1)
+    x = net.add("Relu", "relu1", [x])
+    parts = np.array([[1, 0, 0, 0], [1, -1, 0, 0], [0, 0, 1, 0], [0, 0, 1, -1]])
+    x = net.conv("conv2", x, parts[:, :, None, None], 1, _SENSOR[1])
+    x = net.add("Relu", "relu2", [x])
+    x = net.conv("conv3", x, 0.4 * np.array([[1, -1, 1, -1]])[:, :, None, None], 1, _SENSOR[1])
+    bias = net.constant("bias", np.array(-6, np.float32))
+    net.add("Add", "add", [x, bias], output="logits")
+    sides: list[int | str] = ["height", "width"]
+    return net.model({"planes": [3, *sides]}, {"logits": [1, *sides]})
 
 
 class _Net:
@@ -386,11 +501,13 @@ class _Net:
         x = self.conv("conv2", x, rng.normal(0, 0.3, (_WIDTH, 12, 1, 1)), 1, _HIDDEN_AMAX)
         return self.add("Relu", "relu2", [x])
 
-    def conv(self, name: str, x: str, weight: Array, stride: int, amax: float) -> str:
+    def conv(
+        self, name: str, x: str, weight: Array, stride: int, amax: float, *, pad: int = 0
+    ) -> str:
         """A convolution of ``x``; see ``_quantized``."""
         inputs = self._quantized(name, x, weight, amax)
-        kernel = list(weight.shape[2:])
-        return self.add("Conv", name, inputs, kernel_shape=kernel, strides=[stride, stride])
+        kernel, strides, pads = list(weight.shape[2:]), [stride] * 2, [pad] * 4
+        return self.add("Conv", name, inputs, kernel_shape=kernel, strides=strides, pads=pads)
 
     def linear(
         self, name: str, x: str, weight: Array, bias: Array, amax: float, *, output: str
@@ -418,15 +535,16 @@ class _Net:
         names = [self.constant(f"{name}.weight.{k}", v) for k, v in parts.items()]
         return [x, self.add("DequantizeLinear", f"{name}.weight.dequantize", names, axis=0)]
 
-    def model(self, size: tuple[int, int], outputs: Mapping[str, Sequence[int]]) -> onnx.ModelProto:
-        """The graph from ``images`` to the outputs, whose shapes follow the batch's axis."""
-        shapes = {name: ["batch", *shape] for name, shape in outputs.items()}
-        graph = helper.make_graph(
-            self._nodes,
-            "tiny",
-            [helper.make_tensor_value_info("images", TensorProto.FLOAT, ["batch", 3, *size])],
-            [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in shapes.items()],
-            self._constants,
-        )
+    def model(
+        self,
+        inputs: Mapping[str, Sequence[int | str]],
+        outputs: Mapping[str, Sequence[int | str]],
+    ) -> onnx.ModelProto:
+        """The graph from inputs to outputs, whose shapes follow the batch's axis."""
+        ends = [
+            [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["batch", *s]) for n, s in end]
+            for end in (inputs.items(), outputs.items())
+        ]
+        graph = helper.make_graph(self._nodes, "tiny", *ends, self._constants)
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
         return onnx.shape_inference.infer_shapes(model, strict_mode=True)

@@ -20,6 +20,7 @@ SMALL = ["--set", "preprocess.size=[64, 64]"]
 FASTER = {
     "train noising": [*SMALL, "--set", "fit.max_rows=100"],
     "train paco": [*SMALL, "--set", "train.epochs=1", "--set", "parts.window=1"],
+    "train stripe": ["--set", "tiles.repeat=1", "--set", "train.epochs=1"],
     "bench": ["--seconds", "0.05"],
 }
 

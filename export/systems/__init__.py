@@ -16,12 +16,13 @@ from typing import Any
 from export.quantize import NOTHING, KeepFloat
 from runtime.bundle import Threshold
 from runtime.errors import RunError, UsageError
-from runtime.preprocess import PreprocessSpec
+from runtime.preprocess import PlanesSpec, PreprocessSpec
 
 # name -> module with a ``RECIPE``
 RECIPES: dict[str, str] = {
     "noising": "export.systems.noising",
     "paco": "export.systems.paco",
+    "stripe": "export.systems.stripe",
 }
 
 
@@ -53,7 +54,7 @@ class Contents:
         assets: role -> file of the run, copied under its own name.
     """
 
-    preprocess: PreprocessSpec
+    preprocess: PreprocessSpec | PlanesSpec
     params: Mapping[str, Any]
     thresholds: Mapping[str, Threshold]
     assets: Mapping[str, Path]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from runtime.bundle import Bundle
 from runtime.engines import BACKENDS, Engine, check_backend, open_engine
 from runtime.errors import BackendError, BundleError, UsageError
+from runtime.sources import Reader
 from runtime.tensors import Array
 
 PRECISIONS = ("auto", "int8", "float", "bf16")
@@ -18,6 +19,7 @@ PRECISIONS = ("auto", "int8", "float", "bf16")
 SYSTEMS: dict[str, str] = {
     "noising": "runtime.systems.noising",
     "paco": "runtime.systems.paco",
+    "stripe": "runtime.systems.stripe",
 }
 
 
@@ -38,15 +40,17 @@ class System(Protocol):
         bundle: what it was opened from.
         engines: graph name -> engine; replaced by tests and by calibration's ``Tap``.
         backend, precision: what really runs, never ``auto``.
+        reader: of the class: how files become its images.
     """
 
+    reader: ClassVar[Reader]
     bundle: Bundle
     engines: Mapping[str, Engine]
     backend: str
     precision: str
 
     def infer(self, images: Sequence[Array]) -> Sequence[Result]:
-        """One result per image; images are (H, W, 3) uint8 RGB of any size.
+        """One result per image; images are (H, W, 3) of any size, as ``reader`` gives them.
 
         Raises:
             InputError: an image of another dtype or layout, or an empty one.
@@ -79,6 +83,16 @@ def system_module(name: str) -> Any:
     if name not in SYSTEMS:
         raise UsageError(f"there is no system '{name}'", fix=f"choose one of {', '.join(SYSTEMS)}")
     return importlib.import_module(SYSTEMS[name])
+
+
+def reader_of(name: str) -> Reader:
+    """How files become the images of a system.
+
+    Raises:
+        UsageError: there is no such system.
+    """
+    reader: Reader = system_module(name).System.reader
+    return reader
 
 
 def choose(bundle: Bundle, backend: str = "auto", precision: str = "auto") -> tuple[str, str]:

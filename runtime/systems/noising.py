@@ -46,7 +46,7 @@ from runtime.metrics import AnomalyMetrics, false_reject_threshold
 from runtime.preprocess import PreprocessSpec, apply, place, restore
 from runtime.results import AnomalyMap
 from runtime.search import FastSearch
-from runtime.sources import open_source
+from runtime.sources import PICTURES, open_source
 from runtime.systems import choose, open_engines
 from runtime.tensors import Array
 
@@ -504,6 +504,8 @@ def ablation(
 class System:
     """An opened ``noising`` bundle; see ``runtime.systems.System``."""
 
+    reader = PICTURES
+
     def __init__(
         self,
         bundle: Bundle,
@@ -527,7 +529,8 @@ class System:
         self.engines = engines
         self.backend = backend
         self.precision = precision
-        self.spec: PreprocessSpec = manifest.preprocess
+        assert isinstance(manifest.preprocess, PreprocessSpec)
+        self.spec = manifest.preprocess
         self.bank = Bank.load(bundle.asset("bank"))
         self.search = FastSearch(self.bank, self.params.k, backend=backend, threads=threads)
         # the influence map is part of the answer even where its weight is 0

@@ -22,6 +22,7 @@ from runtime.errors import BundleError, DatasetError, EngineError
 from runtime.metrics import ClassificationMetrics, log_softmax
 from runtime.preprocess import apply
 from runtime.results import Classification
+from runtime.sources import PICTURES
 from runtime.tensors import Array
 
 NAME = "paco"
@@ -43,6 +44,8 @@ class Params(BaseModel):
 
 class System:
     """An opened ``paco`` bundle; see ``runtime.systems.System``."""
+
+    reader = PICTURES
 
     def __init__(
         self,

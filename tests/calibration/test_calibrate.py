@@ -24,6 +24,7 @@ from runtime.engines import Engine
 from runtime.engines.ort import OrtEngine
 from runtime.errors import CalibrationError, UsageError
 from runtime.preprocess import PreprocessSpec, apply
+from runtime.sources import PICTURES
 
 GRAPH = """<ir_version: 9, opset_import: ["" : 18]>
 g (float[batch, 3, 64, 64] image) => (float[batch, 3, 64, 64] features)
@@ -33,6 +34,8 @@ TENSORS = {"features": ["image", "tripled"]}
 
 class FakeSystem:
     """Preprocesses and runs one graph, as a deployed system does."""
+
+    reader = PICTURES
 
     def __init__(self, bundle: Bundle, engines: Mapping[str, Engine]) -> None:
         self.bundle, self.engines = bundle, engines

@@ -8,7 +8,7 @@ import sys
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -22,6 +22,7 @@ from runtime.datasets import (
     class_splits,
     mvtec,
     read,
+    strips,
 )
 from runtime.errors import BackendError, DatasetError, ImageError
 from runtime.tensors import Array
@@ -440,3 +441,65 @@ def test_a_real_folder_of_classes_has_its_known_counts(shared: Path) -> None:
         folder = class_folder(root, split)
         assert len(folder.labels) == 17
         assert Counter(s.label for s in folder.samples) == dict.fromkeys(range(17), num)
+
+
+class TestStrips:
+    def test_lists_every_split_with_labels_and_masks(self, tmp_path: Path) -> None:
+        make(
+            tmp_path,
+            "train/good/b.tif",
+            "train/good/a.npy",
+            "train/good/.hidden.png",
+            "train/good/notes.txt",
+            "test/good/0.png",
+            "test/bright/0.png",
+            "test/bright/1.png",
+            "ground_truth/bright/0_mask.tif",
+            "valid/bright/0.png",
+            "ground_truth_valid/bright/0_mask.png",
+        )
+
+        train = strips(tmp_path, "train")
+        assert [s.path.name for s in train] == ["a.npy", "b.tif"]
+        assert {(s.label, s.defect, s.mask_path) for s in train} == {(0, "good", None)}
+        test = strips(tmp_path, "test")
+        assert [(s.defect, s.path.name, s.label) for s in test] == [
+            ("bright", "0.png", 1),
+            ("bright", "1.png", 1),
+            ("good", "0.png", 0),
+        ]
+        mask = tmp_path / "ground_truth" / "bright" / "0_mask.tif"
+        assert [s.mask_path for s in test] == [mask, None, None]
+        valid = strips(tmp_path, "valid")
+        assert valid[0].mask_path == tmp_path / "ground_truth_valid" / "bright" / "0_mask.png"
+
+    def test_takes_captures_in_folders_of_their_own(self, tmp_path: Path) -> None:
+        captures = ("target", "ref1", "ref2")
+        make(
+            tmp_path,
+            *(f"train/good/{name}/{i}.png" for name in captures for i in range(3)),
+            *(f"test/spot/{name}/0.jpg" for name in captures),
+            "ground_truth/spot/0_mask.png",
+        )
+
+        assert [s.path.name for s in strips(tmp_path, "train")] == ["0.png", "1.png", "2.png"]
+        (sample,) = strips(tmp_path, "test")
+        assert sample.paths == tuple(tmp_path / "test/spot" / n / "0.jpg" for n in captures)
+        assert sample.path == sample.paths[0]
+        assert sample.mask_path == tmp_path / "ground_truth/spot/0_mask.png"
+
+    def test_a_target_without_its_reference_is_named(self, tmp_path: Path) -> None:
+        make(tmp_path, "train/good/target/0.png", "train/good/ref1/1.png")
+
+        with pytest.raises(ImageError, match=r"ref1.0\.png"):
+            strips(tmp_path, "train")
+
+    @pytest.mark.parametrize("split", ["train", "valid", "test"])
+    def test_nothing_there_is_refused_with_the_folder(
+        self, tmp_path: Path, split: Literal["train", "valid", "test"]
+    ) -> None:
+        make(tmp_path, "elsewhere/good/0.png")
+
+        with pytest.raises(DatasetError, match=f"no images for '{split}'") as caught:
+            strips(tmp_path, split)
+        assert f"{split}/" in (caught.value.fix or "")

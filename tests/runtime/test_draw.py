@@ -262,3 +262,30 @@ class TestConfusionMatrix:
         made = draw.confusion_matrix(np.zeros((3, 3), int), ["a", "b", "c"])
 
         assert not (made == draw.MARK).all(-1).any()
+
+
+class TestRings:
+    def test_surround_their_places_and_leave_the_image(self) -> None:
+        image = grey(60, 80)
+
+        drawn = draw.rings(image, [(20, 30), (60, 10)], 8)
+
+        assert (image == 120).all()
+        changed = (drawn != image).any(axis=2)
+        rows, columns = np.nonzero(changed)
+        for x, y in ((20, 30), (60, 10)):
+            near = np.hypot(rows - y, columns - x) < 12
+            # the line is a pixel wide, its soft edges one more
+            assert np.abs(np.hypot(rows - y, columns - x)[near] - 8).max() < 2
+            assert near.sum() > 30
+
+    def test_of_no_places_change_nothing(self) -> None:
+        assert (draw.rings(grey(9, 9), [], 8) == grey(9, 9)).all()
+
+
+def test_a_difference_is_medium_grey_at_zero_and_keeps_its_sign() -> None:
+    levels = draw.difference(np.array([[-9, -2, 0, 2, 9]], np.float32), 4.0)
+
+    assert levels.shape == (1, 5, 3)
+    # 255 / 2 rounds to the even 128
+    assert levels[0, :, 0].tolist() == [0, 64, 128, 191, 255]

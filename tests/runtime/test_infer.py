@@ -23,7 +23,7 @@ from runtime.bundle import Bundle
 from runtime.engines import Engine
 from runtime.errors import EngineError, ImageError, InputError, VideoError
 from runtime.infer import Summary, infer, overlay_names
-from runtime.sources import Source, open_source
+from runtime.sources import Reader, Source, open_source
 from runtime.tensors import Array
 
 
@@ -38,6 +38,15 @@ class Level:
 
     def summary(self) -> str:
         return f"level {self.level:.0f}"
+
+
+@dataclass(frozen=True)
+class Marked(Level):
+    """A level with as many marks."""
+
+    def to_json(self) -> dict[str, Any]:
+        marks = [{"x": i, "at": {"y": 10 + i}} for i in range(int(self.level))]
+        return {"level": self.level, "marks": marks}
 
 
 @dataclass
@@ -131,6 +140,27 @@ class TestPictures:
         assert list(table(out)[0]) == ["source", "width", "height", "level", "of.kind", "of.deep.x"]
         assert summary.num_done == 9
         assert sorted(path.name for path in out.iterdir()) == ["results.csv", "results.jsonl"]
+
+    def test_whose_results_list_objects_give_a_table_of_them(self, tmp_path: Path) -> None:
+        class Listing(Levels):
+            """As many marks as the picture is bright."""
+
+            def infer(self, images: Sequence[Array]) -> list[Any]:
+                return [Marked(int(image.mean())) for image in images]
+
+        write_pictures(tmp_path / "pictures", [0, 2, 0, 1])
+        out = tmp_path / "out"
+
+        infer(Listing(), open_source(str(tmp_path / "pictures")), out)
+
+        with (out / "marks.csv").open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        assert [(Path(row["source"]).name, row["x"], row["at.y"]) for row in rows] == [
+            ("001.png", "0", "10"),
+            ("001.png", "1", "11"),
+            ("003.png", "0", "10"),
+        ]
+        assert list(table(out)[0]) == ["source", "width", "height", "level"]
 
     def test_that_cannot_be_read_are_reported_and_skipped(self, pictures: Path, out: Path) -> None:
         listed = pictures / "list.txt"
@@ -580,7 +610,7 @@ class TestResultsThatAreNotFinite:
 
 class TestDecodingAhead:
     def test_keeps_the_order_when_decoding_is_slow_and_uneven(
-        self, tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+        self, tmp_path: Path, out: Path
     ) -> None:
         rng = np.random.default_rng(0)
 
@@ -588,8 +618,7 @@ class TestDecodingAhead:
             time.sleep(float(rng.uniform(0, 0.004)))
             return grey(int(path.stem))
 
-        monkeypatch.setattr(images, "read", read)
-        source = Source("images", tuple(Path(f"{i}.png") for i in range(50)))
+        source = Source("images", tuple(Path(f"{i}.png") for i in range(50)), reader=Reader(read))
 
         summary = infer(Levels(), source, out, batch=7, jsonl=True)
 
@@ -598,9 +627,7 @@ class TestDecodingAhead:
         assert summary.seconds >= summary.wait_seconds + summary.infer_seconds
 
     @pytest.mark.parametrize("batch", [1, 3])
-    def test_holds_a_bounded_number_of_pictures(
-        self, out: Path, monkeypatch: pytest.MonkeyPatch, batch: int
-    ) -> None:
+    def test_holds_a_bounded_number_of_pictures(self, out: Path, batch: int) -> None:
         num_read, num_seen, ahead = [0], [0], [0]
 
         def read(path: Path) -> Array:
@@ -612,8 +639,7 @@ class TestDecodingAhead:
             num_seen[0] += batch
             ahead.append(num_read[0] - num_seen[0])
 
-        monkeypatch.setattr(images, "read", read)
-        source = Source("images", tuple(Path(f"{i}.png") for i in range(60)))
+        source = Source("images", tuple(Path(f"{i}.png") for i in range(60)), reader=Reader(read))
 
         infer(Levels(before=slowly), source, out, batch=batch)
 
@@ -629,11 +655,11 @@ class TestDecodingAhead:
                 together.wait()
             return grey(1)
 
-        monkeypatch.setattr(images, "read", read)
+        source = Source("images", (Path("0.png"), Path("1.png")), reader=Reader(read))
         system = Levels(before=lambda: together.wait() if not system.batches else None)
 
         # breaks the barrier unless picture 1 is decoded while picture 0 is inferred
-        infer(system, Source("images", (Path("0.png"), Path("1.png"))), out, batch=1)
+        infer(system, source, out, batch=1)
 
 
 class TestAFault:
@@ -664,15 +690,14 @@ class TestAFault:
 
     @pytest.mark.parametrize("error", [MemoryError("too large"), ValueError("bug")])
     def test_of_the_decoder_that_is_no_bad_picture_reaches_the_caller(
-        self, out: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+        self, out: Path, error: BaseException
     ) -> None:
         def read(path: Path) -> Array:
             if path.stem == "5":
                 raise error
             return grey(int(path.stem))
 
-        monkeypatch.setattr(images, "read", read)
-        source = Source("images", tuple(Path(f"{i}.png") for i in range(9)))
+        source = Source("images", tuple(Path(f"{i}.png") for i in range(9)), reader=Reader(read))
         threads = self.num_threads()
 
         with pytest.raises(type(error), match=str(error)):

@@ -7,10 +7,18 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from runtime.errors import InputError
-from runtime.preprocess import PreprocessSpec, apply, check_image, place, placement, restore
+from runtime.preprocess import (
+    PlanesSpec,
+    PreprocessSpec,
+    apply,
+    check_image,
+    place,
+    placement,
+    restore,
+)
 
 Resize = Literal["squash", "crop", "letterbox"]
 RESIZES: list[Resize] = ["squash", "crop", "letterbox"]
@@ -282,3 +290,43 @@ class TestASpec:
         spec = PreprocessSpec(size=(8, 9), resize="crop", interpolation="cubic", pad_value=0)
 
         assert PreprocessSpec.model_validate_json(spec.model_dump_json()) == spec
+
+
+class TestPlanes:
+    @settings(max_examples=50)
+    @given(
+        height=st.integers(1, 50),
+        width=st.integers(1, 50),
+        multiple=st.integers(1, 40),
+        dtype=st.sampled_from(["uint8", "uint16", "float32"]),
+    )
+    def test_keep_their_values_and_are_padded_by_reflection(
+        self, height: int, width: int, multiple: int, dtype: str
+    ) -> None:
+        image = np.random.default_rng(0).uniform(0, 250, (height, width, 3)).astype(dtype)
+        spec = PlanesSpec(size=(8, 8), multiple=multiple)
+
+        batch = apply(spec, [image])
+
+        assert batch.dtype == np.float32
+        assert batch.shape[2:] == spec.padded(height, width)
+        assert all(side % multiple == 0 for side in batch.shape[2:])
+        assert batch.shape[2] - height < multiple
+        assert batch.shape[3] - width < multiple
+        pad = [(0, new - old) for new, old in zip(batch.shape[2:], image.shape[:2], strict=True)]
+        assert (batch[0] == np.pad(image, [*pad, (0, 0)], "reflect").transpose(2, 0, 1)).all()
+
+    def test_smaller_ones_are_padded_to_the_largest(self) -> None:
+        spec = PlanesSpec(size=(8, 8), multiple=4)
+        images = [np.ones((5, 9, 3), np.uint8), np.ones((7, 3, 3), np.uint8)]
+
+        assert apply(spec, images).shape == (2, 3, 8, 12)
+
+    def test_that_are_none_are_refused(self) -> None:
+        with pytest.raises(InputError, match="planes must be"):
+            apply(PlanesSpec(size=(8, 8), multiple=4), [np.ones((5, 9), np.uint8)])
+
+    def test_spec_is_told_from_that_of_pictures(self) -> None:
+        either: TypeAdapter[PreprocessSpec | PlanesSpec] = TypeAdapter(PreprocessSpec | PlanesSpec)
+        for spec in (PlanesSpec(size=(8, 9), multiple=2), PreprocessSpec(size=(8, 9))):
+            assert either.validate_json(spec.model_dump_json()) == spec

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime.results import AnomalyMap, Classification
+from runtime.results import AnomalyMap, Candidate, Classification, DefectMap
 
 
 def result(**changes: Any) -> AnomalyMap:
@@ -84,3 +84,35 @@ class TestAClassification:
     def test_cannot_be_changed(self) -> None:
         with pytest.raises(dataclasses.FrozenInstanceError):
             self.result().label = "oat"  # type: ignore[misc]
+
+
+class TestDefectMap:
+    def result(self, threshold: float) -> DefectMap:
+        candidates = (Candidate(x=7, y=3, score=0.91234567), Candidate(x=1, y=2, score=0.25))
+        return DefectMap(np.zeros((4, 9), np.float32), candidates, threshold)
+
+    def test_holds_for_defects_what_reaches_the_threshold(self) -> None:
+        assert [d.x for d in self.result(0.25).defects] == [7, 1]
+        assert [d.x for d in self.result(0.5).defects] == [7]
+        assert not self.result(0.95).is_defective
+        assert self.result(0.95).score == 0.91234567
+
+    def test_goes_into_one_json_line_with_its_defects(self) -> None:
+        assert json.loads(json.dumps(self.result(0.5).to_json())) == {
+            "label": "defective",
+            "score": 0.912346,
+            "threshold": 0.5,
+            "num_defects": 1,
+            "defects": [{"x": 7, "y": 3, "score": 0.912346}],
+        }
+
+    @pytest.mark.parametrize(
+        ("threshold", "line"),
+        [
+            (0.2, "2 defects, score 0.91 (border 0.20)"),
+            (0.5, "1 defect, score 0.91 (border 0.50)"),
+            (0.95, "good, score 0.91 (border 0.95)"),
+        ],
+    )
+    def test_says_in_a_line_what_it_found(self, threshold: float, line: str) -> None:
+        assert self.result(threshold).summary() == line

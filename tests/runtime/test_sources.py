@@ -2,13 +2,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime.errors import InputError
 from runtime.images import SUFFIXES
-from runtime.sources import VIDEO_SUFFIXES, open_source
+from runtime.sources import VIDEO_SUFFIXES, Reader, open_source
 
 
 @pytest.fixture
@@ -152,3 +153,47 @@ def test_any_text_gives_a_source_or_one_clear_refusal(text: str) -> None:
 
 def test_no_suffix_is_both_a_picture_and_a_video() -> None:
     assert not SUFFIXES & VIDEO_SUFFIXES
+
+
+class TestAReader:
+    """Of a system whose images are not every picture: npy files, without those named ``part``."""
+
+    @pytest.fixture
+    def reader(self) -> Reader:
+        return Reader(
+            lambda path: np.zeros((1, 1, 3), np.uint8),
+            frozenset({".npy", ".png"}),
+            lambda path: path.stem != "part",
+            takes_video=False,
+        )
+
+    def test_says_which_files_of_a_folder_are_images(self, tmp_path: Path, reader: Reader) -> None:
+        for name in ("a.npy", "b.png", "c.jpg", "part.npy"):
+            (tmp_path / name).touch()
+
+        for text in (str(tmp_path), str(tmp_path / "*")):
+            source = open_source(text, reader)
+            assert [path.name for path in source.paths] == ["a.npy", "b.png"]
+            assert source.reader is reader
+
+    def test_travels_with_a_file_and_with_a_list(self, tmp_path: Path, reader: Reader) -> None:
+        (tmp_path / "a.npy").touch()
+        (tmp_path / "list.txt").write_text("a.npy\n")
+
+        for name in ("a.npy", "list.txt"):
+            source = open_source(str(tmp_path / name), reader)
+            assert source.paths == (tmp_path / "a.npy",)
+            assert source.reader is reader
+
+    @pytest.mark.parametrize("name", ["film.mp4", "0", "rtsp://camera"])
+    def test_refuses_what_moves(self, tmp_path: Path, reader: Reader, name: str) -> None:
+        (tmp_path / "film.mp4").touch()
+        text = str(tmp_path / name) if name == "film.mp4" else name
+
+        with pytest.raises(InputError, match="no images of this system"):
+            open_source(text, reader)
+
+    def test_names_its_own_suffixes(self, tmp_path: Path, reader: Reader) -> None:
+        with pytest.raises(InputError) as caught:
+            open_source(str(tmp_path), reader)
+        assert ".npy, .png" in (caught.value.fix or "")

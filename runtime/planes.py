@@ -1,0 +1,322 @@
+"""Three captures of one place as the planes of one image: files to (H, W, 3) in their own dtype.
+
+Plane 0 is the target, planes 1 and 2 are the references. Values are the sensor's own, never
+rescaled here. The planes may lie
+
+* in one file: TIFF (pages, or channels in either arrangement) and NPY in the order in which they
+  are stored; PNG and JPEG as blue, green, red. Of four planes the last is dropped.
+* in three files of the same name in the folders ``target``, ``ref1`` and ``ref2`` side by side, or
+  in two: where there is no ``ref2``, the one reference stands for both. Such an image is named by
+  its file in ``target``.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from runtime import images
+from runtime.errors import ImageError, InputError
+from runtime.sources import Reader
+from runtime.tensors import Array
+
+SUFFIXES = images.SUFFIXES | {".npy"}
+DTYPES = ("uint8", "uint16", "float32")
+TARGET, REFERENCES = "target", ("ref1", "ref2")
+MAX_SHIFT = 3.0  # pixels between captures that are still taken for registered
+
+_NUM_CHANNELS = (3, 4)
+_TIFF_STARTS = {b"II*\0": "<", b"MM\0*": ">"}
+# tags of a TIFF: what is one number per plane, what is cut into pieces, and what else is needed
+_BITS, _FORMAT = 258, 339
+_STRIPS, _STRIP_BYTES, _TILES, _TILE_BYTES = 273, 279, 324, 325
+_PHOTOMETRIC, _NUM_SAMPLES, _ARRANGEMENT = 262, 277, 284
+_WIDTH, _HEIGHT, _COMPRESSION, _STRIP_ROWS, _PREDICTOR = 256, 257, 259, 278, 317
+_TILE_WIDTH, _TILE_HEIGHT = 322, 323
+_PER_PLANE = {_BITS, _FORMAT}
+_PER_PIECE = {_STRIPS, _STRIP_BYTES, _TILES, _TILE_BYTES}
+_ONCE = {_WIDTH, _HEIGHT, _COMPRESSION, _STRIP_ROWS, _PREDICTOR, _TILE_WIDTH, _TILE_HEIGHT}
+_SIZES = {3: "H", 4: "I"}
+
+
+def check_planes(image: Array) -> None:
+    """Refuse what is not an (H, W, 3) image of a known dtype with finite values.
+
+    Raises:
+        InputError: names shape and dtype.
+    """
+    if image.dtype.name not in DTYPES or image.ndim != 3 or image.shape[2] != 3:
+        raise InputError(
+            f"planes must be (H, W, 3) {', '.join(DTYPES)}, got {image.shape} {image.dtype}",
+            fix="read them with runtime.planes.read, or convert them",
+        )
+    if image.size == 0:
+        raise InputError(f"planes of shape {image.shape} have no pixels")
+    if image.dtype == np.float32 and not np.isfinite(image).all():
+        raise InputError("planes hold values that are not finite", fix="mend or leave out the file")
+
+
+def files(path: Path) -> tuple[Path, ...]:
+    """The files of the image that ``path`` names: one, or target and references.
+
+    Raises:
+        ImageError: there are folders of references, and one lacks the file.
+    """
+    if path.parent.name != TARGET:
+        return (path,)
+    folders = [folder for name in REFERENCES if (folder := path.parent.with_name(name)).is_dir()]
+    if not folders:
+        return (path,)
+    found = (path, *(folder / path.name for folder in folders))
+    for file in found[1:]:
+        if not file.is_file():
+            raise ImageError(
+                f"{path} has no reference {file}",
+                fix="give the files of one image the same name in each folder",
+            )
+    return found
+
+
+def is_reference(path: Path) -> bool:
+    """Whether a file is no image by itself: it lies in a folder of references beside ``target``."""
+    return path.parent.name in REFERENCES and path.parent.with_name(TARGET).is_dir()
+
+
+def read(path: Path) -> Array:
+    """Read the image that ``path`` names, from one file or from its three.
+
+    Returns:
+        (H, W, 3) uint8, uint16 or float32.
+
+    Raises:
+        ImageError: a file is missing, corrupt, of another layout or dtype, or the captures do not
+            fit each other.
+    """
+    found = files(path)
+    if len(found) == 1:
+        planes_HWC = _read_file(path)
+        if planes_HWC.shape[2] not in _NUM_CHANNELS:
+            raise ImageError(
+                f"{path} has {planes_HWC.shape[2]} planes, not target and two references",
+                fix="give files with 3 planes, or the folders target, ref1 and ref2 with one each",
+            )
+        return np.ascontiguousarray(planes_HWC[..., :3])
+    return read_triplet(found[0], found[1], found[-1])
+
+
+def read_triplet(target: Path, ref1: Path, ref2: Path, *, max_shift: float = MAX_SHIFT) -> Array:
+    """Read three files of one plane each; pictures in colour must be grey.
+
+    Args:
+        max_shift: how far a reference may be displaced against the target, in pixels.
+
+    Returns:
+        (H, W, 3) uint8, uint16 or float32.
+
+    Raises:
+        ImageError: as ``read``; also files of different size or dtype, and a reference that is
+            displaced further.
+    """
+    paths = (target, ref1, ref2)
+    found = [_read_plane(path) for path in paths]
+    for path, plane_HW in zip(paths[1:], found[1:], strict=True):
+        if plane_HW.shape != found[0].shape or plane_HW.dtype != found[0].dtype:
+            raise ImageError(
+                f"{path} is {plane_HW.shape} {plane_HW.dtype}, "
+                f"{target} is {found[0].shape} {found[0].dtype}",
+                fix="give captures of the same place with the same settings",
+            )
+        dy, dx = displacement(found[0], plane_HW)
+        if np.hypot(dy, dx) > max_shift:
+            raise ImageError(
+                f"{path} is displaced against {target} by {dy:+d} rows and {dx:+d} columns, "
+                f"more than {max_shift:g} pixels",
+                fix="register the captures, or pair the right files",
+            )
+    return np.stack(found, axis=-1)
+
+
+def displacement(plane_HW: Array, other_HW: Array) -> tuple[int, int]:
+    """How far ``other`` must be moved to lie on ``plane``: (rows, columns) in whole pixels.
+
+    Phase correlation proposes a displacement. On periodic images many are equally good, so it is
+    taken only where it explains more than half of what is left unexplained without it; else (0, 0).
+
+    Args:
+        plane_HW, other_HW: (H, W), of one size.
+    """
+    a, b = (
+        p.astype(np.float32) - np.float32(p.mean(dtype=np.float64)) for p in (plane_HW, other_HW)
+    )
+    height, width = a.shape
+    window = np.outer(np.hanning(height + 2)[1:-1], np.hanning(width + 2)[1:-1])
+    (x, y), _ = cv2.phaseCorrelate(b, a, window.astype(np.float32))
+    dy, dx = round(y), round(x)
+    if (dy, dx) == (0, 0) or abs(dy) >= height - 1 or abs(dx) >= width - 1:
+        return 0, 0
+    rows, columns = _overlap(height, dy), _overlap(width, dx)
+    before = _correlation(a, b)
+    after = _correlation(a[rows[0], columns[0]], b[rows[1], columns[1]])
+    return (dy, dx) if 1 - after < 0.5 * (1 - before) else (0, 0)
+
+
+def write(path: Path, planes_HWC: Array) -> None:
+    """Write (H, W, 3) planes as ``read`` takes them, by the path's suffix: npy, tif, tiff or png.
+
+    Raises:
+        InputError: not planes.
+        ImageError: another suffix, or a dtype that the format cannot hold.
+    """
+    check_planes(planes_HWC)
+    suffix = path.suffix.lower()
+    if suffix == ".npy":
+        buffer = io.BytesIO()
+        np.save(buffer, planes_HWC, allow_pickle=False)
+        images.put(path, buffer.getvalue())
+    elif suffix in (".tif", ".tiff"):
+        pages = [np.ascontiguousarray(planes_HWC[..., i]) for i in range(3)]
+        images.put(path, cv2.imencodemulti(suffix, pages)[1].tobytes())
+    elif suffix == ".png" and planes_HWC.dtype != np.float32:
+        images.put(path, cv2.imencode(suffix, planes_HWC)[1].tobytes())
+    else:
+        raise ImageError(
+            f"{path} cannot hold planes of {planes_HWC.dtype}", fix="write .npy or .tif"
+        )
+
+
+PLANES = Reader(read, SUFFIXES, lambda path: not is_reference(path), takes_video=False)
+
+
+def _overlap(length: int, shift: int) -> tuple[slice, slice]:
+    """Where the first lies on the moved second, in the first and in the second."""
+    ahead = slice(max(shift, 0), length + min(shift, 0))
+    behind = slice(max(-shift, 0), length + min(-shift, 0))
+    return ahead, behind
+
+
+def _correlation(a: Array, b: Array) -> float:
+    a, b = a - a.mean(dtype=np.float64), b - b.mean(dtype=np.float64)
+    power = float((a * a).sum() * (b * b).sum())
+    return float((a * b).sum()) / power**0.5 if power > 0 else 1.0  # nothing to be moved
+
+
+def _read_plane(path: Path) -> Array:
+    """(H, W) of a file with one plane, or with equal colours."""
+    planes_HWC = _read_file(path)
+    if planes_HWC.shape[2] != 1 and (planes_HWC[..., :3] != planes_HWC[..., :1]).any():
+        raise ImageError(
+            f"{path} has {planes_HWC.shape[2]} planes, where one is expected",
+            fix="save each capture as one grey picture",
+        )
+    return np.ascontiguousarray(planes_HWC[..., 0])
+
+
+def _read_file(path: Path) -> Array:
+    """(H, W, C) in the file's own dtype, one of ``DTYPES``."""
+    data = images.content(path)
+    if path.suffix.lower() == ".npy":
+        planes = _from_npy(data, path)
+    else:
+        parts = _split_tiff(data)
+        pages = [page for part in parts for page in images.decode_pages(part, str(path))]
+        stored = [page if page.ndim == 3 else page[..., None] for page in pages]
+        if len({(page.shape, page.dtype) for page in stored}) > 1:
+            raise ImageError(
+                f"{path} has pages of different sizes or types",
+                fix="save one image per file, without a preview",
+            )
+        planes = np.concatenate(stored, axis=2)
+        if len(stored) == 1 and data[:4] in _TIFF_STARTS and planes.shape[2] in _NUM_CHANNELS:
+            planes[..., :3] = planes[..., 2::-1].copy()  # the decoder has turned the order round
+    if planes.dtype.name not in DTYPES:
+        raise ImageError(
+            f"{path} holds {planes.dtype}", fix=f"save it as one of {', '.join(DTYPES)}"
+        )
+    if planes.dtype == np.float32 and not np.isfinite(planes).all():
+        raise ImageError(f"{path} holds values that are not finite", fix="mend it or leave it out")
+    return planes
+
+
+def _from_npy(data: bytes, path: Path) -> Array:
+    try:
+        array = np.load(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise ImageError(
+            f"{path} is no NPY file: {error}", fix="write it with numpy.save"
+        ) from error
+    if array.ndim == 2:
+        return np.asarray(array[..., None])
+    if array.ndim == 3 and array.shape[2] in _NUM_CHANNELS:
+        return np.asarray(array)
+    if array.ndim == 3 and array.shape[0] in _NUM_CHANNELS:
+        return np.asarray(array.transpose(1, 2, 0))
+    raise ImageError(
+        f"{path} holds an array of shape {array.shape}", fix="save it as (3, H, W) or (H, W, 3)"
+    )
+
+
+def _split_tiff(data: bytes) -> list[bytes]:
+    """A TIFF whose planes are stored one behind the other, as one file per plane.
+
+    OpenCV misreads such files unless they have 8 bits. So a directory that names the strips of one
+    plane alone is appended for each; the pixels stay what and where they are.
+
+    Source: TIFF, revision 6.0, sections 2 and 8 ("PlanarConfiguration").
+    """
+    order = _TIFF_STARTS.get(data[:4])
+    if order is None:
+        return [data]
+    try:
+        entries = _directory(data, order)
+        if entries.get(_ARRANGEMENT, [0])[0] != 2 or entries.get(_NUM_SAMPLES, [1])[0] == 1:
+            return [data]
+        return [
+            _plane_of_tiff(data, order, entries, plane) for plane in range(entries[_NUM_SAMPLES][0])
+        ]
+    except struct.error:
+        return [data]  # broken: the decoder says so
+
+
+def _directory(data: bytes, order: str) -> dict[int, list[int]]:
+    """Tag -> whole numbers, of the first directory; tags of other types are left out."""
+    at = struct.unpack_from(order + "I", data, 4)[0]
+    (num,) = struct.unpack_from(order + "H", data, at)
+    found = {}
+    for i in range(num):
+        entry = at + 2 + 12 * i
+        tag, kind, count = struct.unpack_from(order + "HHI", data, entry)
+        if kind in _SIZES:
+            form = f"{order}{count}{_SIZES[kind]}"
+            inside = struct.calcsize(form) <= 4
+            place = entry + 8 if inside else struct.unpack_from(order + "I", data, entry + 8)[0]
+            found[tag] = list(struct.unpack_from(form, data, place))
+    return found
+
+
+def _plane_of_tiff(data: bytes, order: str, entries: dict[int, list[int]], plane: int) -> bytes:
+    """The file with a directory of one plane."""
+    num = entries[_NUM_SAMPLES][0]
+    kept = {tag: values for tag, values in entries.items() if tag in _ONCE}
+    kept |= {tag: entries[tag][:1] for tag in _PER_PLANE & set(entries)}
+    for tag in _PER_PIECE & set(entries):
+        pieces = len(entries[tag]) // num
+        kept[tag] = entries[tag][plane * pieces : (plane + 1) * pieces]
+    kept |= {_NUM_SAMPLES: [1], _ARRANGEMENT: [1], _PHOTOMETRIC: [1]}
+    start = len(data) + len(data) % 2
+    outside = start + 2 + 12 * len(kept) + 4
+    directory, values = struct.pack(order + "H", len(kept)), b""
+    for tag in sorted(kept):
+        kind = 4 if max(kept[tag]) >= 2**16 else 3
+        packed = struct.pack(f"{order}{len(kept[tag])}{_SIZES[kind]}", *kept[tag])
+        directory += struct.pack(order + "HHI", tag, kind, len(kept[tag]))
+        if len(packed) <= 4:
+            directory += packed.ljust(4, b"\0")
+        else:
+            directory += struct.pack(order + "I", outside + len(values))
+            values += packed.ljust(len(packed) + len(packed) % 2, b"\0")
+    header = data[:4] + struct.pack(order + "I", start)
+    return header + data[8:].ljust(start - 8, b"\0") + directory + b"\0\0\0\0" + values
