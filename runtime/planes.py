@@ -175,7 +175,7 @@ def write(path: Path, planes_HWC: Array) -> None:
     suffix = path.suffix.lower()
     if suffix == ".npy":
         buffer = io.BytesIO()
-        np.save(buffer, planes_HWC, allow_pickle=False)
+        np.save(buffer, planes_HWC)
         images.put(path, buffer.getvalue())
     elif suffix in (".tif", ".tiff"):
         pages = [np.ascontiguousarray(planes_HWC[..., i]) for i in range(3)]
@@ -243,7 +243,7 @@ def _read_file(path: Path) -> Array:
 
 def _from_npy(data: bytes, path: Path) -> Array:
     try:
-        array = np.load(io.BytesIO(data), allow_pickle=False)
+        array = np.load(io.BytesIO(data))
     except (ValueError, EOFError, OSError) as error:
         raise ImageError(
             f"{path} is no NPY file: {error}", fix="write it with numpy.save"

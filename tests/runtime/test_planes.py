@@ -190,7 +190,7 @@ class TestOneFile:
 
     def test_npy_with_objects_is_not_unpickled(self, tmp_path: Path) -> None:
         path = tmp_path / "a.npy"
-        np.save(path, np.array([{}], object), allow_pickle=True)
+        np.save(path, np.array([{}], object))
         with pytest.raises(ImageError, match="no NPY file"):
             read(path)
 
