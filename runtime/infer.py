@@ -36,6 +36,7 @@ Progress = Callable[[int, int], None]
 Say = Callable[[str], None]
 
 OVERVIEW_NAME = "overview.jpg"
+_LINES_NAME = "results.jsonl"
 
 _QUEUE_BATCHES = 2  # decoded ahead of inference
 _DRAWING_THREADS = 2
@@ -102,7 +103,8 @@ def infer(
     first one; ``<field>.csv`` for a field that lists objects, a line for each, once there is any;
     with ``jsonl`` ``results.jsonl``, one object per picture, those that failed included;
     with ``overlays`` ``overlays/<name>.png`` per picture and ``overview.jpg``, the first 64 of them
-    on a sheet, or one annotated ``<name>.mp4``.
+    on a sheet, or one annotated ``<name>.mp4``. Files of these names from an earlier run are
+    removed, asked for or not: nobody shall take its pictures for those of the new results.
     ``system.draw`` is called in other threads than ``system.infer``.
 
     Args:
@@ -126,6 +128,7 @@ def infer(
     size = 1 if source.kind == "stream" else batch
     with ExitStack() as stack:
         drawer = _Drawer(system, out, source, frame_step) if overlays else None
+        _remove_earlier(out, source)
         tables = stack.enter_context(_Tables(out, jsonl=jsonl))
         if drawer:
             stack.enter_context(drawer)
@@ -296,9 +299,12 @@ class _Tables:
         self._tables: dict[str, _Table] = {}
 
     def __enter__(self) -> _Tables:
-        self._open("results")
-        if self._jsonl:
-            self._lines = self._stack.enter_context(_text(self._out / "results.jsonl"))
+        with ExitStack() as opened:  # closes the first where the second cannot be opened
+            opened.push(self._stack)
+            self._open("results")
+            if self._jsonl:
+                self._lines = self._stack.enter_context(_text(self._out / _LINES_NAME))
+            opened.pop_all()
         return self
 
     def __exit__(self, *_error: object) -> None:
@@ -351,8 +357,7 @@ class _Drawer:
         self._is_file = source.kind == "video"
         names = overlay_names(source.paths) if source.kind == "images" else {}
         self._pictures = {path: out / "overlays" / name for path, name in names.items()}
-        stem = source.paths[0].stem if self._is_file else "stream"
-        self._video_path = out / f"{stem}.mp4"
+        self._video_path = _video_path(out, source)
         self._overview_path = out / OVERVIEW_NAME
         self._thumbnails: dict[str, Array | None] = {}  # None until it is drawn
         targets = [*self._pictures.values(), self._overview_path, self._video_path]
@@ -441,6 +446,20 @@ def overlay_names(paths: Sequence[Path]) -> dict[Path, Path]:
         names[path] = next(each for each in candidates if each not in taken)
         taken.add(names[path])
     return names
+
+
+def _video_path(out: Path, source: Source) -> Path:
+    """Where the annotated video of a video or stream goes."""
+    return out / f"{source.paths[0].stem if source.kind == 'video' else 'stream'}.mp4"
+
+
+def _remove_earlier(out: Path, source: Source) -> None:
+    """Remove what an earlier run may have left beside its table, but nothing that is to be read."""
+    drawn = [*(out / "overlays").rglob("*.png"), out / OVERVIEW_NAME, _video_path(out, source)]
+    sources = {path.resolve() for path in source.paths}
+    for path in [*drawn, out / _LINES_NAME]:
+        if path.resolve() not in sources:
+            path.unlink(missing_ok=True)
 
 
 def _check_apart(targets: Iterable[Path], sources: Sequence[Path]) -> None:

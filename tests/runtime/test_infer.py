@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import av
 import numpy as np
@@ -23,7 +23,7 @@ from runtime.bundle import Bundle
 from runtime.engines import Engine
 from runtime.errors import EngineError, ImageError, InputError, VideoError
 from runtime.infer import Summary, infer, overlay_names
-from runtime.sources import Reader, Source, open_source
+from runtime.sources import PICTURES, Reader, Source, open_source
 from runtime.tensors import Array
 
 
@@ -53,6 +53,7 @@ class Marked(Level):
 class Levels:
     """A system that measures the mean of a picture and notes how it was called."""
 
+    reader: ClassVar[Reader] = PICTURES
     bundle: Bundle = None  # type: ignore[assignment]
     engines: Mapping[str, Engine] = field(default_factory=dict)
     backend: str = "none"
@@ -244,6 +245,27 @@ class TestOverlays:
             infer(Levels(), open_source(str(tmp_path / "film.mp4")), tmp_path, overlays=True)
 
         assert (tmp_path / "overlays" / "a.png").read_bytes() == before
+
+    def test_of_an_earlier_run_are_not_left_beside_new_results(
+        self, pictures: Path, tmp_path: Path, out: Path
+    ) -> None:
+        write_video(tmp_path / "film.mp4", [0.0, 0.1])
+        film = open_source(str(tmp_path / "film.mp4"))
+        infer(Levels(), open_source(str(pictures)), out, jsonl=True, overlays=True)
+        infer(Levels(), film, out, overlays=True)
+        drawn = {path.name for path in out.rglob("*") if path.is_file()}
+        assert drawn == {"results.csv", "film.mp4"}
+        infer(Levels(), film, out)
+        assert [path.name for path in out.iterdir() if path.is_file()] == ["results.csv"]
+
+    def test_stay_where_they_are_what_is_read(self, tmp_path: Path) -> None:
+        images.write(tmp_path / "overlays" / "a.png", grey(10))
+        images.write(tmp_path / "overlays" / "b.png", grey(10))
+
+        summary = infer(Levels(), open_source(str(tmp_path / "overlays" / "a.png")), tmp_path)
+
+        assert summary.num_done == 1
+        assert [path.name for path in (tmp_path / "overlays").iterdir()] == ["a.png"]
 
     @settings(max_examples=200)
     @given(
@@ -716,6 +738,17 @@ class TestAFault:
             infer(Levels(before=fail), open_source(str(tmp_path / "in")), out, jsonl=True)
 
         assert lines(out) == []
+
+
+class TestTables:
+    def test_are_all_closed_where_one_cannot_be_opened(self, pictures: Path, out: Path) -> None:
+        (out / ".results.jsonl.tmp").mkdir(parents=True)  # no file can have its name
+
+        with pytest.raises(IsADirectoryError) as caught:
+            infer(Levels(), open_source(str(pictures)), out, jsonl=True)
+
+        # it has its name once it is closed; the traceback would keep it open otherwise
+        assert (out / "results.csv").is_file() and caught.tb
 
 
 class TestWhileItRuns:
