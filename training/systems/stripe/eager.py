@@ -119,6 +119,11 @@ def trained_net(run: Run) -> Segment:
     return net.eval()
 
 
+def published_net() -> nn.Module:
+    """The published network, with random weights: how fast it is does not depend on them."""
+    return build(TaskConfig(network=_PUBLISHED)).eval()
+
+
 def contenders(
     run: Path, bundle: Bundle, *, threads: int, say: Callable[[str], None]
 ) -> list[Contender]:
@@ -140,8 +145,7 @@ def contenders(
         say(f"no row of the published way: it takes strips of at least {_TILE} pixels")
         return rows
     say("the published network, tile by tile: a second per call and more")
-    network: nn.Module = build(opened.config.model_copy(update={"network": _PUBLISHED})).eval()
-    published = PublishedWindow(network, bundle)
+    published = PublishedWindow(published_net(), bundle)
     first = Contender(
         name="published, tile by tile",
         precision="float",
