@@ -59,7 +59,7 @@ class Levels:
     backend: str = "none"
     precision: str = "float"
     batches: list[int] = field(default_factory=list)
-    before: Callable[[], None] = lambda: None
+    before: Callable[[], object] = lambda: None
 
     def infer(self, images: Sequence[Array]) -> list[Level]:
         assert images, "a system is never called without pictures"
