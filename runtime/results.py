@@ -138,3 +138,54 @@ class DefectMap:
         num = len(self.defects)
         found = f"{num} defect{'s' if num > 1 else ''}" if num else "good"
         return f"{found}, score {self.score:.2f} (border {self.threshold:.2f})"
+
+
+@dataclass(frozen=True)
+class Detection:
+    """An object that was found.
+
+    Attributes:
+        name: of the object: a base class of the bundle, or one that was asked for by references.
+        score: in [0, 1].
+        box: x1, y1, x2, y2 in pixels of the image; see ``runtime.boxes``.
+        track: number of the object that this is throughout a video; None where it is not followed,
+            or was not seen often enough yet.
+    """
+
+    name: str
+    score: float
+    box: tuple[float, float, float, float]
+    track: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        x1, y1, x2, y2 = (round(float(side), 2) for side in self.box)
+        return {
+            "name": self.name,
+            "score": round(float(self.score), 6),
+            **{"x1": x1, "y1": y1, "x2": x2, "y2": y2},
+            "track": self.track,
+        }
+
+
+@dataclass(frozen=True)
+class Detections:
+    """The answer of ``refdet`` for one image.
+
+    Attributes:
+        objects: what was found, best first.
+    """
+
+    objects: tuple[Detection, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for one JSON line, with a list of the objects."""
+        return {
+            "num_objects": len(self.objects),
+            "best": self.objects[0].name if self.objects else None,
+            "score": round(float(self.objects[0].score), 6) if self.objects else None,
+            "objects": [found.to_json() for found in self.objects],
+        }
+
+    def summary(self) -> str:
+        """One line for people."""
+        return ", ".join(f"{found.name} {found.score:.2f}" for found in self.objects) or "nothing"

@@ -1,0 +1,85 @@
+"""Detections of a video to numbered tracks: which object is the one from the frame before?"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+
+import numpy as np
+
+from runtime.boxes import iou
+from runtime.errors import BackendError
+from runtime.results import Detections
+from runtime.tensors import Array
+
+_BUFFER = 0.5  # by so much of its sides a box is enlarged all around before two are compared
+_MIN_OVERLAP = 0.2  # of enlarged boxes that may be one object
+_PATIENCE = 15  # frames for which an object may be out of sight
+_CONFIRMED = 2  # a track gets its number when it was seen once more often than this
+
+
+class Tracks:
+    """The tracks of one video; frames come in order.
+
+    A Kalman filter foresees where each object will be, and a detection of its name that overlaps
+    that place continues it. Boxes are enlarged before they are compared, or small objects under a
+    moving camera would never overlap where they were.
+
+    Boxes and scores stay what was detected: a track adds its number and nothing else.
+
+    Raises:
+        BackendError: norfair-enough is not installed.
+
+    Source of the enlarged boxes: Yang et al., "Hard to Track Objects with Irregular Motions and
+    Similar Appearances? Make It Easier by Buffering the Matching Space", 2023.
+    """
+
+    def __init__(self) -> None:
+        if importlib.util.find_spec("norfair") is None:
+            raise BackendError(
+                "tracks need the package 'norfair-enough', which is not installed",
+                fix='pip install "engineworks[refdet]", or pass --no-track',
+            )
+        from norfair import Tracker, VectorizedDistance
+
+        self._tracker = Tracker(
+            distance_function="iou",
+            distance_threshold=1 - _MIN_OVERLAP,
+            hit_counter_max=_PATIENCE,
+            initialization_delay=_CONFIRMED,
+            past_detections_length=0,
+        )
+        # the tracker's own IoU logs a warning about each prediction that has shrunk to nothing
+        self._tracker.distance_function = VectorizedDistance(_distance)
+        self._num_frames = 0
+
+    def update(self, result: Detections) -> Detections:
+        """The same detections with the numbers of their tracks, from 1, as far as they have one."""
+        from norfair import Detection
+
+        self._num_frames += 1
+        active = self._tracker.update(
+            [
+                Detection(
+                    np.reshape(np.array(found.box, np.float64), (2, 2)),
+                    label=found.name,
+                    data=(self._num_frames, i),
+                )
+                for i, found in enumerate(result.objects)
+            ]
+        )
+        numbers = {track.last_detection.data: track.id for track in active}
+        objects = (
+            replace(found, track=numbers.get((self._num_frames, i)))
+            for i, found in enumerate(result.objects)
+        )
+        return Detections(tuple(objects))
+
+
+def _distance(candidates_N4: Array, tracks_K4: Array) -> Array:
+    return 1 - iou(_enlarged(candidates_N4), _enlarged(tracks_K4))
+
+
+def _enlarged(boxes_N4: Array) -> Array:
+    margin_N2 = _BUFFER * (boxes_N4[:, 2:] - boxes_N4[:, :2])
+    return np.concatenate([boxes_N4[:, :2] - margin_N2, boxes_N4[:, 2:] + margin_N2], axis=1)
