@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from runtime.systems import System
 
     OpenBundle = Callable[[Path], closing[System]]
+    Prepare = Callable[[System], None]
 
 PATH = click.Path(path_type=Path)
 FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
@@ -42,6 +43,11 @@ PRECISION = click.option(
     help="auto takes what the bundle's verdict ships.",
 )
 THREADS = click.option("--threads", type=click.IntRange(min=1), help="CPU threads [all cores].")
+REFS = click.option(
+    "--refs",
+    type=click.Path(path_type=Path, exists=True),
+    help="What to look for: DIR/<object>/*.png, pictures of one object, or a file of `refs`.",
+)
 JSON = click.option("--json", "json_file", type=PATH, help="Also write the figures here.")
 
 
@@ -66,6 +72,27 @@ def engine_options(command: Callable[..., None]) -> Callable[..., None]:
         command(*arguments, open_bundle=open_bundle, **options)
 
     return with_engines
+
+
+def prompt_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Adds the options of what to look for; the command gets them as ``prepare``."""
+    share = click.FloatRange(0, 1)
+
+    @REFS
+    @click.option("--conf", type=share, help="Score that an object needs [the bundle's].")
+    @click.option("--iou", type=share, help="Largest overlap of two of a name [the bundle's].")
+    @wraps(command)
+    def with_prompt(
+        *arguments: Any, refs: Path | None, conf: float | None, iou: float | None, **options: Any
+    ) -> None:
+        def prepare(system: System) -> None:
+            from runtime.systems import prompt
+
+            prompt(system, refs, conf=conf, iou=iou)
+
+        command(*arguments, prepare=prepare, **options)
+
+    return with_prompt
 
 
 class Cli(click.Group):
@@ -231,8 +258,11 @@ def export(
 @click.option("--source", required=True, help="File, folder, glob, list.txt, video, 0, rtsp://...")
 @OUT
 @engine_options
+@prompt_options
 @click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True)
 @click.option("--jsonl", is_flag=True, help="Write results.jsonl, one line per image.")
+@click.option("--coco", is_flag=True, help="Write coco.json, boxes with scores.")
+@click.option("--no-track", is_flag=True, help="Do not number the objects of a video.")
 @click.option("--save-overlays", is_flag=True, help="Write pictures (a video: annotated).")
 @click.option("--report", type=PATH, help="Also write one HTML page, with pictures if saved.")
 @click.option("--frame-step", type=click.IntRange(min=1), default=1, help="Every n-th frame.")
@@ -244,8 +274,11 @@ def infer(
     source: str,
     out: Path,
     open_bundle: OpenBundle,
+    prepare: Prepare,
     batch: int,
     jsonl: bool,
+    coco: bool,
+    no_track: bool,
     save_overlays: bool,
     report: Path | None,
     frame_step: int,
@@ -254,12 +287,14 @@ def infer(
     """Run a BUNDLE on images or video, without PyTorch."""
     from runtime.infer import infer as run_infer
     from runtime.sources import open_source
+    from runtime.systems import Promptable
 
     if out.exists() and any(out.iterdir()) and not exist_ok:
         raise UsageError(f"{out} is not empty", fix="choose another --out, or pass --exist-ok")
     say = _say(context)
     with open_bundle(bundle) as system:
         opened = open_source(source, system.reader)
+        prepare(system)
         say(f"{system.backend}, {system.precision}")
         with _Progress(context) as show:
             summary = run_infer(
@@ -269,6 +304,8 @@ def infer(
                 batch=batch,
                 jsonl=jsonl,
                 overlays=save_overlays,
+                coco=coco,
+                track=isinstance(system, Promptable) and not no_track,
                 frame_step=frame_step,
                 progress=partial(show, "inference"),
                 say=say,
@@ -300,6 +337,7 @@ def infer(
 @click.argument("bundle", type=PATH)
 @click.option("--data", type=FOLDER, required=True, help="Labelled folder.")
 @engine_options
+@prompt_options
 @JSON
 @click.pass_context
 def evaluate(
@@ -307,10 +345,12 @@ def evaluate(
     bundle: Path,
     data: Path,
     open_bundle: OpenBundle,
+    prepare: Prepare,
     json_file: Path | None,
 ) -> None:
     """The task's metrics of a BUNDLE on labelled data."""
     with open_bundle(bundle) as system, _Progress(context) as show:
+        prepare(system)
         metrics = system.evaluate(data, progress=partial(show, "evaluation"))
     _print_table(
         f"{bundle} on {data}: {system.backend}, {system.precision}",
@@ -327,6 +367,7 @@ def evaluate(
 @click.option("--run", type=FOLDER, help="Its training run: adds eager PyTorch rows.")
 @click.option("--eval", "evaluation", type=FOLDER, help="Labelled data: accuracy beside speed.")
 @click.option("--source", help="Images to time on [noise].")
+@prompt_options
 @BACKEND
 @click.option("--batch", "batches", default="1", show_default=True, help="Sizes, e.g. 1,8.")
 @THREADS
@@ -339,6 +380,7 @@ def bench(
     run: Path | None,
     evaluation: Path | None,
     source: str | None,
+    prepare: Prepare,
     backend: str,
     batches: str,
     threads: int | None,
@@ -372,6 +414,7 @@ def bench(
         threads=threads,
         seconds=seconds,
         evaluation=evaluation,
+        prepare=prepare,
         say=say,
     )
     click.echo(render(rows))
@@ -384,6 +427,32 @@ def bench(
             "rows": [row.to_json() for row in rows],
         }
         _write_json(json_file, content)
+
+
+@main.command()
+@click.argument("bundle", type=PATH)
+@click.option(
+    "--refs",
+    type=click.Path(path_type=Path, exists=True),
+    required=True,
+    help="DIR/<object>/*.png, or pictures of one object.",
+)
+@click.option("--out", type=PATH, required=True, help="File to write, FILE.npz.")
+@engine_options
+@EXIST_OK
+def refs(bundle: Path, refs: Path, out: Path, open_bundle: OpenBundle, exist_ok: bool) -> None:
+    """Keep what BUNDLE makes of reference pictures, for --refs FILE.npz."""
+    from runtime.references import read_references
+    from runtime.systems import Promptable
+
+    if out.exists() and not exist_ok:
+        raise UsageError(f"{out} exists", fix="choose another --out, or pass --exist-ok")
+    with open_bundle(bundle) as system:
+        if not isinstance(system, Promptable):
+            raise UsageError(f"{bundle} is of a system that is not told what to look for")
+        prototypes = system.encode(read_references(refs))
+        prototypes.save(out)
+    click.echo(f"{', '.join(prototypes.names)} in {out}")
 
 
 @main.command()

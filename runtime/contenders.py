@@ -22,13 +22,14 @@ from runtime.engines import BACKENDS, check_backend
 from runtime.errors import BundleError, UsageError
 from runtime.preprocess import apply
 from runtime.sources import open_source
-from runtime.systems import choose, open_system, reader_of
+from runtime.systems import Promptable, System, choose, open_system, reader_of
 from runtime.tensors import Array
 
 NETWORK = "network"
 PATH = "images to results"
 
 Say = Callable[[str], None]
+Prepare = Callable[[System], None]
 
 
 @dataclass(frozen=True)
@@ -78,11 +79,14 @@ def describe_images(samples: Sequence[Array]) -> dict[str, Any]:
     }
 
 
-def of_bundle(bundle: Bundle, backend: str, threads: int) -> list[Contender]:
+def of_bundle(
+    bundle: Bundle, backend: str, threads: int, prepare: Prepare = lambda _: None
+) -> list[Contender]:
     """One contender per usable backend and precision that the bundle has graphs for.
 
     Args:
         backend: only this one; ``auto`` takes all that can be used here.
+        prepare: called with each system before it is timed.
 
     Raises:
         UsageError, BackendError: there is no such backend, or not here.
@@ -103,13 +107,8 @@ def of_bundle(bundle: Bundle, backend: str, threads: int) -> list[Contender]:
             except BundleError:
                 continue  # the bundle was exported without that precision
             system = open_system(bundle, backend=name, precision=precision, threads=threads)
-
-            def network(batch: Array, system: Any = system) -> object:
-                return [
-                    engine.run(dict.fromkeys(engine.inputs, batch))
-                    for engine in system.engines.values()
-                ]
-
+            prepare(system)
+            network = partial(_run, system)
             found.append(
                 Contender(name, precision, network, system.infer, system.evaluate, system.close)
             )
@@ -119,6 +118,16 @@ def of_bundle(bundle: Bundle, backend: str, threads: int) -> list[Contender]:
             fix="choose another --backend, or export the bundle for it",
         )
     return found
+
+
+def _run(system: System, batch: Array) -> object:
+    """The graphs that run for every batch."""
+    if isinstance(system, Promptable):
+        feeds = system.feeds(batch)
+    else:
+        engines = system.engines.items()
+        feeds = {name: dict.fromkeys(engine.inputs, batch) for name, engine in engines}
+    return [system.engines[name].run(feed) for name, feed in feeds.items()]
 
 
 def measure(
@@ -131,6 +140,7 @@ def measure(
     threads: int,
     seconds: float,
     evaluation: Path | None,
+    prepare: Prepare = lambda _: None,
     say: Say,
 ) -> list[bench.Row]:
     """Time all contenders.
@@ -140,6 +150,7 @@ def measure(
         run: training run of the bundle; adds eager PyTorch.
         seconds: spent on each row, warm-up not counted.
         evaluation: labelled folder; adds accuracy to each row that offers it.
+        prepare: see ``of_bundle``.
 
     Returns:
         Rows by batch size and what the clock covers, in the order of the contenders.
@@ -148,7 +159,7 @@ def measure(
     if run is not None:
         eager = importlib.import_module(f"training.systems.{bundle.manifest.system}.eager")
         found += eager.contenders(run, bundle, threads=threads, say=say)
-    found += of_bundle(bundle, backend, threads)
+    found += of_bundle(bundle, backend, threads, prepare)
     with ExitStack() as stack:
         for contender in found:
             stack.callback(contender.close)

@@ -1,8 +1,10 @@
-"""Pictures for people: heat maps, outlines and panels. All images are (H, W, 3) uint8 RGB."""
+"""Pictures for people: heat maps, outlines, boxes, panels. All images are (H, W, 3) uint8 RGB."""
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
@@ -67,6 +69,60 @@ def rings(
     for place in places:
         cv2.circle(drawn, place, radius, colour, 1, cv2.LINE_AA)
     return drawn
+
+
+@dataclass(frozen=True)
+class Box:
+    """A box to be drawn.
+
+    Attributes:
+        corners: x1, y1, x2, y2 in pixels.
+        kind: boxes of a kind have a colour of their own, the same in every picture and run.
+        label: written above it.
+    """
+
+    corners: tuple[float, float, float, float]
+    kind: str
+    label: str
+
+
+def boxes(image: Array, found: Sequence[Box]) -> Array:
+    """A copy of the image with boxes and their labels, the first on top.
+
+    Lines and letters get larger with the image.
+    """
+    drawn = np.array(image, order="C")
+    height, width = drawn.shape[:2]
+    thickness = max(1, round(min(height, width) / 240))
+    scale = max(0.35, min(height, width) / 1000)
+    bar = round(30 * scale)
+    for box in reversed(found):
+        colour = colour_of(box.kind)
+        left, top, right, bottom = (round(side) for side in box.corners)
+        cv2.rectangle(drawn, (left, top), (right - 1, bottom - 1), colour, thickness)
+        # a label that has no room above its box, or right of its corner, is moved into the image
+        length = min(_width(box.label, scale) + 8, width)
+        x, y = min(max(left, 0), width - length), min(max(top - bar, 0), max(height - bar, 0))
+        plate = drawn[y : y + bar, x : x + length]
+        plate[:] = colour
+        text(plate, box.label, scale, _contrast(colour))
+    return drawn
+
+
+def colour_of(kind: str) -> tuple[int, int, int]:
+    """A bright colour for a name, always the same."""
+    number = zlib.crc32(kind.encode())
+    hue, value = number % 180, 200 + number // 180 % 56  # OpenCV counts hues in steps of 2 degrees
+    pixel = np.array([[[hue, 200, value]]], np.uint8)
+    red, green, blue = cv2.cvtColor(pixel, cv2.COLOR_HSV2RGB)[0, 0].tolist()
+    return red, green, blue
+
+
+def _contrast(colour: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Letters that can be read on a ground: dark ones on light, light ones on dark."""
+    red, green, blue = colour
+    light = 0.299 * red + 0.587 * green + 0.114 * blue  # luma of ITU-R BT.601
+    return _BAR if light > 128 else _TEXT
 
 
 def difference(values_HW: Array, limit: float) -> Array:
@@ -179,13 +235,15 @@ def confusion_matrix(counts_CC: Array, labels: Sequence[str]) -> Array:
     return _beside([("rows: class, columns: answer", _centred(cells, len(cells), width))])
 
 
-def text(bar: Array, line: str, scale: float | None = None) -> None:
+def text(
+    bar: Array, line: str, scale: float | None = None, colour: tuple[int, int, int] = _TEXT
+) -> None:
     """Write a line into a bar (in place); without a scale, as large as the bar allows."""
     if scale is None:
         scale = _fitting(line, bar.shape[:2])
     origin = (4, round(bar.shape[0] * 0.5 + scale * 11))  # a capital is 22 pixels high at scale 1
     cv2.putText(
-        bar, line, origin, cv2.FONT_HERSHEY_SIMPLEX, scale, _TEXT, _weight(scale), cv2.LINE_AA
+        bar, line, origin, cv2.FONT_HERSHEY_SIMPLEX, scale, colour, _weight(scale), cv2.LINE_AA
     )
 
 

@@ -1,6 +1,6 @@
 """A whole source through a system: decoding and drawing overlap inference, results keep the order.
 
-    source -> decoder thread -> bounded queue -> system.infer -> JSON lines, CSV
+    source -> decoder thread -> bounded queue -> system.infer -> JSON lines, CSV, COCO's JSON
                                                             `--> drawing threads -> overlays and
                                                                  their overview, or a video
 
@@ -27,15 +27,18 @@ from pathlib import Path
 from typing import IO, Any
 
 from runtime import draw, images, video
-from runtime.errors import ImageError, InputError, VideoError
+from runtime.errors import ImageError, InputError, UsageError, VideoError
+from runtime.results import Detections
 from runtime.sources import Source
-from runtime.systems import Result, System
+from runtime.systems import Promptable, Result, System
 from runtime.tensors import Array
+from runtime.tracking import Tracks
 
 Progress = Callable[[int, int], None]
 Say = Callable[[str], None]
 
 OVERVIEW_NAME = "overview.jpg"
+COCO_NAME = "coco.json"
 _LINES_NAME = "results.jsonl"
 
 _QUEUE_BATCHES = 2  # decoded ahead of inference
@@ -93,6 +96,8 @@ def infer(
     batch: int = 8,
     jsonl: bool = False,
     overlays: bool = False,
+    coco: bool = False,
+    track: bool = False,
     frame_step: int = 1,
     progress: Progress | None = None,
     say: Say | None = None,
@@ -103,12 +108,15 @@ def infer(
     first one; ``<field>.csv`` for a field that lists objects, a line for each, once there is any;
     with ``jsonl`` ``results.jsonl``, one object per picture, those that failed included;
     with ``overlays`` ``overlays/<name>.png`` per picture and ``overview.jpg``, the first 64 of them
-    on a sheet, or one annotated ``<name>.mp4``. Files of these names from an earlier run are
-    removed, asked for or not: nobody shall take its pictures for those of the new results.
+    on a sheet, or one annotated ``<name>.mp4``; with ``coco`` ``coco.json``, detections in COCO's
+    form. Files of these names from an earlier run are removed, asked for or not: nobody shall take
+    its pictures for those of the new results.
     ``system.draw`` is called in other threads than ``system.infer``.
 
     Args:
         batch: pictures per call; a live stream is always served one by one.
+        coco: only for a system that gives ``Detections``, and not for a live stream.
+        track: give detections in a video or stream the numbers of their tracks.
         frame_step: only every n-th frame of a video or stream.
         progress: called with (done, total); total is 0 where it is not known.
         say: called with a line per picture, its name and result; not for frames.
@@ -118,9 +126,13 @@ def infer(
 
     Raises:
         InputError: results would be written over the source.
+        UsageError: ``coco`` where there is no such result.
+        BackendError: ``track`` without the package that does it.
         KeyboardInterrupt: passed on, after the results until then are in their files; for a live
             stream it is the ordinary end and not raised.
     """
+    names = _names_for_coco(system, source) if coco else ()
+    tracks = Tracks() if track and source.kind != "images" else None
     out.mkdir(parents=True, exist_ok=True)
     summary = Summary()
     total = _num_expected(source, frame_step)
@@ -130,6 +142,7 @@ def infer(
         drawer = _Drawer(system, out, source, frame_step) if overlays else None
         _remove_earlier(out, source)
         tables = stack.enter_context(_Tables(out, jsonl=jsonl))
+        dataset = stack.enter_context(_Coco(out, names)) if coco else None
         if drawer:
             stack.enter_context(drawer)
         decoder = stack.enter_context(_Decoder(source, frame_step, size))
@@ -143,7 +156,11 @@ def infer(
                     error = item.error
                     if item.image is not None:
                         result = next(answers)
+                        if tracks and isinstance(result, Detections):
+                            result = tracks.update(result)
                         error = tables.add(item, item.image, result)
+                        if dataset and error is None and isinstance(result, Detections):
+                            dataset.add(item, item.image, result)
                         if drawer and error is None:
                             drawer.add(item, item.image, result)
                         if say and error is None and item.time_s is None:
@@ -345,6 +362,57 @@ class _Tables:
             self._lines.flush()
 
 
+class _Coco:
+    """``coco.json``: images, categories and, as annotations with a score, what was found.
+
+    Annotations are written as they come: of an image no more than a line is kept.
+
+    Args:
+        names: of the categories, which get numbers from 1 in this order.
+    """
+
+    def __init__(self, out: Path, names: Sequence[str]) -> None:
+        self._path = out / COCO_NAME
+        self._stack = ExitStack()
+        self._images: list[str] = []
+        self._categories = {name: i + 1 for i, name in enumerate(dict.fromkeys(names))}
+        self._num_found = 0
+
+    def __enter__(self) -> _Coco:
+        self._file = self._stack.enter_context(_text(self._path))
+        self._file.write('{"annotations": [')
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        with self._stack:
+            categories = [{"id": k, "name": name} for name, k in self._categories.items()]
+            self._file.write('\n],\n"images": [\n' + ",\n".join(self._images))
+            self._file.write(f'\n],\n"categories": {json.dumps(categories)}}}\n')
+
+    def add(self, item: _Item, image: Array, result: Detections) -> None:
+        number = len(self._images) + 1
+        height, width = image.shape[:2]
+        origin = _origin(item)
+        size = {"id": number, "file_name": origin.pop("source"), "width": width, "height": height}
+        self._images.append(json.dumps({**size, **origin}))
+        for found in result.objects:
+            x1, y1, x2, y2 = (round(float(side), 2) for side in found.box)
+            width, height = round(x2 - x1, 2), round(y2 - y1, 2)
+            self._num_found += 1
+            annotation: dict[str, Any] = {
+                "id": self._num_found,
+                "image_id": number,
+                "category_id": self._categories[found.name],
+                "bbox": [x1, y1, width, height],
+                "area": round(width * height, 2),
+                "iscrowd": 0,
+                "score": round(float(found.score), 6),
+            }
+            if found.track is not None:
+                annotation["track_id"] = found.track
+            self._file.write(("," if self._num_found > 1 else "") + "\n" + json.dumps(annotation))
+
+
 class _Drawer:
     """Draws, encodes and writes overlays in threads: that takes longer than many a network.
 
@@ -457,9 +525,23 @@ def _remove_earlier(out: Path, source: Source) -> None:
     """Remove what an earlier run may have left beside its table, but nothing that is to be read."""
     drawn = [*(out / "overlays").rglob("*.png"), out / OVERVIEW_NAME, _video_path(out, source)]
     sources = {path.resolve() for path in source.paths}
-    for path in [*drawn, out / _LINES_NAME]:
+    for path in [*drawn, out / _LINES_NAME, out / COCO_NAME]:
         if path.resolve() not in sources:
             path.unlink(missing_ok=True)
+
+
+def _names_for_coco(system: System, source: Source) -> tuple[str, ...]:
+    """What may be found; refused where there will be nothing in COCO's form."""
+    if not isinstance(system, Promptable):
+        raise UsageError(
+            f"the system '{system.bundle.manifest.system}' gives no boxes", fix="leave --coco out"
+        )
+    if source.kind == "stream":
+        raise UsageError(
+            "a live stream has no end, and so no list of its images",
+            fix="take --jsonl, which is written line by line",
+        )
+    return system.names()
 
 
 def _check_apart(targets: Iterable[Path], sources: Sequence[Path]) -> None:

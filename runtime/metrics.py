@@ -10,12 +10,15 @@ sort everything once more; the tests hold these ones against them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib.util
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import cv2
 import numpy as np
 
-from runtime.errors import InputError
+from runtime.boxes import iou
+from runtime.errors import BackendError, InputError
 from runtime.results import Candidate
 from runtime.tensors import Array
 
@@ -397,6 +400,124 @@ class CandidateMetrics:
         distances = np.hypot(ys + top - candidate.y, xs + left - candidate.x)
         nearest = int(distances.argmin())
         return int(window[ys[nearest], xs[nearest]]) if distances[nearest] <= self._radius else 0
+
+
+class DetectionMetrics:
+    """Collects boxes by image and class; then COCO's average precision, by faster-coco-eval.
+
+    Keys of ``compute``, both in [0, 1], means over the classes that have a true box:
+
+    * map50: average precision where a box is right from an IoU of 0.5 with the truth.
+    * map50_95: mean of it over the IoUs 0.5, 0.55, ... 0.95.
+
+    Of an image and class the 100 best boxes count. There are no keys without a true box.
+
+    Raises:
+        BackendError: faster-coco-eval is not installed.
+
+    Source: Lin et al., "Microsoft COCO: Common Objects in Context", 2014, and its evaluation.
+    """
+
+    def __init__(self) -> None:
+        if importlib.util.find_spec("faster_coco_eval") is None:
+            raise BackendError(
+                "metrics of boxes need the package 'faster-coco-eval', which is not installed",
+                fix='pip install "engineworks[refdet]"',
+            )
+        self._images: dict[int, int] = {}
+        self._classes: dict[str, int] = {}
+        self._found: list[dict[str, Any]] = []
+        self._truth: list[dict[str, Any]] = []
+
+    def update(
+        self, image: int, name: str, boxes_N4: Array, scores_N: Array, truth_M4: Array
+    ) -> None:
+        """Add what was found of one class in one image, and what is there.
+
+        Args:
+            image: a number that tells images apart.
+            name: of the class.
+            boxes_N4, scores_N: found, in any order.
+            truth_M4: in the unit of ``boxes_N4``.
+
+        Raises:
+            InputError: a score or box that is not finite.
+        """
+        if not np.isfinite(scores_N).all() or not np.isfinite(boxes_N4).all():
+            raise InputError(
+                "an image has boxes or scores that are not finite",
+                fix="look for NaN in the graph's outputs: compare float and INT8",
+            )
+        # numbers from 1: the evaluation takes 0 for "no such"
+        place = {
+            "image_id": self._images.setdefault(image, len(self._images) + 1),
+            "category_id": self._classes.setdefault(name, len(self._classes) + 1),
+            "iscrowd": 0,
+        }
+        for box, score in zip(_corner_and_size(boxes_N4), scores_N.tolist(), strict=True):
+            self._found.append({**place, **box, "score": score, "id": len(self._found) + 1})
+        for box in _corner_and_size(truth_M4):
+            self._truth.append({**place, **box, "id": len(self._truth) + 1})
+
+    def compute(self) -> dict[str, float]:
+        """Both metrics, or none."""
+        from faster_coco_eval import COCO, COCOeval_faster
+
+        if not self._truth:
+            return {}
+        listed = {
+            "images": [{"id": number} for number in self._images.values()],
+            "categories": [{"id": number, "name": k} for k, number in self._classes.items()],
+        }
+        truth, found = (
+            COCO({**listed, "annotations": each}, print_function=_say_nothing)
+            for each in (self._truth, self._found)
+        )
+        judged = COCOeval_faster(truth, found, "bbox", print_function=_say_nothing)
+        judged.evaluate()
+        judged.accumulate()
+        # by IoU, recall and class, for boxes of all sizes and the largest number of them; -1 where
+        # a class has no true box
+        precision_TRC = judged.eval["precision"][:, :, :, 0, -1]
+        precision_TRC = precision_TRC[:, :, precision_TRC[0, 0] >= 0]
+        return {"map50": float(precision_TRC[0].mean()), "map50_95": float(precision_TRC.mean())}
+
+
+def _corner_and_size(boxes_N4: Array) -> list[dict[str, Any]]:
+    """Boxes in COCO's form."""
+    boxes = boxes_N4.astype(np.float64)
+    rows = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1).tolist()
+    return [{"bbox": row, "area": row[2] * row[3]} for row in rows]
+
+
+def _say_nothing(*_texts: object) -> None:
+    pass
+
+
+def st_iou(found: Mapping[int, Array], truth: Mapping[int, Array]) -> float:
+    """How well an object is found in space and time, over the frames of one video.
+
+    The sum of the overlaps in frames where there is both a found and a true box, over the number of
+    frames where there is either: a miss and a false alarm cost a frame each.
+
+    Args:
+        found: frame -> (4,) the best box found, for frames where there is one.
+        truth: frame -> (M, 4) the true boxes, M >= 1, for frames that have any; of several the one
+            that fits best counts.
+
+    Returns:
+        In [0, 1].
+
+    Raises:
+        InputError: no frame has a box.
+
+    Source: metric of the Zalo AI Challenge 2025.
+    """
+    frames = found.keys() | truth.keys()
+    if not frames:
+        raise InputError("there is no box in any frame", fix="leave such videos out")
+    overlaps = (iou(found[i][None], truth[i]).max() for i in found.keys() & truth.keys())
+    return float(sum(overlaps)) / len(frames)
 
 
 def log_softmax(logits: Array) -> Array:

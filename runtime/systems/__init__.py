@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from runtime.bundle import Bundle
 from runtime.engines import BACKENDS, Engine, check_backend, open_engine
 from runtime.errors import BackendError, BundleError, UsageError
+from runtime.references import SUFFIX, Prototypes, References, read_references
 from runtime.sources import Reader
 from runtime.tensors import Array
 
@@ -19,6 +20,7 @@ PRECISIONS = ("auto", "int8", "float", "bf16")
 SYSTEMS: dict[str, str] = {
     "noising": "runtime.systems.noising",
     "paco": "runtime.systems.paco",
+    "refdet": "runtime.systems.refdet",
     "stripe": "runtime.systems.stripe",
 }
 
@@ -72,6 +74,65 @@ class System(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class Promptable(System, Protocol):
+    """A system that is told what to look for; its results are ``runtime.results.Detections``."""
+
+    def encode(self, references: References) -> Prototypes:
+        """Turn pictures of objects into what can be looked for."""
+        ...
+
+    def prompt(self, prototypes: Prototypes) -> None:
+        """Look for these objects from now on.
+
+        Raises:
+            InputError: they are of another bundle, or none.
+        """
+        ...
+
+    def configure(self, *, conf: float | None = None, iou: float | None = None) -> None:
+        """Change the score that an object needs, and the overlap of two objects of a name."""
+        ...
+
+    def names(self) -> tuple[str, ...]:
+        """All that is looked for."""
+        ...
+
+    def feeds(self, images_BCHW: Array) -> dict[str, dict[str, Array]]:
+        """What the graphs that run for every batch of images are fed; for benchmarks."""
+        ...
+
+
+def prompt(
+    system: System, references: Path | None, *, conf: float | None = None, iou: float | None = None
+) -> None:
+    """Tell a system what to look for, and how.
+
+    Args:
+        references: a file of prototypes, or pictures as ``runtime.references.read_references``
+            takes them; None leaves what the bundle brings.
+        conf, iou: see ``Promptable.configure``.
+
+    Raises:
+        UsageError: something is given, and the system takes nothing of the kind.
+        InputError: no references there, or prototypes of another bundle.
+        ImageError: a picture cannot be read.
+    """
+    if references is None and conf is None and iou is None:
+        return
+    if not isinstance(system, Promptable):
+        raise UsageError(
+            f"the system '{system.bundle.manifest.system}' is not told what to look for",
+            fix="leave out --refs, --conf and --iou",
+        )
+    system.configure(conf=conf, iou=iou)
+    if references is not None:
+        is_file = references.suffix == SUFFIX
+        system.prompt(
+            Prototypes.load(references) if is_file else system.encode(read_references(references))
+        )
 
 
 def system_module(name: str) -> Any:
