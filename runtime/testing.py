@@ -4,11 +4,14 @@ small bundle of real graphs that every command takes. Nothing here needs PyTorch
 
 from __future__ import annotations
 
+import json
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -20,7 +23,8 @@ from runtime.bundle import Bundle, GraphEntry, Manifest, Threshold, write
 from runtime.engines import BACKENDS, open_engine
 from runtime.errors import BackendError, EngineError
 from runtime.preprocess import PlanesSpec, PreprocessSpec, apply
-from runtime.systems import noising, paco, stripe
+from runtime.references import save_references
+from runtime.systems import noising, paco, refdet, stripe
 from runtime.tensors import Array, Feeds, TensorSpec, check_feeds, check_host
 
 _STRIDE = 8  # pixels of the input per patch of the tiny graph
@@ -34,6 +38,10 @@ _COLOURS = {
     "yellow": (1.0, 0.9, 0.1),
 }
 _RIDGE = 0.1
+_GREY = 128  # ground of a drawn scene
+_OBJECT = 3  # side of an object in it, in cells; the scene has 8 rows of 12 cells
+_REFERENCE = 32  # side of the pictures that the tiny encoder takes
+_NUM_CANDIDATES = 16
 _SENSOR = (0.0, 255.0)  # value range of drawn strips
 _IMAGE_AMAX, _HIDDEN_AMAX = 3.0, 8.0  # more than drawn images reach, for the INT8 graphs
 
@@ -223,6 +231,95 @@ def write_strips(
     return root
 
 
+def draw_scene(
+    rng: np.random.Generator, size: tuple[int, int], names: Sequence[str]
+) -> tuple[Array, Array]:
+    """A picture of coloured squares on grey, which do not touch each other.
+
+    Args:
+        size: (height, width) in pixels, multiples of 8 and 12; best as 2 to 3.
+        names: their colours, at most six: blue, green, red, violet, white or yellow.
+
+    Returns:
+        (H, W, 3) uint8 RGB, and (N, 4) float32 boxes in pixels.
+    """
+    height, width = size
+    cell = np.array([width / 12, height / 8])
+    places = [(column, row) for row in (0, 4) for column in (0, 4, 8)]
+    chosen = [places[i] for i in rng.permutation(len(places))[: len(names)]]
+    corners = (chosen + rng.integers(0, 2, (len(names), 2))).reshape(-1, 2)
+    found = np.concatenate([corners * cell, (corners + _OBJECT) * cell], axis=1)
+    canvas = np.full((height, width, 3), float(_GREY))
+    for name, box in zip(names, found, strict=True):
+        x1, y1, x2, y2 = np.rint(box).astype(int)
+        canvas[y1:y2, x1:x2] = 255 * np.array(_COLOURS[name])
+    noisy = canvas + rng.normal(0, 5, canvas.shape)
+    return np.clip(noisy, 0, 255).astype(np.uint8), found.astype(np.float32)
+
+
+def draw_reference(rng: np.random.Generator, size: tuple[int, int], name: str) -> Array:
+    """A picture of one of the squares of ``draw_scene``: (H, W, 3) uint8 RGB."""
+    height, width = size
+    canvas = np.full((height, width, 3), float(_GREY))
+    inner = (slice(height // 4, -height // 4), slice(width // 4, -width // 4))
+    canvas[inner] = 255 * np.array(_COLOURS[name])
+    noisy = canvas + rng.normal(0, 5, canvas.shape)
+    return np.clip(noisy, 0, 255).astype(np.uint8)
+
+
+def write_references(
+    root: Path, names: Sequence[str], *, size: tuple[int, int] = (48, 40), num: int = 2
+) -> Path:
+    """A folder of ``draw_reference`` pictures per object; returns ``root``."""
+    rng = np.random.default_rng(2)
+    for name in names:
+        for i in range(num):
+            images.write(root / name / f"{i}.png", draw_reference(rng, size, name))
+    return root
+
+
+def write_scenes(
+    root: Path,
+    *,
+    size: tuple[int, int] = (64, 96),
+    names: Sequence[str] = ("blue", "red", "yellow"),
+    num_train: int = 4,
+    num_test: int = 4,
+    seed: int = 0,
+) -> Path:
+    """A folder of ``draw_scene`` pictures, their boxes in COCO's form, and references.
+
+    The n-th picture lacks the n-th object, counted in a circle; returns ``root``.
+    """
+    rng = np.random.default_rng(seed)
+    categories = [{"id": i + 1, "name": name} for i, name in enumerate(names)]
+    for split, count in {"train": num_train, "test": num_test}.items():
+        listed: list[dict[str, Any]] = []
+        annotations: list[dict[str, Any]] = []
+        for i in range(count):
+            shown = [name for k, name in enumerate(names) if k != i % len(names)]
+            image, found = draw_scene(rng, size, shown)
+            file = f"{split}_{i:03d}.png"
+            images.write(root / "images" / file, image)
+            listed.append({"id": i + 1, "file_name": file, "width": size[1], "height": size[0]})
+            for name, (x1, y1, x2, y2) in zip(shown, found.tolist(), strict=True):
+                annotations.append(
+                    {
+                        "id": len(annotations) + 1,
+                        "image_id": i + 1,
+                        "category_id": names.index(name) + 1,
+                        "bbox": [x1, y1, x2 - x1, y2 - y1],
+                        "area": (x2 - x1) * (y2 - y1),
+                        "iscrowd": 0,
+                    }
+                )
+        content = {"images": listed, "categories": categories, "annotations": annotations}
+        path = root / f"annotations_{split}.json"
+        path.write_text(json.dumps(content), encoding="utf-8")
+    write_references(root / "references", names)
+    return root
+
+
 def write_tiny_noising_bundle(
     folder: Path,
     *,
@@ -358,6 +455,59 @@ def write_tiny_stripe_bundle(
         return write(folder, manifest, files)
 
 
+def write_tiny_refdet_bundle(
+    folder: Path,
+    *,
+    size: tuple[int, int] = (64, 96),
+    names: Sequence[str] = ("blue", "red"),
+    int8: bool = False,
+    gate: Mapping[str, float] | None = None,
+    inference: refdet.InferenceConfig | None = None,
+) -> Bundle:
+    """A ``refdet`` bundle that finds ``draw_scene``'s squares by their colour, on real graphs.
+
+    Args:
+        folder: to make.
+        size: (height, width) of the network input, multiples of 8.
+        names: objects that are looked for where nothing else is asked for.
+        int8: add the variants ``int8`` and ``int8-u8``, with fixed ranges.
+        gate: allowed drops; those of the real system where not given.
+        inference: how the graphs are used; as by default where not given.
+    """
+    zero_points = {"float": None, "int8": 0, "int8-u8": 128} if int8 else {"float": None}
+    half = (0.5, 0.5, 0.5)  # grey is 0
+    spec = PreprocessSpec(size=size, resize="letterbox", mean=half, std=half, pad_value=_GREY)
+    references = spec.model_copy(update={"size": (_REFERENCE, _REFERENCE)})
+    params = refdet.Params(
+        reference_preprocess=references,
+        widths=(3, 3),
+        inference=inference or refdet.InferenceConfig(),
+    )
+    rng = np.random.default_rng(1)
+    pictures = {
+        name: [draw_reference(rng, (_REFERENCE, _REFERENCE), name) for _ in range(2)]
+        for name in names
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        work = Path(scratch)
+        files, graphs = {"references.npz": work / "references.npz"}, {}
+        save_references(files["references.npz"], pictures, references)
+        for name, make in (("encode", tiny_encode), ("detect", partial(tiny_detect, size))):
+            variants = {variant: make(zero_point=point) for variant, point in zero_points.items()}
+            more, graphs[name] = _save_graph(name, variants, work)
+            files |= more
+        manifest = Manifest(
+            system=refdet.NAME,
+            graphs=graphs,
+            preprocess=spec,
+            params=params.model_dump(mode="json"),
+            assets={"references": "references.npz"},
+            gate={"map50_95": 0.01} if gate is None else dict(gate),
+            provenance={"made_by": "runtime.testing"},
+        )
+        return write(folder, manifest, files)
+
+
 def _save_graph(
     name: str, variants: Mapping[str, onnx.ModelProto], folder: Path
 ) -> tuple[dict[str, Path], GraphEntry]:
@@ -371,14 +521,18 @@ def _save_graph(
     return {file: folder / file for file in files.values()}, entry
 
 
-def _specs(values: Iterable[onnx.ValueInfoProto]) -> dict[str, TensorSpec]:
+def _specs(values: Collection[onnx.ValueInfoProto]) -> dict[str, TensorSpec]:
     shapes = {
         value.name: tuple(
             axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim
         )
         for value in values
     }
-    return {name: TensorSpec(dtype="float32", shape=shape) for name, shape in shapes.items()}
+    dtypes = {
+        value.name: helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type).name
+        for value in values
+    }
+    return {name: TensorSpec(dtype=dtypes[name], shape=shape) for name, shape in shapes.items()}
 
 
 def _run(path: Path, images_BCHW: Array) -> dict[str, Array]:
@@ -411,7 +565,8 @@ def tiny_features(
     x = net.add("Reshape", "flatten", [x, shape])
     net.add("Transpose", "transpose", [x], output="features", perm=[0, 2, 1])
     patches = size[0] // _STRIDE * (size[1] // _STRIDE)
-    return net.model({"images": [3, *size]}, {"features": [patches, _WIDTH]})
+    outputs = {"features": ("batch", patches, _WIDTH)}
+    return net.model({"images": ("batch", 3, *size)}, outputs)
 
 
 def tiny_classifier(
@@ -437,8 +592,8 @@ def tiny_classifier(
     x = net.add("GlobalAveragePool", "pool", [x])
     x = net.add("Flatten", "flatten", [x], output="embedding", axis=1)
     net.linear("classifier", x, weight_CF, bias_C, _HIDDEN_AMAX, output="logits")
-    outputs = {"logits": [len(weight_CF)], "embedding": [_WIDTH]}
-    return net.model({"images": [3, *size]}, outputs)
+    outputs = {"logits": ("batch", len(weight_CF)), "embedding": ("batch", _WIDTH)}
+    return net.model({"images": ("batch", 3, *size)}, outputs)
 
 
 def tiny_segment(*, zero_point: int | None = None) -> onnx.ModelProto:
@@ -465,8 +620,81 @@ def tiny_segment(*, zero_point: int | None = None) -> onnx.ModelProto:
     x = net.conv("conv3", x, 0.4 * np.array([[1, -1, 1, -1]])[:, :, None, None], 1, _SENSOR[1])
     bias = net.constant("bias", np.array(-6, np.float32))
     net.add("Add", "add", [x, bias], output="logits")
-    sides: list[int | str] = ["height", "width"]
-    return net.model({"planes": [3, *sides]}, {"logits": [1, *sides]})
+    sides = ("height", "width")
+    outputs = {"logits": ("batch", 1, *sides)}
+    return net.model({"planes": ("batch", 3, *sides)}, outputs)
+
+
+def tiny_encode(*, zero_point: int | None = None) -> onnx.ModelProto:
+    """The mean colour of a picture, as the direction in which it lies from grey.
+
+    Args:
+        zero_point: see ``tiny_features``.
+
+    Returns:
+        images (batch, 3, 32, 32) -> prototypes (batch, 6), both float32: two equal parts.
+    """
+    net = _Net(zero_point)
+    x = net.add("GlobalAveragePool", "pool", [net.cells()])
+    x = net.add("Flatten", "flatten", [x], axis=1)
+    x = net.unit("unit", x, 1e-6)
+    net.add("Concat", "both", [x, x], output="prototypes", axis=1)
+    inputs = {"images": ("batch", 3, _REFERENCE, _REFERENCE)}
+    return net.model(inputs, {"prototypes": ("batch", 6)})
+
+
+def tiny_detect(
+    size: tuple[int, int] = (64, 96), *, zero_point: int | None = None
+) -> onnx.ModelProto:
+    """Places whose 3 x 3 cells of 8 x 8 pixels have the colour of a prototype.
+
+    Args:
+        size: (height, width) of the input, multiples of 8.
+        zero_point: see ``tiny_features``.
+
+    Returns:
+        images (batch, 3, H, W) and prototypes (objects, 6), float32 -> boxes (batch, 16, 4) and
+        scores (batch, 16) float32, classes (batch, 16) int64.
+    """
+    rows, columns = size[0] // _STRIDE, size[1] // _STRIDE
+    net = _Net(zero_point)
+    x = net.unit("unit", net.cells(), 0.2)  # what is nearly grey stays short
+    flat = net.constant("flat", np.array([0, 0, -1], np.int64))
+    x = net.add("Reshape", "flatten", [x, flat])
+    x = net.add("Concat", "both", [x, x], axis=1)
+    x = net.add("MatMul", "compare", ["prototypes", x])
+    map_shape = net.constant("map", np.array([0, 0, rows, columns], np.int64))
+    x = net.add("Reshape", "unflatten", [x, map_shape])
+    x = net.add(
+        *("AveragePool", "smooth", [x]),
+        kernel_shape=[3, 3],
+        pads=[1, 1, 1, 1],
+        count_include_pad=1,
+    )
+    # two equal parts make a similarity of up to 2
+    x = net.add("Mul", "sharpen", [x, net.constant("slope", np.array(10, np.float32))])
+    x = net.add("Add", "shift", [x, net.constant("border", np.array(-14, np.float32))])
+    x = net.add("Reshape", "list", [net.add("Sigmoid", "sigmoid", [x]), flat])
+    axis = net.constant("axis", np.array([1], np.int64))
+    best = net.add("ReduceMax", "best", [x, axis], keepdims=0)
+    kind = net.add("ArgMax", "kind", [x], axis=1, keepdims=0)
+    count = net.constant("count", np.array([_NUM_CANDIDATES], np.int64))
+    net.add("TopK", "top", [best, count], output="scores", more=["places"], axis=1)
+    centres = _STRIDE * (np.indices((columns, rows)).transpose(2, 1, 0) + 0.5)
+    half = _STRIDE * _OBJECT / 2
+    grid = np.concatenate([centres - half, centres + half], axis=-1)
+    anchors = net.constant("anchors", grid.reshape(-1, 4).astype(np.float32))
+    net.add("Gather", "boxes", [anchors, "places"], output="boxes", axis=0)
+    net.add("GatherElements", "classes", [kind, "places"], output="classes", axis=1)
+    return net.model(
+        {"images": ("batch", 3, *size), "prototypes": ("objects", 6)},
+        {
+            "boxes": ("batch", _NUM_CANDIDATES, 4),
+            "scores": ("batch", _NUM_CANDIDATES),
+            "classes": ("batch", _NUM_CANDIDATES),
+        },
+        integers=("classes",),
+    )
 
 
 class _Net:
@@ -488,10 +716,13 @@ class _Net:
         inputs: Sequence[str],
         *,
         output: str | None = None,
+        more: Sequence[str] = (),
         **attributes: int | Sequence[int],
     ) -> str:
+        """A node; returns its first output's name, ``more`` are those of further ones."""
         output = output or f"{name}.out"
-        self._nodes.append(helper.make_node(op_type, inputs, [output], name=name, **attributes))
+        outputs = [output, *more]
+        self._nodes.append(helper.make_node(op_type, inputs, outputs, name=name, **attributes))
         return output
 
     def trunk(self, rng: np.random.Generator) -> str:
@@ -500,6 +731,18 @@ class _Net:
         x = self.add("Relu", "relu1", [x])
         x = self.conv("conv2", x, rng.normal(0, 0.3, (_WIDTH, 12, 1, 1)), 1, _HIDDEN_AMAX)
         return self.add("Relu", "relu2", [x])
+
+    def cells(self) -> str:
+        """Mean colours of ``images`` in cells of 8 x 8 pixels: (batch, 3, H / 8, W / 8)."""
+        weight = np.eye(3)[:, :, None, None] * np.full((_STRIDE, _STRIDE), _STRIDE**-2.0)
+        return self.conv("cells", "images", weight, _STRIDE, 1)
+
+    def unit(self, name: str, x: str, softness: float) -> str:
+        """Axis 1 divided by its length, which ``softness`` is added to."""
+        axis = self.constant(f"{name}.axis", np.array([1], np.int64))
+        length = self.add("ReduceL2", f"{name}.length", [x, axis], keepdims=1)
+        soft = self.constant(f"{name}.softness", np.array(softness, np.float32))
+        return self.add("Div", name, [x, self.add("Add", f"{name}.sum", [length, soft])])
 
     def conv(
         self, name: str, x: str, weight: Array, stride: int, amax: float, *, pad: int = 0
@@ -539,11 +782,17 @@ class _Net:
         self,
         inputs: Mapping[str, Sequence[int | str]],
         outputs: Mapping[str, Sequence[int | str]],
+        integers: Collection[str] = (),
     ) -> onnx.ModelProto:
-        """The graph from inputs to outputs, whose shapes follow the batch's axis."""
+        """The graph from inputs to outputs, float32 but those named as integers, int64."""
         ends = [
-            [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["batch", *s]) for n, s in end]
-            for end in (inputs.items(), outputs.items())
+            [
+                helper.make_tensor_value_info(
+                    name, TensorProto.INT64 if name in integers else TensorProto.FLOAT, shape
+                )
+                for name, shape in end.items()
+            ]
+            for end in (inputs, outputs)
         ]
         graph = helper.make_graph(self._nodes, "tiny", *ends, self._constants)
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)

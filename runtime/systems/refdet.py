@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
@@ -24,14 +25,15 @@ from runtime import boxes, draw
 from runtime.bundle import Bundle
 from runtime.engines import Engine
 from runtime.errors import BundleError, DatasetError, EngineError, InputError
-from runtime.frames import Frames
 from runtime.metrics import DetectionMetrics, st_iou
-from runtime.objects import Frame, LabelledFrame, read_objects
 from runtime.preprocess import PreprocessSpec, apply
 from runtime.references import Prototypes, References, average, load_references
 from runtime.results import Detection, Detections
 from runtime.sources import PICTURES
 from runtime.tensors import Array
+
+if TYPE_CHECKING:
+    from runtime.objects import Frame, LabelledFrame
 
 NAME = "refdet"
 
@@ -443,6 +445,9 @@ class System:
             DatasetError: another layout, or an object that the prompt does not hold.
             ImageError, VideoError: a picture or video that cannot be read.
         """
+        from runtime.frames import Frames
+        from runtime.objects import read_objects
+
         found = read_objects(data, "test")
         frames = Frames(_EVALUATION_CACHE_BYTES)
         names = sorted(found.references)
