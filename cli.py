@@ -178,6 +178,11 @@ def train(
 @EXIST_OK
 @click.option("--int8", is_flag=True, help="Add INT8 graphs; needs --samples.")
 @click.option("--samples", type=FOLDER, help="Images that the system will meet, for calibration.")
+@click.option(
+    "--refs",
+    type=click.Path(path_type=Path, exists=True),
+    help="Pictures of what the bundle looks for unasked: DIR/<object>/*.png, or of one object.",
+)
 @click.option("--num-samples", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option(
     "--method",
@@ -200,6 +205,7 @@ def export(
     exist_ok: bool,
     int8: bool,
     samples: Path | None,
+    refs: Path | None,
     num_samples: int,
     method: str,
     percentile: float,
@@ -209,7 +215,10 @@ def export(
     seed: int,
     threads: int | None,
 ) -> None:
-    """Turn a training RUN into a bundle, or a float BUNDLE into one with INT8."""
+    """Turn a training RUN into a bundle, or a float BUNDLE into one with INT8.
+
+    With --refs its objects are what the bundle looks for where nothing else is asked for.
+    """
     import tempfile
 
     from runtime import bundle as bundles
@@ -223,6 +232,7 @@ def export(
         raise UsageError(f"there is no run or bundle at {source}")
     from_bundle = (source / bundles.MANIFEST_NAME).is_file()
     say = _say(context)
+    bundles.check_out(out, replace=exist_ok)
     with tempfile.TemporaryDirectory() as scratch:
         if from_bundle:
             floats = bundles.read(source)
@@ -230,8 +240,13 @@ def export(
             _need("torch", "train")
             from export.trace import trace
 
-            target = Path(scratch) / "float" if int8 else out
+            target = out if refs is None and not int8 else Path(scratch) / "float"
             floats = trace(source, target, exist_ok=exist_ok)
+        if refs is not None:
+            from runtime.systems.refdet import bring_references
+
+            target = Path(scratch) / "prompted" if int8 else out
+            floats = bring_references(floats, refs, target, exist_ok=exist_ok)
         if int8:
             from export.build import BuildConfig, build
 
@@ -247,7 +262,7 @@ def export(
                 threads=threads,
             )
             build(floats, out, config, exist_ok=exist_ok, say=say)
-        elif from_bundle:
+        elif from_bundle and refs is None:
             raise UsageError("a bundle is exported already", fix="add --int8 --samples DIR")
     _print_parity(bundles.load_manifest(out).reports)
     click.echo(out)

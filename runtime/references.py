@@ -171,7 +171,8 @@ def _write(path: Path, **arrays: Array) -> None:
 def _read(path: Path, kinds: Mapping[str, str], what: str) -> dict[str, Array]:
     """The arrays of a file, each of the NumPy kind that it must have."""
     try:
-        with np.load(path) as file:
+        # NumPy would leave a file open that it cannot read
+        with np.load(io.BytesIO(path.read_bytes())) as file:
             content: dict[str, Any] = {name: file[name] for name in file.files}
     except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:
         raise InputError(

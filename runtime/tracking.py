@@ -16,6 +16,8 @@ _BUFFER = 0.5  # by so much of its sides a box is enlarged all around before two
 _MIN_OVERLAP = 0.2  # of enlarged boxes that may be one object
 _PATIENCE = 15  # frames for which an object may be out of sight
 _CONFIRMED = 2  # a track gets its number when it was seen once more often than this
+_FIRST_SPEED = 10.0  # pixels per frame that an object may well have when it is first seen
+_AGILITY = 1.0  # variance by which its speed changes from frame to frame
 
 
 class Tracks:
@@ -40,13 +42,14 @@ class Tracks:
                 "tracks need the package 'norfair-enough', which is not installed",
                 fix='pip install "engineworks[refdet]", or pass --no-track',
             )
-        from norfair import Tracker, VectorizedDistance
+        from norfair import OptimizedKalmanFilterFactory, Tracker, VectorizedDistance
 
         self._tracker = Tracker(
             distance_function="iou",
             distance_threshold=1 - _MIN_OVERLAP,
             hit_counter_max=_PATIENCE,
             initialization_delay=_CONFIRMED,
+            filter_factory=OptimizedKalmanFilterFactory(Q=_AGILITY, vel_variance=_FIRST_SPEED**2),
             past_detections_length=0,
         )
         # the tracker's own IoU logs a warning about each prediction that has shrunk to nothing

@@ -12,6 +12,7 @@ for each scale of a feature pyramid.
 from __future__ import annotations
 
 import json
+import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from itertools import product
@@ -22,12 +23,19 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from runtime import boxes, draw
-from runtime.bundle import Bundle
+from runtime.bundle import Bundle, write
 from runtime.engines import Engine
-from runtime.errors import BundleError, DatasetError, EngineError, InputError
+from runtime.errors import BundleError, DatasetError, EngineError, InputError, UsageError
 from runtime.metrics import DetectionMetrics, st_iou
 from runtime.preprocess import PreprocessSpec, apply
-from runtime.references import Prototypes, References, average, load_references
+from runtime.references import (
+    Prototypes,
+    References,
+    average,
+    load_references,
+    read_references,
+    save_references,
+)
 from runtime.results import Detection, Detections
 from runtime.sources import PICTURES
 from runtime.tensors import Array
@@ -266,6 +274,44 @@ def _size(image: Array) -> tuple[int, int]:
 # --- the system ---------------------------------------------------------------------------------
 
 
+def _params(bundle: Bundle) -> Params:
+    try:
+        return Params.model_validate_json(json.dumps(bundle.manifest.params))
+    except ValidationError as error:
+        raise BundleError(
+            f"the parameters of bundle {bundle.root} are not those of '{NAME}': "
+            f"{error.errors()[0]['msg']}",
+            fix="export the bundle again",
+        ) from error
+
+
+def bring_references(
+    bundle: Bundle, pictures: Path, out: Path, *, exist_ok: bool = False
+) -> Bundle:
+    """Write a bundle that looks for other objects where nothing else is asked for.
+
+    Args:
+        pictures: see ``runtime.references.read_references``.
+
+    Raises:
+        UsageError: a bundle of another system.
+        InputError, ImageError: no references there, or a picture that cannot be read.
+        BundleError: ``out`` exists.
+    """
+    manifest = bundle.manifest
+    if manifest.system != NAME:
+        raise UsageError(
+            f"the system '{manifest.system}' is not told what to look for", fix="leave --refs out"
+        )
+    references = read_references(pictures)
+    name = manifest.assets["references"]
+    with tempfile.TemporaryDirectory() as scratch:
+        brought = Path(scratch) / Path(name).name
+        save_references(brought, references, _params(bundle).reference_preprocess)
+        files = {each: bundle.path(each) for each in manifest.files} | {name: brought}
+        return write(out, manifest, files, replace=exist_ok)
+
+
 class System:
     """An opened ``refdet`` bundle; see ``runtime.systems.System`` and ``Promptable``."""
 
@@ -280,15 +326,7 @@ class System:
         precision: str,
         threads: int | None = None,
     ) -> None:
-        manifest = bundle.manifest
-        try:
-            params = Params.model_validate_json(json.dumps(manifest.params))
-        except ValidationError as error:
-            raise BundleError(
-                f"the parameters of bundle {bundle.root} are not those of '{NAME}': "
-                f"{error.errors()[0]['msg']}",
-                fix="export the bundle again",
-            ) from error
+        manifest, params = bundle.manifest, _params(bundle)
         width = manifest.graphs["detect"].inputs["prototypes"].shape[1]
         if sum(params.widths) != width:
             raise BundleError(

@@ -1,0 +1,203 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runtime import images
+from runtime.errors import ImageError, InputError
+from runtime.preprocess import PreprocessSpec, apply
+from runtime.references import (
+    Prototypes,
+    average,
+    load_references,
+    read_references,
+    save_references,
+)
+from runtime.tensors import Array
+
+
+def picture(level: int, size: tuple[int, int] = (6, 8)) -> Array:
+    return np.full((*size, 3), level, np.uint8)
+
+
+def some(*names: str, width: int = 5) -> Prototypes:
+    rows = np.random.default_rng(3).normal(size=(len(names), width)).astype(np.float32)
+    return Prototypes(names, rows, "ab" * 32)
+
+
+class TestAnAverage:
+    @given(
+        st.lists(st.integers(1, 5), min_size=1, max_size=4),
+        st.integers(1, 5),
+        st.integers(0, 2**32 - 1),
+    )
+    def test_is_the_mean_of_each_part_at_unit_length(
+        self, widths: list[int], num: int, seed: int
+    ) -> None:
+        rows = np.random.default_rng(seed).normal(size=(num, sum(widths))).astype(np.float32)
+
+        found = average(rows, widths)
+
+        assert found.dtype == np.float32
+        start = 0
+        for width in widths:
+            part = rows[:, start : start + width].astype(np.float64).sum(axis=0) / num
+            want = part / np.sqrt(np.square(part).sum())
+            # float32 holds 24 bits of a unit vector's parts
+            np.testing.assert_allclose(found[start : start + width], want, atol=1e-6)
+            start += width
+
+    def test_of_one_picture_is_its_row(self) -> None:
+        row = np.array([[0.6, 0.8, 0, 1, 0]], np.float32)
+        np.testing.assert_allclose(average(row, (2, 3)), row[0], atol=1e-7)  # float32
+
+    def test_of_opposite_pictures_is_nothing_and_finite(self) -> None:
+        rows = np.array([[1, 0], [-1, 0]], np.float32)
+        assert average(rows, (2,)).tolist() == [0, 0]
+
+
+class TestAFolder:
+    def test_of_folders_names_the_objects(self, tmp_path: Path) -> None:
+        for name, level in (("cup/b.png", 2), ("cup/a.jpg", 1), ("Äpfel 7/x.bmp", 3)):
+            images.write(tmp_path / name, picture(level))
+        (tmp_path / "cup" / "notes.txt").write_text("mine")
+        (tmp_path / "empty").mkdir()
+
+        found = read_references(tmp_path)
+
+        assert list(found) == ["cup", "Äpfel 7"]
+        assert [one[0, 0, 0] for one in found["cup"]] == [1, 2]
+        assert len(found["Äpfel 7"]) == 1
+
+    def test_of_pictures_is_one_object_of_its_name(self, tmp_path: Path) -> None:
+        for name in ("1.png", "2.png"):
+            images.write(tmp_path / "cup" / name, picture(9))
+
+        assert {name: len(each) for name, each in read_references(tmp_path / "cup").items()} == {
+            "cup": 2
+        }
+        assert list(read_references(tmp_path / "cup" / "1.png")) == ["1"]
+
+    def test_of_both_is_refused(self, tmp_path: Path) -> None:
+        images.write(tmp_path / "cup" / "1.png", picture(9))
+        images.write(tmp_path / "2.png", picture(9))
+
+        with pytest.raises(InputError, match=r"beside folders of pictures \(cup\)") as caught:
+            read_references(tmp_path)
+        assert "folder of its name" in str(caught.value.fix)
+
+    def test_without_pictures_is_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "cup").mkdir()
+        (tmp_path / "notes.txt").write_text("mine")
+
+        for path in (tmp_path, tmp_path / "cup", tmp_path / "notes.txt"):
+            with pytest.raises(InputError, match="no pictures in"):
+                read_references(path)
+        with pytest.raises(InputError, match="nothing at"):
+            read_references(tmp_path / "lost")
+
+    def test_with_a_damaged_picture_is_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "cup.png").write_bytes(b"no picture")
+
+        with pytest.raises(ImageError):
+            read_references(tmp_path)
+
+
+class TestAFileOfPrototypes:
+    def test_gives_back_what_was_saved(self, tmp_path: Path) -> None:
+        kept = some("cup", "Äpfel 7")
+        kept.save(tmp_path / "new" / "kept.npz")
+
+        found = Prototypes.load(tmp_path / "new" / "kept.npz")
+
+        assert (found.names, found.encoder) == (kept.names, kept.encoder)
+        assert found.rows_NP.dtype == np.float32
+        assert np.array_equal(found.rows_NP, kept.rows_NP)
+
+    def test_is_small(self, tmp_path: Path) -> None:
+        some(*"abcdefgh", width=480).save(tmp_path / "kept.npz")
+        assert (tmp_path / "kept.npz").stat().st_size < 8 * 480 * 4 + 2000  # rows and a head
+
+    def test_must_be_called_so(self, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match="npz") as caught:
+            some("cup").save(tmp_path / "kept.bin")
+        assert caught.value.fix == "call it kept.npz"
+
+    @pytest.mark.parametrize("content", [b"", b"no file of arrays", b"PK\x03\x04 cut off"])
+    def test_that_is_damaged_is_refused(self, content: bytes, tmp_path: Path) -> None:
+        path = tmp_path / "kept.npz"
+        path.write_bytes(content)
+        with pytest.raises(InputError, match="cannot be read as prototypes"):
+            Prototypes.load(path)
+
+    def test_that_is_cut_off_anywhere_is_refused(self, tmp_path: Path) -> None:
+        path = tmp_path / "kept.npz"
+        some("cup").save(path)
+        whole = path.read_bytes()
+        for length in range(0, len(whole), 37):
+            path.write_bytes(whole[:length])
+            with pytest.raises(InputError):
+                Prototypes.load(path)
+
+    def test_that_is_not_there_is_an_error(self, tmp_path: Path) -> None:
+        with pytest.raises(InputError, match=r"lost\.npz"):
+            Prototypes.load(tmp_path / "lost.npz")
+
+    @pytest.mark.parametrize(
+        "arrays",
+        [
+            {"names": np.array(["cup"]), "rows": np.ones((1, 3), np.float32)},
+            {"names": np.ones(1), "rows": np.ones((1, 3)), "encoder": np.array(["ab"])},
+            {"names": np.array(["a", "b"]), "rows": np.ones((1, 3)), "encoder": np.array(["ab"])},
+            {"names": np.array(["a", "a"]), "rows": np.ones((2, 3)), "encoder": np.array(["ab"])},
+            {"names": np.array(["a"]), "rows": np.ones(3), "encoder": np.array(["ab"])},
+            {"names": np.array(["a"]), "rows": np.ones((1, 3)), "encoder": np.array("ab")},
+        ],
+    )
+    def test_of_something_else_is_refused(self, arrays: dict[str, Array], tmp_path: Path) -> None:
+        np.savez(tmp_path / "other.npz", **arrays)  # type: ignore[arg-type]
+        with pytest.raises(InputError, match="does not hold"):
+            Prototypes.load(tmp_path / "other.npz")
+
+    def test_with_a_pickle_in_it_is_refused_and_not_opened(self, tmp_path: Path) -> None:
+        rows = np.array([print], dtype=object)
+        np.savez(tmp_path / "other.npz", names=np.array(["a"]), rows=rows)
+        with pytest.raises(InputError, match="pickle"):
+            Prototypes.load(tmp_path / "other.npz")
+
+    def test_of_a_single_array_is_refused(self, tmp_path: Path) -> None:
+        np.save(tmp_path / "other.npy", np.ones(3))
+        (tmp_path / "other.npy").rename(tmp_path / "other.npz")
+        with pytest.raises(InputError, match="cannot be read"):
+            Prototypes.load(tmp_path / "other.npz")
+
+
+class TestAFileOfReferences:
+    SPEC = PreprocessSpec(size=(16, 16), resize="letterbox")
+
+    def test_gives_the_network_what_the_pictures_would(
+        self, tmp_path: Path, rng: np.random.Generator
+    ) -> None:
+        drawn = {
+            name: [rng.integers(0, 256, size, np.uint8) for size in sizes]
+            for name, sizes in (("cup", [(9, 20, 3), (40, 30, 3)]), ("b", [(16, 16, 3)]))
+        }
+        save_references(tmp_path / "r.npz", drawn, self.SPEC)
+
+        found = load_references(tmp_path / "r.npz")
+
+        assert list(found) == ["cup", "b"]
+        for name, pictures in drawn.items():
+            assert np.array_equal(apply(self.SPEC, found[name]), apply(self.SPEC, pictures))
+
+    def test_that_holds_something_else_is_refused(self, tmp_path: Path) -> None:
+        some("cup").save(tmp_path / "kept.npz")
+        with pytest.raises(InputError, match="does not hold references"):
+            load_references(tmp_path / "kept.npz")
+        np.savez(tmp_path / "o.npz", names=np.array(["a"]), pictures=np.zeros((2, 3), np.uint8))
+        with pytest.raises(InputError, match="a name for each"):
+            load_references(tmp_path / "o.npz")
