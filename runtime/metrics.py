@@ -437,7 +437,7 @@ class DetectionMetrics:
         Args:
             image: a number that tells images apart.
             name: of the class.
-            boxes_N4, scores_N: found, in any order.
+            boxes_N4, scores_N: found, in any order; no box is empty.
             truth_M4: in the unit of ``boxes_N4``.
 
         Raises:

@@ -11,6 +11,7 @@ from runtime.bundle import Bundle
 from runtime.engines import BACKENDS, Engine, check_backend, open_engine
 from runtime.errors import BackendError, BundleError, UsageError
 from runtime.references import SUFFIX, Prototypes, References, read_references
+from runtime.results import Detections
 from runtime.sources import Reader
 from runtime.tensors import Array
 
@@ -78,7 +79,9 @@ class System(Protocol):
 
 @runtime_checkable
 class Promptable(System, Protocol):
-    """A system that is told what to look for; its results are ``runtime.results.Detections``."""
+    """A system that is told what to look for."""
+
+    def infer(self, images: Sequence[Array]) -> Sequence[Detections]: ...
 
     def encode(self, references: References) -> Prototypes:
         """Turn pictures of objects into what can be looked for."""

@@ -289,3 +289,48 @@ def test_a_difference_is_medium_grey_at_zero_and_keeps_its_sign() -> None:
     assert levels.shape == (1, 5, 3)
     # 255 / 2 rounds to the even 128
     assert levels[0, :, 0].tolist() == [0, 64, 128, 191, 255]
+
+
+class TestBoxes:
+    def test_stand_where_their_corners_are_and_leave_the_image(self) -> None:
+        image = grey(200, 300)
+        box = draw.Box((40.0, 60.0, 140.0, 160.0), "cup", "cup 0.91")
+
+        drawn = draw.boxes(image, [box])
+
+        assert (image == 120).all()
+        colour = draw.colour_of("cup")
+        for y, x in ((60, 90), (159, 90), (110, 40), (110, 139)):  # the middle of each side
+            assert tuple(drawn[y, x]) == colour
+        assert (drawn[70:150, 50:130] == 120).all()  # nothing inside
+        changed = (drawn != image).any(axis=2)
+        assert not changed[:40].any() and not changed[162:].any()
+        assert changed[45:60, 40:100].any()  # the label stands on the box
+
+    @settings(max_examples=60, deadline=None)
+    @given(
+        st.tuples(st.integers(1, 90), st.integers(1, 90)),
+        st.lists(st.tuples(*[st.floats(-200, 300)] * 4), max_size=4),
+        st.text(max_size=20),
+    )
+    def test_of_any_kind_fit_into_images_of_any_size(
+        self, size: tuple[int, int], corners: list[tuple[float, float, float, float]], label: str
+    ) -> None:
+        image = grey(*size)
+        drawn = draw.boxes(image, [draw.Box(each, label, label) for each in corners])
+        assert drawn.shape == image.shape
+        assert drawn.dtype == np.uint8
+
+    def test_have_a_bright_colour_for_each_name_the_same_in_every_process(self) -> None:
+        names = [f"object {i}" for i in range(40)]
+        colours = [draw.colour_of(name) for name in names]
+
+        assert len(set(colours)) == 40
+        assert all(max(colour) >= 200 > min(colour) for colour in colours)
+        # CRC-32 is no salted hash: this number holds for ever
+        assert draw.colour_of("cup") == (111, 209, 45)
+
+    def test_of_which_the_best_is_drawn_last(self) -> None:
+        best, other = (draw.Box((20.0, 30.0, 60.0, 70.0), name, "") for name in ("a", "b"))
+        drawn = draw.boxes(grey(100, 100), [best, other])
+        assert tuple(drawn[30, 40]) == draw.colour_of("a")

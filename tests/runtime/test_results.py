@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime.results import AnomalyMap, Candidate, Classification, DefectMap
+from runtime.results import AnomalyMap, Candidate, Classification, DefectMap, Detection, Detections
 
 
 def result(**changes: Any) -> AnomalyMap:
@@ -116,3 +116,38 @@ class TestDefectMap:
     )
     def test_says_in_a_line_what_it_found(self, threshold: float, line: str) -> None:
         assert self.result(threshold).summary() == line
+
+
+class TestDetections:
+    RESULT = Detections(
+        (
+            Detection("cup", 0.91234567, (1.004, 2.0, 30.25, 40.126), track=4),
+            Detection("jar", 0.5, (0.0, 0.0, 5.0, 6.0)),
+        )
+    )
+
+    def test_go_into_one_json_line_with_every_object(self) -> None:
+        assert json.loads(json.dumps(self.RESULT.to_json())) == {
+            "num_objects": 2,
+            "best": "cup",
+            "score": 0.912346,
+            "objects": [
+                {
+                    **{"name": "cup", "score": 0.912346, "track": 4},
+                    **{"x1": 1.0, "y1": 2.0, "x2": 30.25, "y2": 40.13},
+                },
+                {
+                    **{"name": "jar", "score": 0.5, "track": None},
+                    **{"x1": 0.0, "y1": 0.0, "x2": 5.0, "y2": 6.0},
+                },
+            ],
+        }
+
+    def test_of_nothing_have_no_best_one(self) -> None:
+        assert Detections(()).to_json() == {
+            **{"num_objects": 0, "best": None, "score": None, "objects": []}
+        }
+
+    def test_say_in_a_line_what_was_found(self) -> None:
+        assert self.RESULT.summary() == "cup 0.91, jar 0.50"
+        assert Detections(()).summary() == "nothing"
