@@ -16,7 +16,7 @@ _TINY = torch.finfo(torch.float32).tiny  # 0 / _TINY is 0
 
 @dataclass(frozen=True)
 class Targets:
-    """The boxes of B images, padded to M rows.
+    """The boxes of B images, padded to M >= 1 rows.
 
     Attributes:
         boxes_BM4: xyxy in pixels of the network's input, float32; a row that is padding is 0.
@@ -57,7 +57,7 @@ def pad(
         classes: (M_b,) each; a box of class -1 is left out: it is background.
         valid_BC: bool; boxes of a class that is not valid in their image are left out as well.
     """
-    most = max(len(each) for each in boxes)
+    most = max(1, *(len(each) for each in boxes))  # at least one row: there is always one to gather
     boxes_BM4 = boxes[0].new_zeros(len(boxes), most, 4)
     classes_BM = classes[0].new_full((len(boxes), most), -1)
     for b, (boxes_M4, classes_M) in enumerate(zip(boxes, classes, strict=True)):
@@ -75,7 +75,9 @@ def iou(a_X4: Tensor, b_X4: Tensor) -> Tensor:
 
     0 where both are empty.
     """
-    inner = torch.minimum(a_X4[..., 2:], b_X4[..., 2:]) - torch.maximum(a_X4[..., :2], b_X4[..., :2])
+    inner = torch.minimum(a_X4[..., 2:], b_X4[..., 2:]) - torch.maximum(
+        a_X4[..., :2], b_X4[..., :2]
+    )
     intersection = inner.clamp_min(0).prod(-1)
     union = (a_X4[..., 2:] - a_X4[..., :2]).prod(-1) + (b_X4[..., 2:] - b_X4[..., :2]).prod(-1)
     return intersection / (union - intersection).clamp_min(_TINY)
@@ -106,11 +108,6 @@ def task_aligned(
     """
     num_anchors, num_classes = scores_BAC.shape[1:]
     num_boxes = targets.real_BM.shape[1]
-    if num_boxes == 0:
-        nothing_BA = torch.zeros_like(scores_BAC[..., 0])
-        none_BA = nothing_BA.bool()
-        return Assignment(none_BA.long(), none_BA, torch.zeros_like(scores_BAC), nothing_BA)
-
     inside_BMA = _candidates(anchors_A2, targets)
     ious_BMA = iou(boxes_BA4[:, None].float(), targets.boxes_BM4[:, :, None]) * inside_BMA
     columns_BMA = targets.classes_BM[..., None].expand(-1, -1, num_anchors)
@@ -145,5 +142,7 @@ def _candidates(anchors_A2: Tensor, targets: Targets) -> Tensor:
     centres_BM12 = (boxes_BM14[..., :2] + boxes_BM14[..., 2:]) / 2
     nearest_BM1 = (anchors_A2 - centres_BM12).square().sum(-1).argmin(-1, keepdim=True)
     missed_BM1 = ~inside_BMA.any(-1, keepdim=True)
-    inside_BMA = inside_BMA.scatter(-1, nearest_BM1, inside_BMA.gather(-1, nearest_BM1) | missed_BM1)
+    inside_BMA = inside_BMA.scatter(
+        -1, nearest_BM1, inside_BMA.gather(-1, nearest_BM1) | missed_BM1
+    )
     return inside_BMA & targets.real_BM[..., None]

@@ -7,16 +7,19 @@ its paper; those that give a value per item leave weighting and averaging to ``D
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
-from training.systems.refdet.assign import Assignment, Targets, iou, task_aligned
-from training.systems.refdet.config import LossConfig
+from training.systems.refdet.assign import Assignment, Targets, iou, pad, task_aligned
+from training.systems.refdet.config import LossConfig, WeightsConfig
+
+if TYPE_CHECKING:
+    from training.systems.refdet.model import Output
 
 # --- boxes ---------------------------------------------------------------------------------------
 
@@ -36,7 +39,8 @@ def ciou(boxes_N4: Tensor, wanted_N4: Tensor) -> Tensor:
     overlap_N = iou(boxes_N4, wanted_N4)
     distance_N, hull_N = _centre_and_hull(boxes_N4, wanted_N4)
     aspect_N, wanted_aspect_N = (
-        torch.atan2(*(b[:, 2:] - b[:, :2]).clamp_min(1e-9).unbind(-1)) for b in (boxes_N4, wanted_N4)
+        torch.atan2(*(b[:, 2:] - b[:, :2]).clamp_min(1e-9).unbind(-1))
+        for b in (boxes_N4, wanted_N4)
     )
     v_N = 4 / math.pi**2 * (aspect_N - wanted_aspect_N).square()
     with torch.no_grad():
@@ -200,9 +204,7 @@ class DetectionLoss(nn.Module):
 # --- contrast ------------------------------------------------------------------------------------
 
 
-def pooled(
-    maps: Sequence[Tensor], strides: Sequence[int], boxes: Sequence[Tensor]
-) -> Tensor:
+def pooled(maps: Sequence[Tensor], strides: Sequence[int], boxes: Sequence[Tensor]) -> Tensor:
     """What the maps of all scales hold inside boxes, as a prototype holds it.
 
     Args:
@@ -214,7 +216,9 @@ def pooled(
     """
     parts = [
         F.normalize(
-            roi_align(m.float(), list(boxes), 1, 1 / stride, sampling_ratio=2, aligned=True).flatten(1),
+            roi_align(
+                m.float(), list(boxes), 1, 1 / stride, sampling_ratio=2, aligned=True
+            ).flatten(1),
             dim=1,
         )
         for m, stride in zip(maps, strides, strict=True)
@@ -295,7 +299,9 @@ def proposal_contrast(
     return _mean(over_all_N - over_positives_N, anchor_N)
 
 
-def triplet(anchors_ND: Tensor, positives_ND: Tensor, negatives_ND: Tensor, margin: float) -> Tensor:
+def triplet(
+    anchors_ND: Tensor, positives_ND: Tensor, negatives_ND: Tensor, margin: float
+) -> Tensor:
     """(N,) of max(0, cos(anchor, negative) - cos(anchor, positive) + margin).
 
     Source: Schroff et al., "FaceNet", 2015, with cosine distances.
@@ -327,3 +333,149 @@ def hardest_triplet(
         nearest_N = cosine_NM.masked_fill(same_NM, -torch.inf).argmax(1)
     loss_N = triplet(anchors_ND, items_MD[farthest_N], items_MD[nearest_N], margin)
     return _mean(loss_N, same_NM.any(1) & (~same_NM).any(1))
+
+
+# --- all of them ---------------------------------------------------------------------------------
+
+
+class Losses(nn.Module):
+    """Every loss of a step, and their weighted sum."""
+
+    def __init__(self, config: LossConfig, num_base: int) -> None:
+        """See the class.
+
+        Args:
+            num_base: base classes; 0: there is no branch for them.
+        """
+        super().__init__()
+        self.config = config
+        self.prototype = DetectionLoss(config)
+        self.base = DetectionLoss(config) if num_base else None
+
+    def forward(
+        self,
+        output: Output,
+        rows_RP: Tensor,
+        prototypes_NP: Tensor,
+        batch: Mapping[str, Any],
+        weights: WeightsConfig,
+    ) -> dict[str, Tensor]:
+        """Losses by name, ``loss`` their sum; those that weigh nothing are not computed.
+
+        Args:
+            output: of the detector for ``batch["images"]``.
+            rows_RP: of the reference pictures, which ``batch["object_of_picture"]`` belong to N
+                objects.
+            prototypes_NP: what was looked for.
+            batch: see ``data``.
+        """
+        objects, prompted_BN = batch["objects"], batch["prompted"]
+        targets = pad(batch["boxes"], objects, prompted_BN)
+        boxes_BA4 = output.boxes(output.prototype)
+        terms, found = self.prototype(
+            output.prototype.logits_BAC,
+            output.prototype.distances_BA4R,
+            boxes_BA4,
+            output.anchors_A2,
+            output.strides_A,
+            targets,
+            prompted_BN,
+        )
+        shares = {name: (term, getattr(weights, name)) for name, term in terms.items()}
+        if self.base is not None and output.base is not None and weights.base:
+            terms, _ = self.base(
+                output.base.logits_BAC,
+                output.base.distances_BA4R,
+                output.boxes(output.base),
+                output.anchors_A2,
+                output.strides_A,
+                pad(batch["boxes"], batch["base"]),
+            )
+            for name, term in terms.items():
+                shares[f"base_{name}"] = term, weights.base * getattr(weights, name)
+        shares |= self._contrast(output, rows_RP, prototypes_NP, batch, weights)
+        if weights.proposals:
+            term = self._proposals(output, boxes_BA4.detach(), found, targets)
+            shares["proposals"] = term, weights.proposals
+        losses = {name: term for name, (term, _) in shares.items()}
+        return {"loss": torch.stack([t * w for t, w in shares.values()]).sum()} | losses
+
+    def _contrast(
+        self,
+        output: Output,
+        rows_RP: Tensor,
+        prototypes_NP: Tensor,
+        batch: Mapping[str, Any],
+        weights: WeightsConfig,
+    ) -> dict[str, tuple[Tensor, float]]:
+        """What compares the objects in the frames with the references: loss and weight by name."""
+        config, shares = self.config, dict[str, tuple[Tensor, float]]()
+        if not (weights.prototype or weights.supervised or weights.triplet):
+            return shares
+        known = [
+            boxes_M4[objects_M >= 0]
+            for boxes_M4, objects_M in zip(batch["boxes"], batch["objects"], strict=True)
+        ]
+        labels_M = torch.cat([objects_M[objects_M >= 0] for objects_M in batch["objects"]])
+        features_MP = pooled(output.prototype.embeddings, output.strides, known)
+        if weights.prototype:
+            term = prototype_contrast(features_MP, prototypes_NP, labels_M, config.temperature)
+            shares["prototype"] = term, weights.prototype
+        if weights.supervised:
+            items = torch.cat([rows_RP, features_MP])
+            labels = torch.cat([batch["object_of_picture"], labels_M])
+            term = supervised_contrast(items, labels, config.temperature)
+            shares["supervised"] = term, weights.supervised
+        if weights.triplet:
+            size = batch["images"].shape[2:]
+            empty = elsewhere(
+                pad(batch["boxes"], [b[:, 0].long() * 0 for b in batch["boxes"]]), size
+            )
+            nothing_KP = pooled(output.prototype.embeddings, output.strides, empty)
+            items = torch.cat([features_MP, nothing_KP])
+            labels = torch.cat([labels_M, labels_M.new_full((len(nothing_KP),), -1)])
+            own_N = torch.arange(len(prototypes_NP), device=labels.device)
+            term = hardest_triplet(prototypes_NP, own_N, items, labels, config.margin)
+            shares["triplet"] = term, weights.triplet
+        return shares
+
+    def _proposals(
+        self, output: Output, boxes_BA4: Tensor, found: Assignment, targets: Targets
+    ) -> Tensor:
+        """Contrast of what the maps hold inside predicted boxes, each from its own image."""
+        config = self.config
+        places_K2 = found.positive_BA.nonzero()
+        order_K = torch.randperm(len(places_K2), device=places_K2.device)[: config.proposals]
+        image_K, anchor_K = places_K2[order_K.sort().values].unbind(1)
+        counts = torch.bincount(image_K, minlength=len(boxes_BA4)).tolist()
+        boxes = boxes_BA4[image_K, anchor_K].split(counts)
+        return proposal_contrast(
+            pooled(output.prototype.embeddings, output.strides, boxes),
+            targets.classes_BM[image_K, found.box_BA[image_K, anchor_K]],
+            found.ious_BA[image_K, anchor_K],
+            temperature=config.proposal_temperature,
+            min_iou=config.min_iou,
+            max_gap=config.max_gap,
+        )
+
+
+def elsewhere(targets: Targets, size: Sequence[int], *, max_iou: float = 0.1) -> list[Tensor]:
+    """Boxes of the objects' sizes at random places of their images, where nothing is.
+
+    Args:
+        targets: all boxes that are known.
+        size: (height, width) of the images.
+        max_iou: a place that overlaps a known box by more is left out.
+
+    Returns:
+        (K_b, 4) of each image.
+    """
+    sides_BM2 = targets.boxes_BM4[..., 2:] - targets.boxes_BM4[..., :2]
+    free_BM2 = (sides_BM2.new_tensor([size[1], size[0]]) - sides_BM2).clamp_min(0)
+    corner_BM2 = torch.rand_like(free_BM2) * free_BM2
+    boxes_BM4 = torch.cat([corner_BM2, corner_BM2 + sides_BM2], dim=-1)
+    overlap_BMM = iou(boxes_BM4[:, :, None], targets.boxes_BM4[:, None])
+    if not overlap_BMM.numel():
+        return list(boxes_BM4)
+    empty_BM = (overlap_BMM.amax(-1) <= max_iou) & targets.real_BM
+    return [boxes[kept] for boxes, kept in zip(boxes_BM4, empty_BM, strict=True)]
