@@ -25,6 +25,7 @@ from runtime.engines.ort import OrtEngine
 from runtime.errors import CalibrationError, UsageError
 from runtime.preprocess import PreprocessSpec, apply
 from runtime.sources import PICTURES
+from runtime.testing import write_scenes, write_tiny_refdet_bundle
 
 GRAPH = """<ir_version: 9, opset_import: ["" : 18]>
 g (float[batch, 3, 64, 64] image) => (float[batch, 3, 64, 64] features)
@@ -295,3 +296,27 @@ class TestTheTable:
         (tmp_path / "table.json").write_bytes(b'{"half": ')
         with pytest.raises(CalibrationError, match="this version: the file: Invalid JSON"):
             tables.load(tmp_path / "table.json")
+
+
+def test_a_system_of_two_graphs_shows_both_its_own_references_and_the_samples(
+    tmp_path: Path,
+) -> None:
+    """Nobody asks for an object here: those that the bundle brings are encoded, two pictures each.
+
+    The system is the real one.
+    """
+    bundle = write_tiny_refdet_bundle(tmp_path / "bundle", names=("red", "blue", "white"))
+    scenes = write_scenes(tmp_path / "scenes", num_test=2, num_train=4)
+    samples = choose(scenes / "images", 6)
+    tensors = {"encode": ["images", "pool.out"], "detect": ["images", "prototypes"]}
+
+    found = measure(bundle, samples, tensors, threads=1)
+
+    counts = {
+        graph: {name: histogram.num_values for name, histogram in histograms.items()}
+        for graph, histograms in found.graphs.items()
+    }
+    assert counts["encode"] == {"images": 6 * 3 * 32 * 32, "pool.out": 6 * 3}
+    # six samples in two batches, each with the three prototypes
+    assert counts["detect"] == {"images": 6 * 3 * 64 * 96, "prototypes": 2 * 3 * 6}
+    assert found.table("minmax").graphs.keys() == {"encode", "detect"}

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -12,7 +13,13 @@ from runtime.bundle import Bundle
 from runtime.contenders import Contender, describe_images, images_for, measure, of_bundle
 from runtime.errors import BackendError, BundleError, UsageError
 from runtime.images import write as write_image
-from runtime.testing import write_parts, write_tiny_noising_bundle
+from runtime.systems import System, prompt
+from runtime.testing import (
+    write_parts,
+    write_references,
+    write_tiny_noising_bundle,
+    write_tiny_refdet_bundle,
+)
 
 
 @pytest.fixture(scope="module")
@@ -223,3 +230,25 @@ class TestMeasuring:
             write_image(tmp_path / f"{i:02d}.png", np.full((2, 2, 3), i, np.uint8))
 
         assert len(images_for(tiny, str(tmp_path))) == 32
+
+
+class TestASystemThatIsToldWhatToLookFor:
+    def test_is_told_before_it_is_timed_and_its_network_runs_without_the_encoder(
+        self, tmp_path: Path, rng: np.random.Generator
+    ) -> None:
+        bundle = write_tiny_refdet_bundle(tmp_path / "bundle")
+        folder = write_references(tmp_path / "refs", ["red", "white", "green"])
+        told: list[System] = []
+
+        def prepare(system: System) -> None:
+            prompt(system, folder)
+            told.append(system)
+
+        (found,) = of_bundle(bundle, "ort", 1, prepare)
+
+        batch = rng.normal(size=(2, 3, 64, 96)).astype(np.float32)
+        (answer,) = cast("list[dict[str, np.ndarray]]", found.network(batch))
+        assert answer["boxes"].shape == (2, 16, 4)
+        assert set(np.unique(answer["classes"])) <= {0, 1, 2}
+        assert len(told) == 1
+        found.close()

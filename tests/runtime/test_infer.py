@@ -6,6 +6,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -21,10 +22,12 @@ from runtime import images, video
 from runtime import infer as driver
 from runtime.bundle import Bundle
 from runtime.engines import Engine
-from runtime.errors import EngineError, ImageError, InputError, VideoError
+from runtime.errors import EngineError, ImageError, InputError, UsageError, VideoError
 from runtime.infer import Summary, infer, overlay_names
 from runtime.sources import PICTURES, Reader, Source, open_source
+from runtime.systems import System, open_system
 from runtime.tensors import Array
+from runtime.testing import draw_scene, write_tiny_refdet_bundle
 
 
 @dataclass(frozen=True)
@@ -781,3 +784,152 @@ def test_image_errors_name_the_picture_once(tmp_path: Path) -> None:
         images.read(tmp_path / "none.png")
 
     assert caught.value.message.count("none.png") == 1
+
+
+@pytest.fixture(scope="module")
+def finder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
+    """Looks for blue and red squares."""
+    bundle = write_tiny_refdet_bundle(tmp_path_factory.mktemp("infer") / "bundle")
+    with closing(open_system(bundle, backend="ort", threads=1)) as system:
+        yield system
+
+
+class TestBoxes:
+    @pytest.fixture
+    def film(self, tmp_path: Path) -> Source:
+        """24 frames, 0.1 s apart; a red square moves right, a blue one comes after a second."""
+        with video.VideoWriter(tmp_path / "film.mp4", Fraction(10)) as writer:
+            for i in range(24):
+                frame = grey(128, 64, 96)
+                frame[40:64, 2 * i : 2 * i + 24] = (255, 50, 50)
+                if i >= 10:
+                    frame[8:32, 64:88] = (50, 75, 255)
+                writer.write(frame, i / 10)
+        return open_source(str(tmp_path / "film.mp4"))
+
+    def scenes(self, folder: Path, rng: np.random.Generator) -> list[Array]:
+        """Three pictures of one red and one blue square, and one of a white one."""
+        boxes = []
+        for i, names in enumerate((["red", "blue"], ["red", "blue"], ["white"], ["red", "blue"])):
+            image, found = draw_scene(rng, (64, 96), names)
+            images.write(folder / f"{i}.png", image)
+            boxes.append(found)
+        return boxes
+
+    def test_of_pictures_become_a_data_set_in_cocos_form(
+        self, finder: System, tmp_path: Path, out: Path, rng: np.random.Generator
+    ) -> None:
+        truth = self.scenes(tmp_path / "in", rng)
+        (tmp_path / "in" / "bad.png").write_bytes(b"no picture")
+
+        infer(finder, open_source(str(tmp_path / "in")), out, coco=True)
+
+        content = json.loads((out / "coco.json").read_text())
+        assert content["categories"] == [{"id": 1, "name": "blue"}, {"id": 2, "name": "red"}]
+        assert content["images"] == [
+            {"id": i + 1, "file_name": str(tmp_path / "in" / f"{i}.png"), "width": 96, "height": 64}
+            for i in range(4)
+        ]
+        rows = content["annotations"]
+        assert [row["id"] for row in rows] == list(range(1, 7))
+        for row in rows:
+            x1, y1, x2, y2 = truth[row["image_id"] - 1][{2: 0, 1: 1}[row["category_id"]]]
+            assert row["bbox"] == [x1, y1, x2 - x1, y2 - y1]
+            assert row["area"] == (x2 - x1) * (y2 - y1)
+            assert 0.9 < row["score"] < 1
+            assert "track_id" not in row
+
+    def test_in_cocos_form_are_what_its_tools_read(
+        self, finder: System, tmp_path: Path, out: Path, rng: np.random.Generator
+    ) -> None:
+        coco = pytest.importorskip("faster_coco_eval")
+        self.scenes(tmp_path / "in", rng)
+
+        infer(finder, open_source(str(tmp_path / "in")), out, coco=True)
+
+        truth = coco.COCO(str(out / "coco.json"))
+        found = truth.loadRes(json.loads((out / "coco.json").read_text())["annotations"])
+        judged = coco.COCOeval_faster(truth, found, "bbox", print_function=lambda *_: None)
+        judged.evaluate()
+        judged.accumulate()
+        assert judged.eval["precision"][:, :, :, 0, -1].min() == 1  # against itself
+
+    def test_in_cocos_form_need_boxes_and_an_end(self, finder: System, out: Path) -> None:
+        levels = Levels()
+        levels.bundle = finder.bundle
+        with pytest.raises(UsageError, match="gives no boxes"):
+            infer(levels, Source("images"), out, coco=True)
+        with pytest.raises(UsageError, match="no end") as caught:
+            infer(finder, Source("stream", address="0"), out, coco=True)
+        assert "--jsonl" in str(caught.value.fix)
+        assert not out.exists()
+
+    def test_in_cocos_form_are_whole_after_an_interrupt(
+        self, finder: System, film: Source, out: Path
+    ) -> None:
+        def stop(done: int, _total: int) -> None:
+            if done == 16:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            infer(finder, film, out, coco=True, progress=stop)
+
+        content = json.loads((out / "coco.json").read_text())
+        assert len(content["images"]) == 16
+        assert {row["image_id"] for row in content["annotations"]} == set(range(1, 17))
+
+    def test_of_nothing_are_a_data_set_as_well(
+        self, finder: System, tmp_path: Path, out: Path
+    ) -> None:
+        images.write(tmp_path / "grey.png", grey(128))
+        infer(finder, open_source(str(tmp_path / "grey.png")), out, coco=True)
+        content = json.loads((out / "coco.json").read_text())
+        assert (len(content["images"]), content["annotations"]) == (1, [])
+        assert not (out / "objects.csv").exists()
+
+    @pytest.mark.parametrize("batch", [1, 5])
+    def test_in_a_video_keep_their_numbers(
+        self, finder: System, film: Source, out: Path, batch: int
+    ) -> None:
+        infer(finder, film, out, batch=batch, jsonl=True, coco=True, overlays=True, track=True)
+
+        got = lines(out)
+        assert [line["frame"] for line in got] == list(range(24))
+        tracks: dict[str, list[int | None]] = {"red": [], "blue": []}
+        for line in got:
+            for found in line["objects"]:
+                tracks[found["name"]].append(found["track"])
+        assert tracks == {"red": [None] * 2 + [1] * 22, "blue": [None] * 2 + [2] * 12}
+        content = json.loads((out / "coco.json").read_text())
+        assert content["images"][7]["frame"] == 7
+        assert content["images"][7]["time_s"] == pytest.approx(0.7)
+        assert {row.get("track_id") for row in content["annotations"]} == {None, 1, 2}
+        with (out / "objects.csv").open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        assert [row["track"] for row in rows if row["name"] == "red"] == [""] * 2 + ["1"] * 22
+        drawn = list(video.frames(out / "film.mp4"))
+        assert len(drawn) == 24
+        assert drawn[0].image.shape == (64, 96, 3)
+
+    def test_in_a_video_that_is_thinned_keep_their_numbers_and_times(
+        self, finder: System, film: Source, out: Path
+    ) -> None:
+        infer(finder, film, out, jsonl=True, overlays=True, track=True, frame_step=3)
+
+        got = lines(out)
+        assert [line["frame"] for line in got] == list(range(0, 24, 3))
+        assert [line["time_s"] for line in got] == pytest.approx([0.3 * i for i in range(8)])
+        numbers = [f["track"] for line in got for f in line["objects"] if f["name"] == "red"]
+        assert numbers == [None] * 2 + [1] * 6
+        # the encoder keeps times to 1/60000 s
+        times = [frame.time_s for frame in video.frames(out / "film.mp4")]
+        assert times == pytest.approx([0.3 * i for i in range(8)], abs=1e-4)
+
+    def test_are_not_numbered_unasked_nor_in_pictures(
+        self, finder: System, film: Source, tmp_path: Path, out: Path, rng: np.random.Generator
+    ) -> None:
+        infer(finder, film, out, jsonl=True)
+        assert {found["track"] for line in lines(out) for found in line["objects"]} == {None}
+        self.scenes(tmp_path / "in", rng)
+        infer(finder, open_source(str(tmp_path / "in")), out, jsonl=True, track=True)
+        assert {found["track"] for line in lines(out) for found in line["objects"]} == {None}

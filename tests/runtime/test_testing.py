@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -13,18 +14,24 @@ from runtime.engines import Engine, open_engine
 from runtime.errors import EngineError, InputError
 from runtime.images import read as read_image
 from runtime.images import read_mask
-from runtime.systems import open_system
+from runtime.references import read_references
+from runtime.systems import Promptable, open_system
 from runtime.tensors import TensorSpec
 from runtime.testing import (
     FunctionEngine,
     draw_flower,
     draw_part,
+    draw_scene,
     tiny_classifier,
+    tiny_detect,
+    tiny_encode,
     tiny_features,
     write_flowers,
     write_parts,
+    write_scenes,
     write_tiny_noising_bundle,
     write_tiny_paco_bundle,
+    write_tiny_refdet_bundle,
 )
 
 X = TensorSpec(dtype="float32", shape=("batch", 3))
@@ -251,3 +258,79 @@ class TestTheTinyClassifier:
         weight = np.random.default_rng(0).normal(size=(3, 16))
 
         check_legal(tiny_classifier((64, 64), weight, np.zeros(3), zero_point=0))
+
+
+class TestDrawnScenes:
+    @pytest.mark.parametrize("size", [(64, 96), (96, 144), (128, 128)])
+    def test_show_each_object_in_its_box_and_apart(self, size: tuple[int, int]) -> None:
+        rng = np.random.default_rng(3)
+        for _ in range(10):
+            image, boxes = draw_scene(rng, size, ["red", "green", "white"])
+            assert image.shape == (*size, 3)
+            means = []
+            grey = np.ones(size, bool)
+            for x1, y1, x2, y2 in np.rint(boxes).astype(int):
+                means.append(image[y1:y2, x1:x2].mean(axis=(0, 1)))
+                assert grey[y1:y2, x1:x2].all()  # nothing else is there
+                grey[y1:y2, x1:x2] = False
+            red, green, white = means
+            assert red[0] > 240 > 60 > red[1]
+            assert green[1] > 220 > 60 > green[0]
+            assert white.min() > 240
+            assert abs(image[grey].mean() - 128) < 2
+
+    def test_make_a_folder_in_cocos_form_with_references(self, tmp_path: Path) -> None:
+        root = write_scenes(tmp_path / "scenes", num_train=3, num_test=2)
+
+        content = json.loads((root / "annotations_test.json").read_text())
+        assert [each["name"] for each in content["categories"]] == ["blue", "red", "yellow"]
+        assert [each["file_name"] for each in content["images"]] == ["test_000.png", "test_001.png"]
+        for found in content["annotations"]:
+            file = content["images"][found["image_id"] - 1]["file_name"]
+            x, y, width, height = (round(n) for n in found["bbox"])
+            inside = read_image(root / "images" / file)[y : y + height, x : x + width]
+            assert inside.mean(axis=(0, 1)).max() > 240
+        assert len(json.loads((root / "annotations_train.json").read_text())["images"]) == 3
+        references = read_references(root / "references")
+        assert {name: len(each) for name, each in references.items()} == dict.fromkeys(
+            ("blue", "red", "yellow"), 2
+        )
+
+
+class TestTheTinyDetector:
+    def test_is_a_bundle_that_every_backend_runs_and_that_finds_squares(
+        self, tmp_path: Path, rng: np.random.Generator
+    ) -> None:
+        made = write_tiny_refdet_bundle(tmp_path / "tiny", int8=True, names=("white", "red"))
+        image, boxes = draw_scene(rng, (64, 96), ["red", "green", "white"])
+
+        assert read(tmp_path / "tiny") == made
+        for backend in ("ort", "openvino"):
+            for precision in ("float", "int8"):
+                system = open_system(made, backend=backend, precision=precision, threads=1)
+                assert isinstance(system, Promptable)
+                (result,) = system.infer([image])
+                system.close()
+                assert {found.name: found.box for found in result.objects} == {
+                    "red": tuple(boxes[0]),
+                    "white": tuple(boxes[2]),
+                }
+
+    def test_is_the_same_every_time(self, tmp_path: Path) -> None:
+        first = write_tiny_refdet_bundle(tmp_path / "a", int8=True)
+        second = write_tiny_refdet_bundle(tmp_path / "b", int8=True)
+
+        assert first.manifest.digest == second.manifest.digest
+
+    def test_in_int8_is_legal(self) -> None:
+        check_legal(tiny_encode(zero_point=0))
+        check_legal(tiny_detect(zero_point=0))
+
+    def test_has_a_free_batch_and_a_free_number_of_objects(self) -> None:
+        values = tiny_detect((48, 96)).graph.input
+        axes = [
+            [axis.dim_param or axis.dim_value for axis in value.type.tensor_type.shape.dim]
+            for value in values
+        ]
+        assert axes == [["batch", 3, 48, 96], ["objects", 6]]
+        onnx.checker.check_model(tiny_detect((48, 96)), full_check=True)
