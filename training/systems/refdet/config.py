@@ -2,11 +2,70 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
-from training.config import Config
+from training.config import BackboneConfig, Config
+
+
+class EncoderConfig(BackboneConfig):
+    """What turns references into prototypes: any net of timm, and a projection per scale.
+
+    Attributes:
+        train_blocks: so many of its last blocks learn; ``all``: the whole net. The features of a
+    """
+
+    train_blocks: int | Literal["all"] = 0
+
+    @field_validator("stages")
+    @classmethod
+    def _taken_whole(cls, stages: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if stages is not None:
+            raise ValueError("an encoder is taken whole: leave stages at null")
+        return stages
+
+
+class DetectorConfig(Config):
+    """The net that sees the frames.
+
+    Attributes:
+        width, depth: of backbone and neck; 0.25 and 0.33 are YOLOv8n's.
+        scales: that boxes are found at, ascending: stride 2 ** scale (published: 2 to 5).
+        widths: of the prototype's part of each scale; null: the channels of its map.
+        fusion: ``psalm``, ``cheaf`` or ``none``.
+        outputs: channels of each scale behind the fusion; null: as before it (published: 128, 256,
+            512, 512).
+        reg_max: bins of the distribution of a box side; 1: plain distances.
+        separable: depthwise convolutions in the head.
+        temperature: that cosines are multiplied by in the beginning.
+        prior: score of an anchor in the beginning.
+        checkpointing, channels_last, compile: see ``training.config.BackboneConfig``.
+    """
+
+    width: float = Field(default=0.25, gt=0)
+    depth: float = Field(default=0.33, gt=0)
+    scales: tuple[Literal[2, 3, 4, 5], ...] = Field(default=(3, 4, 5), min_length=1)
+    widths: tuple[int, ...] | None = None
+    fusion: Literal["psalm", "cheaf", "none"] = "psalm"
+    outputs: tuple[int, ...] | None = None
+    reg_max: int = Field(default=16, ge=1)
+    separable: bool = True
+    temperature: float = Field(default=10.0, gt=0)
+    prior: float = Field(default=0.01, gt=0, lt=1)
+    checkpointing: bool = False
+    channels_last: bool = False
+    compile: bool = False
+
+    @model_validator(mode="after")
+    def _one_per_scale(self) -> Self:
+        if list(self.scales) != list(range(self.scales[0], self.scales[-1] + 1)):
+            raise ValueError("scales must ascend without a gap")
+        for name in ("widths", "outputs"):
+            values = getattr(self, name)
+            if values is not None and len(values) != len(self.scales):
+                raise ValueError(f"{name} must have one value per scale")
+        return self
 
 
 class LossConfig(Config):
@@ -17,7 +76,7 @@ class LossConfig(Config):
         gamma: of the classes' cross-entropy, how little counts what is right already; 0 is plain.
         top_k: anchors per box.
         alpha, beta: an anchor is ranked by ``score ** alpha * IoU ** beta`` (published: 1 and 6).
-        temperature: of prototype and supervised contrast.
+        temperature: of prototype and supervised contrast (published: 0.07).
         proposal_temperature: of the contrast of proposals.
         proposals: at most so many of a batch, drawn at random, are contrasted.
         min_iou: of a proposal with its box, to be another's positive.
@@ -32,7 +91,7 @@ class LossConfig(Config):
     top_k: int = Field(default=10, ge=1)
     alpha: float = Field(default=1.0, ge=0)
     beta: float = Field(default=6.0, ge=0)
-    temperature: float = Field(default=0.07, gt=0)
+    temperature: float = Field(default=0.1, gt=0)
     proposal_temperature: float = Field(default=0.1, gt=0)
     proposals: int = Field(default=128, ge=2)
     min_iou: float = Field(default=0.5, ge=0, le=1)
@@ -54,9 +113,9 @@ class WeightsConfig(Config):
         triplet: prototype against its object and the nearest thing that is not.
     """
 
-    box: float = Field(default=7.5, ge=0)
-    dfl: float = Field(default=1.5, ge=0)
-    cls: float = Field(default=0.5, ge=0)
+    box: float = Field(default=5.0, ge=0)
+    dfl: float = Field(default=1.0, ge=0)
+    cls: float = Field(default=1.0, ge=0)
     base: float = Field(default=1.0, ge=0)
     prototype: float = Field(default=0.0, ge=0)
     supervised: float = Field(default=0.0, ge=0)
@@ -82,11 +141,14 @@ class StageConfig(Config):
     weights: WeightsConfig = WeightsConfig()
 
 
-class CacheConfig(Config):
-    """Features of a frozen encoder, kept across the whole run.
+class RatesConfig(Config):
+    """Factors of ``train.optimizer.lr``; a net that starts from good weights wants less.
 
     Attributes:
-        max_bytes: the least recently used ones make room.
+        encoder: of the encoder's net; its projections learn like the head.
     """
 
-    max_bytes: int = Field(default=2**28, ge=0)
+    encoder: float = Field(default=0.1, gt=0)
+    backbone: float = Field(default=1.0, gt=0)
+    fusion: float = Field(default=2.0, gt=0)
+    head: float = Field(default=2.0, gt=0)

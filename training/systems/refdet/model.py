@@ -1,0 +1,241 @@
+"""The nets of ``refdet``: references to prototypes, and frames with prototypes to boxes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from training import backbones
+from training.profiler import section
+from training.systems.refdet.backbone import Backbone
+from training.systems.refdet.config import DetectorConfig, EncoderConfig
+from training.systems.refdet.fusion import FUSIONS
+from training.systems.refdet.head import BaseBranch, Output, PrototypeBranch, anchors
+
+
+class SupportEncoder(nn.Module):
+    """Reference pictures to rows, of which an object's prototype is the mean.
+
+    Attributes:
+        frozen: no part of ``net`` learns; its features of a picture never change.
+        num_features: width of what ``features`` gives.
+    """
+
+    def __init__(self, net: Any, config: EncoderConfig, widths: Sequence[int]) -> None:
+        """Project a backbone's features.
+
+        Args:
+            net: from ``training.backbones.create``, whole.
+            widths: of the parts of a row, one per scale.
+        """
+        super().__init__()
+        self.net = net
+        self.widths = tuple(widths)
+        self.frozen = config.train_blocks == 0
+        self._choose(config.train_blocks)
+        self.num_prefix = int(getattr(net.model, "num_prefix_tokens", 0))
+        self.num_features = net.channels * (2 if self.num_prefix else 1)
+        self.projections = nn.ModuleList(
+            nn.Sequential(nn.Linear(self.num_features, width), nn.LayerNorm(width))
+            for width in widths
+        )
+
+    def features(self, pictures_BCHW: Tensor) -> Tensor:
+        """(B, F): the class token and the mean of the patches, or the mean of the last map."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            found = self.net.model.forward_features(pictures_BCHW)
+            if found.ndim == 3:
+                means_BC = found[:, self.num_prefix :].mean(1)
+                tokens = [found[:, 0], means_BC] if self.num_prefix else [means_BC]
+                return torch.cat([F.normalize(token, dim=1) for token in tokens], dim=1)
+            if found.shape[1] != self.net.channels:  # some nets keep the channels last
+                found = found.permute(0, 3, 1, 2)
+            means_BF: Tensor = found.mean((2, 3))
+            return means_BF
+
+    def forward(self, features_BF: Tensor) -> Tensor:
+        """(B, P): the part of each scale has length 1."""
+        parts = [F.normalize(project(features_BF), dim=1) for project in self.projections]
+        return torch.cat(parts, dim=1)
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        if self.frozen:
+            self.net.eval()
+        return self
+
+    def _choose(self, train_blocks: int | str) -> None:
+        if train_blocks == "all":
+            return
+        self.net.requires_grad_(False)
+        assert isinstance(train_blocks, int)
+        if train_blocks:
+            for block in self.net.model.blocks[-train_blocks:]:
+                block.requires_grad_(True)
+
+
+class Detector(nn.Module):
+    """Frames and prototypes to boxes.
+
+    Attributes:
+        widths: of the parts of a prototype.
+        num_base: base classes; 0: there is no branch for them.
+    """
+
+    def __init__(self, config: DetectorConfig, num_base: int) -> None:
+        super().__init__()
+        self.backbone = Backbone(
+            config.scales,
+            width=config.width,
+            depth=config.depth,
+            checkpointing=config.checkpointing,
+        )
+        channels = self.backbone.channels
+        self.widths = config.widths or channels
+        self.num_base = num_base
+        self.strides = tuple(2**scale for scale in config.scales)
+        outputs = config.outputs or channels
+        self.fusion = FUSIONS[config.fusion](channels, self.widths, outputs)
+        shared: dict[str, Any] = {
+            "bins": config.reg_max,
+            "separable": config.separable,
+            "prior": config.prior,
+        }
+        self.head = nn.ModuleDict(
+            {
+                "prototype": PrototypeBranch(
+                    outputs, self.widths, temperature=config.temperature, **shared
+                )
+            }
+        )
+        if num_base:
+            self.head["base"] = BaseBranch(outputs, num_base, **shared)
+        if config.channels_last:
+            self.to(memory_format=torch.channels_last)
+        if config.compile:
+            self.backbone.compile()
+            self.fusion.compile()
+
+    def forward(
+        self, frames_BCHW: Tensor, prototypes_NP: Tensor, prompted_BN: Tensor | None = None
+    ) -> Output:
+        """Find what is looked for.
+
+        Args:
+            frames_BCHW: sides are multiples of 32.
+            prototypes_NP: one row per object.
+            prompted_BN: bool: which objects are looked for in which frame; None: all in all.
+        """
+        with section("backbone"):
+            maps = self.backbone(frames_BCHW)
+        with section("fusion"):
+            maps = self.fusion(maps, prototypes_NP, prompted_BN)
+        with section("head"):
+            places, sizes = anchors(maps, self.strides)
+            return Output(
+                prototype=self.head["prototype"](maps, prototypes_NP),
+                base=self.head["base"](maps) if self.num_base else None,
+                anchors_A2=places,
+                strides_A=sizes,
+                strides=self.strides,
+            )
+
+
+class RefDet(nn.Module):
+    """Both nets, as they are trained and saved together."""
+
+    def __init__(
+        self,
+        encoder: EncoderConfig,
+        detector: DetectorConfig,
+        num_base: int,
+        *,
+        seed: int = 0,
+        weights: bool = True,
+    ) -> None:
+        """Build both.
+
+        Args:
+            weights: False: random ones, for a checkpoint to replace.
+
+        Raises:
+            ConfigError, WeightsError: see ``training.backbones.create``.
+        """
+        super().__init__()
+        made = backbones.create(encoder, seed=seed, weights=weights)
+        self.provenance = made.provenance
+        self.detector = Detector(detector, num_base)
+        self.encoder = SupportEncoder(made.net, encoder, self.detector.widths)
+
+    def prototypes(self, rows_RP: Tensor, object_of_row: Tensor, num: int) -> Tensor:
+        """(num, P): the mean of each object's rows, the part of each scale of length 1."""
+        return average(rows_RP, object_of_row, num, self.detector.widths)
+
+    def parameter_table(self) -> list[tuple[str, int, int]]:
+        """(part, parameters, of which learn), and all in the last row."""
+        parts: dict[str, nn.Module] = {
+            "encoder": self.encoder.net,
+            "projections": self.encoder.projections,
+            "backbone": self.detector.backbone,
+            "fusion": self.detector.fusion,
+            **{f"head, {name}": branch for name, branch in self.detector.head.items()},
+            "all": self,
+        }
+        return [
+            (
+                name,
+                sum(p.numel() for p in part.parameters()),
+                sum(p.numel() for p in part.parameters() if p.requires_grad),
+            )
+            for name, part in parts.items()
+        ]
+
+
+def average(rows_RP: Tensor, object_of_row: Tensor, num: int, widths: Sequence[int]) -> Tensor:
+    """Prototypes (num, P) from rows; the same as ``runtime.references.average`` for each object."""
+    sums = rows_RP.new_zeros(num, rows_RP.shape[1]).index_add(0, object_of_row, rows_RP)
+    return torch.cat([F.normalize(part, dim=1) for part in torch.split(sums, list(widths), 1)], 1)
+
+
+class Encode(nn.Module):
+    """The graph ``encode``: pictures (B, 3, S, S) -> rows (B, P)."""
+
+    def __init__(self, model: RefDet) -> None:
+        super().__init__()
+        self.encoder = model.encoder
+
+    def forward(self, pictures_BCHW: Tensor) -> Tensor:
+        rows_BP: Tensor = self.encoder(self.encoder.features(pictures_BCHW))
+        return rows_BP
+
+
+class Detect(nn.Module):
+    """The graph ``detect``: frames (B, 3, H, W), prototypes (N, P) -> the best M candidates.
+
+    A candidate is an anchor of a branch with its best class: base classes first, then prototypes.
+    """
+
+    def __init__(self, model: RefDet, num_candidates: int) -> None:
+        super().__init__()
+        self.detector = model.detector
+        self.num_candidates = num_candidates
+
+    def forward(self, frames_BCHW: Tensor, prototypes_NP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Boxes (B, M, 4) xyxy in pixels, scores (B, M) in [0, 1], classes (B, M) int64."""
+        output = self.detector(frames_BCHW, prototypes_NP)
+        logits_BA, classes_BA = output.prototype.logits_BAC.max(-1)
+        classes_BA = classes_BA + self.detector.num_base
+        boxes_BA4 = output.boxes(output.prototype)
+        if output.base is not None:
+            base_logits_BA, base_classes_BA = output.base.logits_BAC.max(-1)
+            logits_BA = torch.cat([base_logits_BA, logits_BA], 1)
+            classes_BA = torch.cat([base_classes_BA, classes_BA], 1)
+            boxes_BA4 = torch.cat([output.boxes(output.base), boxes_BA4], 1)
+        num = min(self.num_candidates, logits_BA.shape[1])
+        logits_BM, places_BM = logits_BA.topk(num, dim=1)
+        boxes_BM4 = boxes_BA4.gather(1, places_BM[..., None].expand(-1, -1, 4))
+        return boxes_BM4, logits_BM.sigmoid(), classes_BA.gather(1, places_BM)
