@@ -6,17 +6,22 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from training.config import BackboneConfig, Config
+from runtime.preprocess import PreprocessSpec
+from runtime.systems.refdet import InferenceConfig
+from training.config import BackboneConfig, Config, SystemConfig
 
 
 class EncoderConfig(BackboneConfig):
     """What turns references into prototypes: any net of timm, and a projection per scale.
 
     Attributes:
-        train_blocks: so many of its last blocks learn; ``all``: the whole net. The features of a
+        train_blocks: so many of its last blocks learn; ``all``: the whole net.
+        cache_bytes: a net that is frozen as a whole (0) sees a picture once: so much of what it
+            said is kept, across the whole run.
     """
 
     train_blocks: int | Literal["all"] = 0
+    cache_bytes: int = Field(default=2**28, ge=0)
 
     @field_validator("stages")
     @classmethod
@@ -152,3 +157,36 @@ class RatesConfig(Config):
     backbone: float = Field(default=1.0, gt=0)
     fusion: float = Field(default=2.0, gt=0)
     head: float = Field(default=2.0, gt=0)
+
+
+class TaskConfig(SystemConfig):
+    """A detector of objects that it is shown pictures of.
+
+    Attributes:
+        preprocess: frames to network input.
+        reference_preprocess: references to network input.
+        base: a second branch of the head learns to find the training objects by name, without
+            references.
+        num_candidates: best anchors of a frame that leave the network.
+        encoder, detector, loss, stages, rates, inference: see there.
+    """
+
+    system: Literal["refdet"] = "refdet"
+    preprocess: PreprocessSpec
+    reference_preprocess: PreprocessSpec
+    encoder: EncoderConfig
+    detector: DetectorConfig = DetectorConfig()
+    base: bool = False
+    num_candidates: int = Field(default=300, ge=1)
+    loss: LossConfig = LossConfig()
+    stages: tuple[StageConfig, ...] = Field(min_length=1)
+    rates: RatesConfig = RatesConfig()
+    inference: InferenceConfig = InferenceConfig()
+
+    @field_validator("stages")
+    @classmethod
+    def _in_order(cls, stages: tuple[StageConfig, ...]) -> tuple[StageConfig, ...]:
+        starts = [stage.start for stage in stages]
+        if starts[0] != 0 or starts != sorted(set(starts)):
+            raise ValueError("the first stage must start at 0, and each other after the one before")
+        return stages

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from training.systems.refdet.assign import Assignment, Targets, iou, pad, task_a
 from training.systems.refdet.config import LossConfig, WeightsConfig
 
 if TYPE_CHECKING:
-    from training.systems.refdet.model import Output
+    from training.systems.refdet.head import Output
 
 # --- boxes ---------------------------------------------------------------------------------------
 
@@ -63,7 +63,7 @@ class WIoU(nn.Module):
 
     def __init__(
         self,
-        version: Literal[1, 2, 3] = 3,
+        version: int = 3,
         *,
         alpha: float = 1.9,
         delta: float = 3.0,
@@ -72,6 +72,7 @@ class WIoU(nn.Module):
         """See the class.
 
         Args:
+            version: 1, 2 or 3.
             momentum: of the running mean of 1 - IoU, which starts at 1.
         """
         super().__init__()
@@ -187,7 +188,7 @@ class DetectionLoss(nn.Module):
         box_N = ciou(boxes_N4, wanted_N4) if self.wiou is None else self.wiou(boxes_N4, wanted_N4)
         losses = {"box": (box_N * weights_N).sum() / total, "dfl": total.new_zeros(())}
         if distances_BA4R.shape[-1] > 1:
-            corners_N22 = wanted_N4.unflatten(-1, (2, 2))
+            corners_N22 = wanted_N4.view(-1, 2, 2)
             image_N, anchor_N = positive_BA.nonzero(as_tuple=True)
             away_N22 = (corners_N22 - anchors_A2[anchor_N, None]) / strides_A[anchor_N, None, None]
             sides_N4 = (away_N22 * away_N22.new_tensor([[-1.0], [1.0]])).flatten(1)
@@ -448,7 +449,7 @@ class Losses(nn.Module):
         order_K = torch.randperm(len(places_K2), device=places_K2.device)[: config.proposals]
         image_K, anchor_K = places_K2[order_K.sort().values].unbind(1)
         counts = torch.bincount(image_K, minlength=len(boxes_BA4)).tolist()
-        boxes = boxes_BA4[image_K, anchor_K].split(counts)
+        boxes = torch.split(boxes_BA4[image_K, anchor_K], counts)
         return proposal_contrast(
             pooled(output.prototype.embeddings, output.strides, boxes),
             targets.classes_BM[image_K, found.box_BA[image_K, anchor_K]],
