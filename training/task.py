@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 from pydantic import JsonValue
 from torch import Tensor, nn
@@ -72,4 +72,19 @@ class Task(Protocol):
 
         Must be repeatable: a run that was interrupted here comes back here.
         """
+        ...
+
+
+@runtime_checkable
+class Paced(Protocol):
+    """What a task may offer beyond ``Task``: parts that learn at rates of their own."""
+
+    def groups(self) -> list[tuple[list[nn.Parameter], float]]:
+        """All parameters that want a gradient now, with factors of ``train.optimizer.lr``; the
+        rate of the first group is logged.
+        """
+        ...
+
+    def pace(self, epoch: int) -> float:
+        """Factor of all rates in an epoch, from 0."""
         ...

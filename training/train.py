@@ -11,7 +11,7 @@ import io
 import logging
 import math
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from importlib import metadata
@@ -36,7 +36,7 @@ from training.config import OptimizerConfig, SystemConfig, TrainConfig
 from training.profiler import Profiler, section
 from training.run import Run, RunInfo, is_run, numbered, open_run
 from training.systems import system_package
-from training.task import Position, Progress, Task
+from training.task import Paced, Position, Progress, Task
 
 _log = logging.getLogger(__name__)
 _PACKAGES = ("engineworks", "torch", "timm", "accelerate", "numpy")
@@ -104,8 +104,10 @@ def train(
     steps_per_epoch = math.ceil(len(loader) / settings.accumulate)
     optimizer = scheduler = ema = None
     if parameters:
-        optimizer = accelerator.prepare(_optimizer(parameters, settings.optimizer))
-        scheduler = _scheduler(optimizer.optimizer, settings, steps_per_epoch)
+        paced = task if isinstance(task, Paced) else None
+        groups = paced.groups() if paced else [(parameters, 1.0)]
+        optimizer = accelerator.prepare(_optimizer(groups, settings.optimizer))
+        scheduler = _scheduler(optimizer.optimizer, settings, steps_per_epoch, paced)
         if settings.ema_decay is not None:
             average = get_ema_multi_avg_fn(settings.ema_decay)  # type: ignore[no-untyped-call]
             ema = AveragedModel(task.model, multi_avg_fn=average, use_buffers=True)
@@ -287,29 +289,35 @@ def _record(config: SystemConfig, task: Task, accelerator: Accelerator) -> RunIn
     )
 
 
-def _optimizer(parameters: list[nn.Parameter], settings: OptimizerConfig) -> Optimizer:
+def _optimizer(
+    groups: Sequence[tuple[Sequence[nn.Parameter], float]], settings: OptimizerConfig
+) -> Optimizer:
+    """Of groups of parameters, each with its factor of the learning rate."""
+    rated = [{"params": list(group), "lr": settings.lr * factor} for group, factor in groups]
     if settings.name == "adamw":
-        return AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+        return AdamW(rated, weight_decay=settings.weight_decay)
     return SGD(
-        parameters,
-        lr=settings.lr,
+        rated,
         weight_decay=settings.weight_decay,
         momentum=settings.momentum,
         nesterov=settings.momentum > 0,
     )
 
 
-def _scheduler(optimizer: Optimizer, settings: TrainConfig, steps_per_epoch: int) -> LambdaLR:
-    """Linear warm-up, then constant or half a cosine down to zero."""
+def _scheduler(
+    optimizer: Optimizer, settings: TrainConfig, steps_per_epoch: int, paced: Paced | None
+) -> LambdaLR:
+    """Linear warm-up, then constant or half a cosine down to zero, times the task's pace."""
     total = steps_per_epoch * settings.epochs
     warmup = settings.optimizer.warmup_epochs * steps_per_epoch
 
     def factor(step: int) -> float:
+        pace = paced.pace(step // steps_per_epoch) if paced else 1.0
         if step < warmup:
-            return (step + 1) / (warmup + 1)
+            return pace * (step + 1) / (warmup + 1)
         if settings.optimizer.schedule == "constant":
-            return 1.0
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
+            return pace
+        return pace * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
 
     return LambdaLR(optimizer, factor)
 
