@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import threading
 import time
+from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -98,6 +99,82 @@ def frames(path: str | Path, *, step: int = 1) -> Iterator[Frame]:
         problem = problem or _fault(stream, tally, index, last_s)
         if problem is not None:
             raise VideoError(f"{path} {problem}", fix="copy or record it again")
+
+
+class VideoFile:
+    """Any frame of a video file, in any order; the decoder stays where it is between two reads.
+
+    Close it, or use it in a ``with`` statement.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Find all frames; none is decoded yet.
+
+        Raises:
+            VideoError: it cannot be opened, has no video, or frames without timestamps.
+        """
+        self.path = path
+        self._container = _open_file(path)
+        self._stream = _video_stream(self._container, path)
+        self._stream.thread_type = "AUTO"
+        packets = [packet for packet in self._container.demux(self._stream) if packet.size]
+        if not packets or any(packet.pts is None for packet in packets):
+            self.close()
+            raise VideoError(
+                f"{path} has no frames with timestamps",
+                fix="put the stream into a container: ffmpeg -i FILE -c copy OUT.mkv",
+            )
+        self._ticks = sorted(packet.pts for packet in packets)  # decoded in another order
+        self._index_of = {tick: i for i, tick in enumerate(self._ticks)}
+        self._keys = sorted(self._index_of[p.pts] for p in packets if p.is_keyframe) or [0]
+        self._decoded: Iterator[Any] = iter(())
+        self._next = len(self)  # index of the frame that the decoder gives next
+
+    def __len__(self) -> int:
+        return len(self._ticks)
+
+    def __enter__(self) -> VideoFile:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
+
+    def read(self, index: int) -> Array:
+        """One frame: (H, W, 3) uint8 RGB.
+
+        Args:
+            index: from 0, in the order in which frames are shown.
+
+        Raises:
+            VideoError: there is no such frame, or it cannot be decoded.
+        """
+        if not 0 <= index < len(self):
+            raise VideoError(f"{self.path} has {len(self)} frames, no frame {index}")
+        key = self._keys[bisect_right(self._keys, index) - 1]
+        if not key <= self._next <= index:  # behind it, or with a key frame between
+            self._container.seek(self._ticks[key], stream=self._stream, backward=True)
+            self._decoded = self._container.decode(self._stream)
+        try:
+            for decoded in self._decoded:
+                self._next = self._index_of.get(decoded.pts, -1) + 1
+                if self._next > index + 1:
+                    break
+                if self._next == index + 1:
+                    return _upright(decoded)
+        except av.FFmpegError as error:
+            self._next = len(self)
+            raise VideoError(
+                f"{self.path}: frame {index} cannot be decoded ({error.strerror})",
+                fix="copy or record the video again",
+            ) from error
+        self._next = len(self)
+        raise VideoError(
+            f"{self.path}: frame {index} is damaged", fix="copy or record the video again"
+        )
+
+    def close(self) -> None:
+        """Release the decoder; closing twice is allowed."""
+        self._container.close()
 
 
 class LiveStream:

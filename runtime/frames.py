@@ -1,0 +1,93 @@
+"""Labelled frames and references to pixels, through a cache of bounded size."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from pathlib import Path
+
+from runtime import images
+from runtime.objects import Frame, Reference
+from runtime.tensors import Array
+from runtime.video import VideoFile
+
+_MAX_OPEN = 8  # videos
+_MARGIN = 0.05  # around a box that is cut out, as a share of its sides
+
+
+class Frames:
+    """Decodes frames, and keeps the least recently used ones as far as they fit.
+
+    One decoder per video stays open, so that frames in order cost no seeking. Not for several
+    threads at once.
+
+    Attributes:
+        num_hits, num_misses: reads that the cache could and could not answer.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        """Open nothing yet.
+
+        Args:
+            max_bytes: of all frames that are kept.
+        """
+        self.max_bytes = max_bytes
+        self.num_hits = self.num_misses = 0
+        self._kept: OrderedDict[Frame, Array] = OrderedDict()
+        self._num_bytes = 0
+        self._videos: OrderedDict[Path, VideoFile] = OrderedDict()
+
+    def read(self, frame: Frame) -> Array:
+        """(H, W, 3) uint8 RGB; not to be written to.
+
+        Raises:
+            ImageError, VideoError: it cannot be read.
+        """
+        if frame in self._kept:
+            self.num_hits += 1
+            self._kept.move_to_end(frame)
+            return self._kept[frame]
+        self.num_misses += 1
+        image = self._decode(frame)
+        image.flags.writeable = False
+        if image.nbytes <= self.max_bytes:
+            self._kept[frame] = image
+            self._num_bytes += image.nbytes
+            while self._num_bytes > self.max_bytes:
+                self._num_bytes -= self._kept.popitem(last=False)[1].nbytes
+        return image
+
+    def reference(self, reference: Reference) -> Array:
+        """(H, W, 3) uint8 RGB: the picture, or its box with a little around it.
+
+        Raises:
+            ImageError, VideoError: see ``read``.
+        """
+        image = self.read(reference.frame)
+        if reference.box is None:
+            return image
+        x1, y1, x2, y2 = reference.box
+        across, down = _MARGIN * (x2 - x1), _MARGIN * (y2 - y1)
+        height, width = image.shape[:2]
+        left, right = max(0, int(x1 - across)), min(width, int(x2 + across) + 1)
+        top, bottom = max(0, int(y1 - down)), min(height, int(y2 + down) + 1)
+        return image[top:bottom, left:right]
+
+    def close(self) -> None:
+        """Release all decoders; closing twice is allowed."""
+        while self._videos:
+            self._videos.popitem()[1].close()
+
+    def __getstate__(self) -> dict[str, int]:
+        return {"max_bytes": self.max_bytes}  # another process opens and keeps its own
+
+    def __setstate__(self, state: dict[str, int]) -> None:
+        self.__init__(state["max_bytes"])  # type: ignore[misc]
+
+    def _decode(self, frame: Frame) -> Array:
+        if frame.index is None:
+            return images.read(frame.path)
+        video = self._videos.pop(frame.path, None) or VideoFile(frame.path)
+        self._videos[frame.path] = video  # the last one used last
+        if len(self._videos) > _MAX_OPEN:
+            self._videos.popitem(last=False)[1].close()
+        return video.read(frame.index)

@@ -1,0 +1,351 @@
+"""Labelled objects: COCO files, and videos with boxes, to frames and references.
+
+Two layouts are known:
+
+* COCO: ``annotations_{train,val,test}.json`` beside ``images/``, a category per object. Pictures of
+  an object lie in ``references/<name>/``; where there is no such folder, boxes of the object are
+  cut out, and the frames that they were cut from are not searched for it.
+* videos: ``annotations.json``, a list of ``{"video_id", "annotations": [{"bboxes": [{"frame", "x1",
+  "y1", "x2", "y2"}]}]}``, and ``samples/<video_id>/`` with one video and ``object_images/``. A
+  video may say of which ``object`` it is; otherwise its own id is the object's name. Objects, not
+  videos, are divided between training and test. Only frames with a box are known: nothing says
+  that others do not show the object.
+
+No picture is opened here.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias, TypeVar
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+from runtime.errors import DatasetError
+from runtime.sources import PICTURES, VIDEO_SUFFIXES
+from runtime.tensors import Array
+
+Split: TypeAlias = Literal["train", "test"]
+Box: TypeAlias = tuple[float, float, float, float]
+_T = TypeVar("_T")
+
+_TEST_SHARE = 0.1  # of the objects of videos
+_MIN_AREA = 2.0  # square pixels of a box
+_NUM_CUT = 5  # references that are cut out of frames, at most
+_MIN_SIDE = 12.0  # pixels of a box that is cut out
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A picture, or a frame of a video.
+
+    Attributes:
+        index: of the frame; None: ``path`` is a picture.
+    """
+
+    path: Path
+    index: int | None = None
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A picture of an object.
+
+    Attributes:
+        box: xyxy in pixels: what of the frame shows it; None: all of it.
+    """
+
+    frame: Frame
+    box: Box | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledFrame:
+    """A frame and what is on it.
+
+    Attributes:
+        boxes_N4: (N, 4) float32 xyxy in pixels.
+        objects: name of each box' object.
+        video: id of the video that it is of; None for a picture.
+    """
+
+    frame: Frame
+    boxes_N4: Array
+    objects: tuple[str, ...]
+    video: str | None = None
+
+
+@dataclass(frozen=True)
+class ObjectData:
+    """A split of a data set.
+
+    Attributes:
+        frames: in the order of their file.
+        references: object -> at least one.
+    """
+
+    frames: tuple[LabelledFrame, ...]
+    references: Mapping[str, tuple[Reference, ...]]
+
+    def files(self) -> list[Path]:
+        """All files that frames and references lie in, each once."""
+        paths = {each.frame.path for each in self.frames}
+        paths |= {each.frame.path for found in self.references.values() for each in found}
+        return sorted(paths)
+
+
+def read_objects(
+    root: Path, split: Split, *, hold_out: Sequence[str] = (), seed: int = 42
+) -> ObjectData:
+    """Read one split.
+
+    Args:
+        hold_out: objects that training never sees: frames with one of them are left out of
+            ``train``, and ``test`` looks for no other object. Their references may come from frames
+            of the training file.
+        seed: of the division of videos' objects.
+
+    Raises:
+        DatasetError: neither layout, a damaged file, a missing picture or video, an object without
+            references, an unknown one to hold out, or nothing left.
+    """
+    if (root / "annotations.json").is_file() and (root / "samples").is_dir():
+        found = _read_videos(root, split, hold_out, seed)
+    else:
+        found = _read_coco(root, split, hold_out)
+    if not found.frames:
+        raise DatasetError(
+            f"{root} has no frames with objects for '{split}'",
+            fix="add labelled frames, or hold out fewer objects",
+        )
+    return found
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+# --- COCO ----------------------------------------------------------------------------------------
+
+
+class _Image(_Part):
+    id: int
+    file_name: str
+    width: int
+    height: int
+
+
+class _Category(_Part):
+    id: int
+    name: str
+
+
+class _Annotation(_Part):
+    image_id: int
+    category_id: int
+    bbox: Box
+
+
+class _Coco(_Part):
+    images: tuple[_Image, ...]
+    categories: tuple[_Category, ...]
+    annotations: tuple[_Annotation, ...]
+
+
+def _read_coco(root: Path, split: Split, hold_out: Sequence[str]) -> ObjectData:
+    names = ("train",) if split == "train" else ("test", "val")
+    path = next((p for n in names if (p := root / f"annotations_{n}.json").is_file()), None)
+    if path is None:
+        raise DatasetError(
+            f"{root} has no annotations_{' or annotations_'.join(names)}.json",
+            fix="give a folder with COCO files beside images/, or with videos under samples/",
+        )
+    frames, known = _coco_frames(root, path)
+    if missing := sorted(set(hold_out) - known):
+        raise DatasetError(
+            f"{path} has no category '{missing[0]}' to hold out",
+            fix=f"it has {', '.join(sorted(known))}",
+        )
+    if split == "train":
+        frames = [each for each in frames if not set(each.objects) & set(hold_out)]
+    present = {name for each in frames for name in each.objects}
+    wanted = present & set(hold_out) if hold_out and split == "test" else present
+    if (root / "references").is_dir():
+        references = {name: _pictures_of(root / "references" / name) for name in sorted(wanted)}
+        return ObjectData(tuple(frames), references)
+    pool = frames
+    held_out_before = root / "annotations_train.json"
+    if hold_out and split == "test" and held_out_before.is_file():
+        pool = _coco_frames(root, held_out_before)[0]
+    references = {name: _cut_out(pool, name) for name in sorted(wanted)}
+    if pool is frames:  # a frame is no question whose answer it is
+        frames = _without_references(frames, references)
+    return ObjectData(tuple(frames), references)
+
+
+def _coco_frames(root: Path, path: Path) -> tuple[list[LabelledFrame], set[str]]:
+    """The frames of a file, and the names of all its categories."""
+    coco = _validated(TypeAdapter(_Coco), path)
+    names = {category.id: category.name for category in coco.categories}
+    boxes: dict[int, list[tuple[Box, str]]] = defaultdict(list)
+    for each in coco.annotations:
+        if each.category_id not in names:
+            raise DatasetError(
+                f"{path}: an annotation is of category {each.category_id}, which is not listed",
+                fix="list every category",
+            )
+        x, y, width, height = each.bbox
+        boxes[each.image_id].append(((x, y, x + width, y + height), names[each.category_id]))
+    frames = []
+    for image in coco.images:
+        picture = root / "images" / image.file_name
+        if not picture.is_file():
+            raise DatasetError(f"{path} names a picture {picture} that is not there")
+        kept = _clipped(boxes[image.id], image.width, image.height)
+        frames.append(_labelled(Frame(picture), kept))
+    return frames, set(names.values())
+
+
+def _clipped(
+    boxes: Iterable[tuple[Box, str]], width: float, height: float
+) -> list[tuple[Box, str]]:
+    """Boxes inside of the frame, those of at least 2 square pixels."""
+    kept = []
+    for (x1, y1, x2, y2), name in boxes:
+        x1, x2 = (min(max(x, 0.0), float(width)) for x in (x1, x2))
+        y1, y2 = (min(max(y, 0.0), float(height)) for y in (y1, y2))
+        if x2 > x1 and y2 > y1 and (x2 - x1) * (y2 - y1) >= _MIN_AREA:
+            kept.append(((x1, y1, x2, y2), name))
+    return kept
+
+
+def _labelled(
+    frame: Frame, boxes: Sequence[tuple[Box, str]], video: str | None = None
+) -> LabelledFrame:
+    coordinates = np.array([box for box, _ in boxes], np.float32).reshape(-1, 4)
+    return LabelledFrame(frame, coordinates, tuple(name for _, name in boxes), video)
+
+
+def _pictures_of(folder: Path) -> tuple[Reference, ...]:
+    files = PICTURES.find(sorted(folder.iterdir())) if folder.is_dir() else []
+    if not files:
+        raise DatasetError(
+            f"there is no reference of '{folder.name}' in {folder}",
+            fix="put at least one picture of each object into a folder of its name",
+        )
+    return tuple(Reference(Frame(file)) for file in files)
+
+
+def _cut_out(frames: Sequence[LabelledFrame], name: str) -> tuple[Reference, ...]:
+    """A few large boxes of an object, one per frame, evenly spread over the frames."""
+    found = []
+    for each in frames:
+        boxes = each.boxes_N4[[other == name for other in each.objects]]
+        sides = boxes[:, 2:] - boxes[:, :2]
+        boxes = boxes[sides.min(axis=1) >= _MIN_SIDE]
+        if len(boxes):
+            largest = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1).argmax()
+            x1, y1, x2, y2 = boxes[largest].tolist()
+            found.append(Reference(each.frame, (x1, y1, x2, y2)))
+    # at least half of the frames stay to be searched
+    num = min(_NUM_CUT, max(1, len(found) // 2))
+    if not found:
+        raise DatasetError(
+            f"no box of '{name}' is large enough to be its reference",
+            fix=f"put pictures of it into references/{name}/",
+        )
+    return tuple(found[i * len(found) // num] for i in range(num))
+
+
+def _without_references(
+    frames: Sequence[LabelledFrame], references: Mapping[str, Sequence[Reference]]
+) -> list[LabelledFrame]:
+    used = {each.frame for found in references.values() for each in found}
+    left = [each for each in frames if each.frame not in used]
+    return left or list(frames)
+
+
+# --- videos --------------------------------------------------------------------------------------
+
+
+class _Shown(_Part):
+    frame: int
+    x1: float
+    y1: float
+    x2: float
+    y2: float
+
+
+class _Tube(_Part):
+    bboxes: tuple[_Shown, ...]
+
+
+class _Video(_Part):
+    video_id: str
+    annotations: tuple[_Tube, ...]
+    object: str | None = None
+
+
+def _read_videos(root: Path, split: Split, hold_out: Sequence[str], seed: int) -> ObjectData:
+    path = root / "annotations.json"
+    videos = _validated(TypeAdapter(list[_Video]), path)
+    by_object: dict[str, list[_Video]] = defaultdict(list)
+    for video in videos:
+        by_object[video.object or video.video_id].append(video)
+    names = sorted(by_object)
+    if missing := sorted(set(hold_out) - set(names)):
+        raise DatasetError(
+            f"{path} has no object '{missing[0]}' to hold out", fix=f"it has {', '.join(names)}"
+        )
+    order = random.Random(seed).sample(names, len(names))
+    held_out = set(hold_out or order[: max(1, round(_TEST_SHARE * len(order)))])
+    chosen = [name for name in names if (name in held_out) == (split == "test")]
+    frames: list[LabelledFrame] = []
+    references: dict[str, tuple[Reference, ...]] = {}
+    for name in chosen:
+        references[name] = tuple(
+            each
+            for video in by_object[name]
+            for each in _pictures_of(root / "samples" / video.video_id / "object_images")
+        )
+        for video in by_object[name]:
+            frames += _video_frames(root / "samples" / video.video_id, video, name)
+    return ObjectData(tuple(frames), references)
+
+
+def _video_frames(folder: Path, video: _Video, name: str) -> list[LabelledFrame]:
+    files = [p for p in sorted(folder.iterdir()) if p.suffix.lower() in VIDEO_SUFFIXES]
+    if len(files) != 1:
+        raise DatasetError(f"{folder} holds {len(files)} videos", fix="keep one in each folder")
+    boxes: dict[int, list[tuple[Box, str]]] = defaultdict(list)
+    for tube in video.annotations:
+        for box in tube.bboxes:
+            boxes[box.frame].append(((box.x1, box.y1, box.x2, box.y2), name))
+    return [
+        _labelled(Frame(files[0], index), _clipped(found, np.inf, np.inf), video.video_id)
+        for index, found in sorted(boxes.items())
+    ]
+
+
+def _validated(schema: TypeAdapter[_T], path: Path) -> _T:
+    """Content of a JSON file.
+
+    Raises:
+        DatasetError: it cannot be read, or does not fit.
+    """
+    try:
+        return schema.validate_json(path.read_bytes())
+    except ValidationError as error:
+        fault = error.errors()[0]
+        place = ".".join(str(part) for part in fault["loc"])
+        raise DatasetError(
+            f"{path} is not as it should be{f' at {place}' if place else ''}: {fault['msg']}",
+            fix="give COCO's form, or a list of videos with their boxes",
+        ) from error
+    except OSError as error:
+        raise DatasetError(f"{path} cannot be read ({error})", fix="copy it again") from error
