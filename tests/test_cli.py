@@ -402,9 +402,21 @@ class TestReferences:
         assert cli(*call).code == 0
         assert found_in(out) == {"yellow"}
 
-    def test_are_looked_for_while_a_bundle_is_timed(
+    def test_are_judged_against_those_of_the_data(
         self, finder: Path, scenes: Path, tmp_path: Path
     ) -> None:
+        report = tmp_path / "metrics.json"
+        call = ("eval", finder, "--data", scenes, "--json", report)
+        answer = cli(*call)
+        assert answer.code == 0, answer.all
+        plain = json.loads(report.read_text())["metrics"]
+        assert plain["map50"] == plain["map50_95"] == 1
+        assert cli(*call, "--refs", scenes / "references").code == 0
+        assert json.loads(report.read_text())["metrics"] == plain
+        answer = cli(*call, "--refs", scenes / "references" / "red")
+        refused(answer, 1, "'blue'", "blue, red, yellow")
+
+    def test_are_looked_for_while_a_bundle_is_timed(self, finder: Path, scenes: Path) -> None:
         answer = cli(
             *("bench", finder, "--refs", scenes / "references", "--seconds", 0.02),
             *("--threads", 1, "--backend", "ort"),

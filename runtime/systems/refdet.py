@@ -15,9 +15,9 @@ import json
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
@@ -26,7 +26,9 @@ from runtime import boxes, draw
 from runtime.bundle import Bundle, write
 from runtime.engines import Engine
 from runtime.errors import BundleError, DatasetError, EngineError, InputError, UsageError
+from runtime.frames import Frames
 from runtime.metrics import DetectionMetrics, st_iou
+from runtime.objects import Frame, LabelledFrame, read_objects
 from runtime.preprocess import PreprocessSpec, apply
 from runtime.references import (
     Prototypes,
@@ -39,9 +41,6 @@ from runtime.references import (
 from runtime.results import Detection, Detections
 from runtime.sources import PICTURES
 from runtime.tensors import Array
-
-if TYPE_CHECKING:
-    from runtime.objects import Frame, LabelledFrame
 
 NAME = "refdet"
 
@@ -483,37 +482,30 @@ class System:
             DatasetError: another layout, or an object that the prompt does not hold.
             ImageError, VideoError: a picture or video that cannot be read.
         """
-        from runtime.frames import Frames
-        from runtime.objects import read_objects
-
         found = read_objects(data, "test")
-        frames = Frames(_EVALUATION_CACHE_BYTES)
-        names = sorted(found.references)
-        if self._prompt is None:
-            prompt = self.encode(
+        with closing(Frames(_EVALUATION_CACHE_BYTES)) as frames:
+            prompt = self._prompt or self.encode(
                 {
-                    name: [frames.reference(each) for each in found.references[name]]
-                    for name in names
+                    name: [frames.reference(each) for each in references]
+                    for name, references in found.references.items()
                 }
             )
-        else:
-            prompt = self._prompt
-        rows = dict(zip(prompt.names, prompt.rows_NP, strict=True))
-        if missing := [name for name in names if name not in rows]:
-            raise DatasetError(
-                f"{data} has an object '{missing[0]}', of which there is no reference",
-                fix=f"name the references like the objects: {', '.join(names)}",
+            rows = dict(zip(prompt.names, prompt.rows_NP, strict=True))
+            if missing := sorted(set(found.references) - set(rows)):
+                raise DatasetError(
+                    f"{data} has an object '{missing[0]}', of which there is no reference",
+                    fix=f"name the references like the objects: {', '.join(found.references)}",
+                )
+            return evaluate(
+                self._run,
+                {name: rows[name] for name in found.references},
+                found.frames,
+                frames.read,
+                self.spec,
+                self.config,
+                num_base=len(self.labels),
+                progress=progress,
             )
-        return evaluate(
-            self._run,
-            {name: rows[name] for name in names},
-            found.frames,
-            frames.read,
-            self.spec,
-            self.config,
-            num_base=len(self.labels),
-            progress=progress,
-        )
 
     def close(self) -> None:
         """Release the engines; closing twice is allowed."""

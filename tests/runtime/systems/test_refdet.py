@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 
 from runtime.boxes import iou
 from runtime.bundle import Bundle, FileEntry, GraphEntry, Manifest, read
-from runtime.errors import BundleError, EngineError, InputError, UsageError
+from runtime.errors import BundleError, DatasetError, EngineError, InputError, UsageError
 from runtime.metrics import st_iou
 from runtime.preprocess import PreprocessSpec
 from runtime.references import Prototypes, average
@@ -34,8 +36,10 @@ from runtime.testing import (
     draw_reference,
     draw_scene,
     write_references,
+    write_scenes,
     write_tiny_refdet_bundle,
 )
+from runtime.video import VideoWriter
 
 ZERO, ONE = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
 SPEC = PreprocessSpec(size=(40, 60), resize="letterbox", mean=ZERO, std=ONE, pad_value=0)
@@ -459,7 +463,7 @@ def judge(
         run,
         {name: PROTOTYPES[name] for name in names},
         frames,  # type: ignore[arg-type]
-        lambda frame: np.full((40, 60, 3), frame, np.uint8),  # type: ignore[arg-type]
+        lambda frame: np.full((40, 60, 3), frame, np.uint8),
         SPEC,
         config or InferenceConfig(),
         num_base=num_base,
@@ -600,3 +604,78 @@ def test_the_overlap_in_space_and_time_is_that_of_a_plain_loop(seed: int) -> Non
     else:
         with pytest.raises(InputError, match="no box in any frame"):
             st_iou(found, truth)
+
+
+class TestEvaluatingAFolder:
+    """With the tiny bundle, whose own references are blue and red."""
+
+    @pytest.mark.parametrize("backend", ["ort", "openvino"])
+    @pytest.mark.parametrize("precision", ["float", "int8"])
+    def test_knows_its_objects_by_its_references(
+        self, tiny: Bundle, tmp_path: Path, backend: str, precision: str
+    ) -> None:
+        data = write_scenes(tmp_path, size=(80, 120), names=("blue", "green", "white"))
+        with closing(open_system(tiny, backend=backend, precision=precision)) as opened:
+            found = opened.evaluate(data)
+            names = opened.names() if isinstance(opened, Promptable) else ()
+
+        assert found["map50"] == found["map50_95"] == 1
+        assert found["map50_swapped"] <= 0.2
+        assert "st_iou" not in found
+        assert names == ("blue", "red")  # what it looks for is as before
+
+    def test_knows_them_by_the_prompt_where_there_is_one(
+        self, tiny: Bundle, tmp_path: Path
+    ) -> None:
+        data = write_scenes(tmp_path / "data", names=("blue", "green"))
+        wrong = tmp_path / "wrong"
+        for name, other in (("blue", "yellow"), ("green", "violet")):
+            write_references(tmp_path / "other", [other])
+            (wrong / name).parent.mkdir(exist_ok=True)
+            (tmp_path / "other" / other).rename(wrong / name)
+        with closing(open_system(tiny, backend="ort", threads=1)) as opened:
+            prompt(opened, data / "references")
+            assert opened.evaluate(data)["map50"] == 1
+            prompt(opened, wrong)
+            assert opened.evaluate(data)["map50"] == 0
+
+    def test_needs_a_reference_of_every_object(self, tiny: Bundle, tmp_path: Path) -> None:
+        data = write_scenes(tmp_path, names=("blue", "green"))
+        with closing(open_system(tiny, backend="ort", threads=1)) as opened:
+            prompt(opened, data / "references" / "blue")
+            with pytest.raises(DatasetError, match="object 'green'") as caught:
+                opened.evaluate(data)
+        assert "blue, green" in str(caught.value.fix)
+
+    def test_of_videos_tells_the_overlap_in_space_and_time(
+        self, tiny: Bundle, tmp_path: Path
+    ) -> None:
+        """A square of three cells that walks a cell per frame; half of the labels are 8 px low."""
+        listed = []
+        for name, colour in (("red", (255, 50, 50)), ("white", (255, 255, 255))):
+            folder = tmp_path / "samples" / name
+            folder.mkdir(parents=True)
+            write_references(folder, [name])
+            (folder / name).rename(folder / "object_images")
+            boxes = []
+            with VideoWriter(folder / "film.mp4", Fraction(10)) as writer:
+                for i in range(8):
+                    frame = np.full((64, 96, 3), 128, np.uint8)
+                    frame[8:32, 8 * i : 8 * i + 24] = colour
+                    writer.write(frame, i / 10)
+                    y = 8 if i % 2 else 16
+                    boxes.append({"frame": i, "x1": 8 * i, "y1": y, "x2": 8 * i + 24, "y2": y + 24})
+            listed.append({"video_id": name, "annotations": [{"bboxes": boxes}]})
+        (tmp_path / "annotations.json").write_text(json.dumps(listed))
+        with closing(open_system(tiny, backend="ort", threads=1)) as opened:
+            found = opened.evaluate(tmp_path)
+
+        assert found["st_iou"] == pytest.approx((1 + 1 / 2) / 2)  # 16 of 32 rows are shared
+        assert "map50_swapped" not in found  # one of the two objects is for the test
+
+    def test_that_has_no_such_layout_is_refused(self, tiny: Bundle, tmp_path: Path) -> None:
+        with (
+            closing(open_system(tiny, backend="ort", threads=1)) as opened,
+            pytest.raises(DatasetError, match="annotations_test"),
+        ):
+            opened.evaluate(tmp_path)
