@@ -30,10 +30,11 @@ from runtime.errors import DatasetError
 from runtime.sources import PICTURES, VIDEO_SUFFIXES
 from runtime.tensors import Array
 
-Split: TypeAlias = Literal["train", "test"]
+Split: TypeAlias = Literal["train", "val", "test"]
 Box: TypeAlias = tuple[float, float, float, float]
 _T = TypeVar("_T")
 
+_SPLITS: tuple[Split, ...] = ("train", "val", "test")
 _TEST_SHARE = 0.1  # of the objects of videos
 _MIN_AREA = 2.0  # square pixels of a box
 _NUM_CUT = 5  # references that are cut out of frames, at most
@@ -99,6 +100,13 @@ class ObjectData:
         return sorted(paths)
 
 
+def object_splits(root: Path) -> tuple[Split, ...]:
+    """What a folder is divided into, ``train`` first; videos have no ``val``."""
+    if _holds_videos(root):
+        return "train", "test"
+    return tuple(name for name in _SPLITS if (root / f"annotations_{name}.json").is_file())
+
+
 def read_objects(
     root: Path, split: Split, *, hold_out: Sequence[str] = (), seed: int = 42
 ) -> ObjectData:
@@ -106,15 +114,15 @@ def read_objects(
 
     Args:
         hold_out: objects that training never sees: frames with one of them are left out of
-            ``train``, and ``test`` looks for no other object. Their references may come from frames
-            of the training file.
+            ``train``, and the other splits look for no other object. Their references may come from
+            frames of the training file.
         seed: of the division of videos' objects.
 
     Raises:
         DatasetError: neither layout, a damaged file, a missing picture or video, an object without
             references, an unknown one to hold out, or nothing left.
     """
-    if (root / "annotations.json").is_file() and (root / "samples").is_dir():
+    if _holds_videos(root):
         found = _read_videos(root, split, hold_out, seed)
     else:
         found = _read_coco(root, split, hold_out)
@@ -124,6 +132,10 @@ def read_objects(
             fix="add labelled frames, or hold out fewer objects",
         )
     return found
+
+
+def _holds_videos(root: Path) -> bool:
+    return (root / "annotations.json").is_file() and (root / "samples").is_dir()
 
 
 class _Part(BaseModel):
@@ -158,11 +170,10 @@ class _Coco(_Part):
 
 
 def _read_coco(root: Path, split: Split, hold_out: Sequence[str]) -> ObjectData:
-    names = ("train",) if split == "train" else ("test", "val")
-    path = next((p for n in names if (p := root / f"annotations_{n}.json").is_file()), None)
-    if path is None:
+    path = root / f"annotations_{split}.json"
+    if not path.is_file():
         raise DatasetError(
-            f"{root} has no annotations_{' or annotations_'.join(names)}.json",
+            f"{root} has no {path.name}",
             fix="give a folder with COCO files beside images/, or with videos under samples/",
         )
     frames, known = _coco_frames(root, path)
@@ -174,13 +185,13 @@ def _read_coco(root: Path, split: Split, hold_out: Sequence[str]) -> ObjectData:
     if split == "train":
         frames = [each for each in frames if not set(each.objects) & set(hold_out)]
     present = {name for each in frames for name in each.objects}
-    wanted = present & set(hold_out) if hold_out and split == "test" else present
+    wanted = present & set(hold_out) if hold_out and split != "train" else present
     if (root / "references").is_dir():
         references = {name: _pictures_of(root / "references" / name) for name in sorted(wanted)}
         return ObjectData(tuple(frames), references)
     pool = frames
     held_out_before = root / "annotations_train.json"
-    if hold_out and split == "test" and held_out_before.is_file():
+    if hold_out and split != "train" and held_out_before.is_file():
         pool = _coco_frames(root, held_out_before)[0]
     references = {name: _cut_out(pool, name) for name in sorted(wanted)}
     if pool is frames:  # a frame is no question whose answer it is
@@ -304,7 +315,7 @@ def _read_videos(root: Path, split: Split, hold_out: Sequence[str], seed: int) -
         )
     order = random.Random(seed).sample(names, len(names))
     held_out = set(hold_out or order[: max(1, round(_TEST_SHARE * len(order)))])
-    chosen = [name for name in names if (name in held_out) == (split == "test")]
+    chosen = [name for name in names if (name in held_out) == (split != "train")]
     frames: list[LabelledFrame] = []
     references: dict[str, tuple[Reference, ...]] = {}
     for name in chosen:
