@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_convert
 
 from runtime.bundle import sha256_file
 from runtime.preprocess import PreprocessSpec, apply
@@ -83,11 +83,17 @@ def loader(
     *,
     shuffle: bool,
     drop_last: bool = False,
+    batched: bool = False,
 ) -> DataLoader[Any]:
-    """Batches of samples, collated by torch's default rules (arrays stack along a new axis)."""
+    """Batches of samples, collated by torch's default rules (arrays stack along a new axis).
+
+    Args:
+        batched: each sample is a whole batch already; its arrays become tensors, no axis is added.
+    """
     return DataLoader(
         _Seeded(samples, config.seed),
-        batch_size=config.batch_size,
+        batch_size=1 if batched else config.batch_size,
+        collate_fn=_only if batched else None,
         sampler=EpochSampler(len(samples), seed=config.seed, shuffle=shuffle),
         num_workers=config.workers,
         persistent_workers=config.workers > 0,
@@ -108,6 +114,11 @@ def fingerprint(root: Path, files: Sequence[Path]) -> str:
     for file in sorted(files):
         digest.update(f"{file.relative_to(root).as_posix()} {sha256_file(file)}\n".encode())
     return digest.hexdigest()
+
+
+def _only(samples: Sequence[Any]) -> Any:
+    (sample,) = samples
+    return default_convert(sample)  # type: ignore[no-untyped-call]
 
 
 def _start_worker(_: int) -> None:

@@ -73,6 +73,85 @@ class DetectorConfig(Config):
         return self
 
 
+class EpisodesConfig(Config):
+    """What a step of training sees: frames, and pictures of what they are searched for.
+
+    A step's ``train.batch_size`` frames are drawn first: for each an object, then a frame with it.
+    What is searched for are the objects seen in them, filled up with objects that are not.
+
+    Attributes:
+        num: steps per epoch; null: as many as show every frame ``coverage`` times, from 10 to 1000.
+        coverage: see ``num``.
+        ways: so many different objects are drawn for the frames; null: one for each.
+        objects: searched for, at most: N.
+        shots: references of each: K.
+        prompted: (least, most) share of them that one frame is searched for; in the others it has
+            no say.
+        positive: probability that at least one of these is seen in the frame, where any is.
+        cache_bytes: of decoded frames and references that each loader process keeps.
+    """
+
+    num: int | None = Field(default=None, ge=1)
+    coverage: float = Field(default=1.0, gt=0)
+    ways: int | None = Field(default=None, ge=1)
+    objects: int = Field(default=8, ge=1)
+    shots: int = Field(default=3, ge=1)
+    prompted: tuple[float, float] = (0.3, 1.0)
+    positive: float = Field(default=0.7, ge=0, le=1)
+    cache_bytes: int = Field(default=2**29, ge=0)
+
+    @field_validator("prompted")
+    @classmethod
+    def _shares(cls, prompted: tuple[float, float]) -> tuple[float, float]:
+        if not 0 <= prompted[0] <= prompted[1] <= 1:
+            raise ValueError("prompted must be (least, most) with 0 <= least <= most <= 1")
+        return prompted
+
+
+class AugmentConfig(Config):
+    """How frames and references differ from how they were taken.
+
+    Attributes:
+        recolour: probability that a whole step, frames and references alike, changes its colours:
+            channels exchanged, inverted and mixed. It makes objects that are in no picture; not for
+            a net that is frozen, which knows objects by their true colours.
+        recolours: so many different changes, so that features of a frozen encoder can be kept.
+        turn: probability that a frame is turned by 0, 90, 180 or 270 degrees and perhaps mirrored.
+        affine: probability that it is turned by up to ``degrees`` and zoomed by ``scale``.
+        degrees: either way.
+        scale: (low, high).
+        light: largest change of brightness and of contrast, as a share.
+        colour: largest change of each channel's brightness, as a share.
+        blur, noise, erase: probabilities that a frame is blurred, gets noise, or loses a rectangle.
+        variants: of each reference; each is always the same, so that features can be kept.
+        reference_turn: references are turned by 0, 90, 180 or 270 degrees as well; mirrored always
+            are half of the variants.
+        reference_crop: smallest share of a reference's sides that a variant shows.
+    """
+
+    recolour: float = Field(default=0.0, ge=0, le=1)
+    recolours: int = Field(default=1000, ge=1)
+    turn: float = Field(default=0.5, ge=0, le=1)
+    affine: float = Field(default=0.5, ge=0, le=1)
+    degrees: float = Field(default=15.0, ge=0, le=180)
+    scale: tuple[float, float] = (0.8, 1.2)
+    light: float = Field(default=0.2, ge=0, lt=1)
+    colour: float = Field(default=0.1, ge=0, lt=1)
+    blur: float = Field(default=0.1, ge=0, le=1)
+    noise: float = Field(default=0.1, ge=0, le=1)
+    erase: float = Field(default=0.1, ge=0, le=1)
+    variants: int = Field(default=4, ge=1)
+    reference_turn: bool = False
+    reference_crop: float = Field(default=0.85, gt=0, le=1)
+
+    @field_validator("scale")
+    @classmethod
+    def _zoom(cls, scale: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < scale[0] <= scale[1]:
+            raise ValueError("scale must be (low, high) with 0 < low <= high")
+        return scale
+
+
 class LossConfig(Config):
     """What the losses of ``loss.py`` are made of; how much each weighs is a stage's.
 
@@ -168,7 +247,7 @@ class TaskConfig(SystemConfig):
         base: a second branch of the head learns to find the training objects by name, without
             references.
         num_candidates: best anchors of a frame that leave the network.
-        encoder, detector, loss, stages, rates, inference: see there.
+        encoder, detector, episodes, augment, loss, stages, rates, inference: see there.
     """
 
     system: Literal["refdet"] = "refdet"
@@ -177,6 +256,8 @@ class TaskConfig(SystemConfig):
     encoder: EncoderConfig
     detector: DetectorConfig = DetectorConfig()
     base: bool = False
+    episodes: EpisodesConfig = EpisodesConfig()
+    augment: AugmentConfig = AugmentConfig()
     num_candidates: int = Field(default=300, ge=1)
     loss: LossConfig = LossConfig()
     stages: tuple[StageConfig, ...] = Field(min_length=1)
