@@ -1,0 +1,208 @@
+"""Labelled objects in both layouts: what is read, what is clipped, what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from runtime import images
+from runtime.errors import DatasetError
+from runtime.objects import Frame, object_splits, read_objects
+
+
+def write_coco(
+    root: Path,
+    split: str = "train",
+    *,
+    boxes: dict[str, list[tuple[str, list[float]]]],
+    size: tuple[int, int] = (40, 60),
+    references: bool = True,
+) -> Path:
+    """A COCO folder: file -> (category, [x, y, width, height]) of each box."""
+    names = sorted({name for found in boxes.values() for name, _ in found})
+    listed, annotations = [], []
+    for i, (file, found) in enumerate(boxes.items()):
+        images.write(root / "images" / file, np.zeros((*size, 3), np.uint8))
+        listed.append({"id": i, "file_name": file, "width": size[1], "height": size[0]})
+        for name, box in found:
+            annotations.append({"image_id": i, "category_id": names.index(name), "bbox": box})
+    content: dict[str, Any] = {"images": listed, "annotations": annotations}
+    content["categories"] = [{"id": i, "name": name} for i, name in enumerate(names)]
+    (root / f"annotations_{split}.json").write_text(json.dumps(content))
+    for name in names if references else ():
+        images.write(root / "references" / name / "0.png", np.zeros((8, 8, 3), np.uint8))
+    return root
+
+
+def write_videos(root: Path, objects: dict[str, str]) -> Path:
+    """A folder of videos: id -> object. Nothing in the videos is read."""
+    listed = []
+    for name, of in objects.items():
+        folder = root / "samples" / name
+        images.write(folder / "object_images" / "a.jpg", np.zeros((8, 8, 3), np.uint8))
+        (folder / "drone_video.mp4").touch()
+        boxes = [{"frame": i, "x1": 1, "y1": 2, "x2": 9, "y2": 8} for i in (3, 1)]
+        listed.append({"video_id": name, "object": of, "annotations": [{"bboxes": boxes}]})
+    (root / "annotations.json").write_text(json.dumps(listed))
+    return root
+
+
+class TestACocoFolder:
+    def test_gives_frames_with_their_boxes_as_corners(self, tmp_path: Path) -> None:
+        root = write_coco(tmp_path, boxes={"a.png": [("cup", [5, 6, 10, 20])], "b.png": []})
+        first, second = read_objects(root, "train").frames
+        assert first.frame == Frame(root / "images" / "a.png")
+        assert first.objects == ("cup",) and first.video is None
+        assert first.boxes_N4.dtype == np.float32
+        assert first.boxes_N4.tolist() == [[5, 6, 15, 26]]
+        assert second.objects == () and second.boxes_N4.shape == (0, 4)
+
+    def test_has_the_splits_that_are_there(self, tmp_path: Path) -> None:
+        for split in ("test", "train"):
+            write_coco(tmp_path, split, boxes={"a.png": [("cup", [5, 6, 10, 20])]})
+        assert object_splits(tmp_path) == ("train", "test")
+
+    @given(
+        corner=st.tuples(st.floats(-50, 90), st.floats(-50, 90)),
+        sides=st.tuples(st.floats(0, 99), st.floats(0, 99)),
+    )
+    @settings(max_examples=60, deadline=None)
+    def test_has_no_box_outside_of_its_frames(
+        self,
+        tmp_path_factory: pytest.TempPathFactory,
+        corner: tuple[float, float],
+        sides: tuple[float, float],
+    ) -> None:
+        root = tmp_path_factory.mktemp("coco")
+        seen = ("cup", [5, 6, 10, 20])
+        write_coco(root, boxes={"a.png": [("cup", [*corner, *sides]), seen]})
+        (frame,) = read_objects(root, "train").frames
+        x1, y1 = np.clip(corner, 0, (60, 40))
+        x2, y2 = np.clip(np.add(corner, sides), 0, (60, 40))
+        kept = (x2 - x1) * (y2 - y1) >= 2
+        assert len(frame.boxes_N4) == 1 + kept
+        if kept:  # float32
+            np.testing.assert_allclose(frame.boxes_N4[0], [x1, y1, x2, y2], atol=1e-5)
+
+    def test_takes_references_from_their_folder(self, tmp_path: Path) -> None:
+        root = write_coco(tmp_path, boxes={"a.png": [("cup", [5, 6, 10, 20])]})
+        found = read_objects(root, "train")
+        (reference,) = found.references["cup"]
+        assert reference.box is None
+        assert reference.frame.path == root / "references" / "cup" / "0.png"
+        assert found.files() == sorted([root / "images" / "a.png", reference.frame.path])
+
+    def test_without_such_a_folder_cuts_them_out_of_frames_that_it_then_leaves_out(
+        self, tmp_path: Path
+    ) -> None:
+        boxes = {f"{i}.png": [("cup", [i, 6, 20, 20])] for i in range(8)}
+        found = read_objects(write_coco(tmp_path, boxes=boxes, references=False), "train")
+        used = {each.frame for each in found.references["cup"]}
+        assert len(used) == 4 and len(found.frames) == 4
+        assert used.isdisjoint(each.frame for each in found.frames)
+        assert {each.box[2] - each.box[0] for each in found.references["cup"] if each.box} == {20}
+
+    def test_cuts_none_out_that_is_too_small_to_tell_anything(self, tmp_path: Path) -> None:
+        boxes = {f"{i}.png": [("cup", [i, 6, 5, 20])] for i in range(3)}
+        root = write_coco(tmp_path, boxes=boxes, references=False)
+        with pytest.raises(DatasetError, match="no box of 'cup'") as caught:
+            read_objects(root, "train")
+        assert "references/cup/" in (caught.value.fix or "")
+
+
+class TestHeldOutObjects:
+    boxes = {  # noqa: RUF012
+        "a.png": [("cup", [0, 0, 20, 20])],
+        "b.png": [("cup", [0, 0, 20, 20]), ("pen", [30, 10, 20, 20])],
+        "c.png": [("pen", [0, 0, 20, 20])],
+        "d.png": [("pen", [0, 0, 20, 20])],
+        "e.png": [("cup", [0, 0, 20, 20])],
+    }
+
+    def test_are_on_no_frame_of_the_training(self, tmp_path: Path) -> None:
+        root = write_coco(tmp_path, boxes=self.boxes)
+        found = read_objects(root, "train", hold_out=["pen"])
+        assert {name for each in found.frames for name in each.objects} == {"cup"}
+        assert set(found.references) == {"cup"} and len(found.frames) == 2
+
+    def test_are_all_that_the_test_looks_for(self, tmp_path: Path) -> None:
+        write_coco(tmp_path, boxes=self.boxes, references=False)
+        root = write_coco(tmp_path, "test", boxes=self.boxes, references=False)
+        found = read_objects(root, "test", hold_out=["pen"])
+        assert set(found.references) == {"pen"}
+        assert len(found.frames) == 5  # the references come from the training's frames
+
+    def test_that_are_unknown_are_named(self, tmp_path: Path) -> None:
+        with pytest.raises(DatasetError, match="no category 'fork'"):
+            read_objects(write_coco(tmp_path, boxes=self.boxes), "train", hold_out=["fork"])
+
+
+class TestVideos:
+    def test_give_the_frames_that_have_boxes_in_order(self, tmp_path: Path) -> None:
+        root = write_videos(tmp_path, {"v0": "cup", "v1": "pen"})
+        found = read_objects(root, "train", hold_out=["pen"])
+        video = root / "samples" / "v0" / "drone_video.mp4"
+        assert [each.frame for each in found.frames] == [Frame(video, 1), Frame(video, 3)]
+        assert {each.video for each in found.frames} == {"v0"}
+        assert found.frames[0].boxes_N4.tolist() == [[1, 2, 9, 8]]
+
+    @given(seed=st.integers(0, 2**32))
+    @settings(max_examples=20, deadline=None)
+    def test_of_one_object_are_all_on_one_side(
+        self, tmp_path_factory: pytest.TempPathFactory, seed: int
+    ) -> None:
+        root = tmp_path_factory.mktemp("videos")
+        write_videos(root, {f"v{i}": f"object {i // 2}" for i in range(24)})
+        train, test = (read_objects(root, split, seed=seed) for split in ("train", "test"))
+        assert len(train.references) == 11 and len(test.references) == 1
+        assert train.references.keys().isdisjoint(test.references)
+        (name,) = test.references
+        assert {each.video for each in test.frames} == {
+            f"v{2 * int(name.split()[1]) + i}" for i in (0, 1)
+        }
+
+    def test_have_no_validation_of_their_own(self, tmp_path: Path) -> None:
+        assert object_splits(write_videos(tmp_path, {"v0": "cup"})) == ("train", "test")
+
+    def test_need_exactly_one_video_in_a_folder(self, tmp_path: Path) -> None:
+        root = write_videos(tmp_path, {"v0": "cup"})
+        (root / "samples" / "v0" / "b.avi").touch()
+        with pytest.raises(DatasetError, match="holds 2 videos"):
+            read_objects(root, "test")
+
+
+class TestWhatDoesNotFit:
+    def test_a_folder_of_neither_layout_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(DatasetError, match=r"no annotations_test\.json"):
+            read_objects(tmp_path, "test")
+
+    @pytest.mark.parametrize("content", ["", "{", "[]", '{"images": [{"id": 1}]}'])
+    def test_a_damaged_file_is_named(self, tmp_path: Path, content: str) -> None:
+        (tmp_path / "annotations_train.json").write_text(content)
+        with pytest.raises(DatasetError, match=r"annotations_train\.json"):
+            read_objects(tmp_path, "train")
+
+    def test_a_missing_picture_is_named(self, tmp_path: Path) -> None:
+        root = write_coco(tmp_path, boxes={"a.png": [("cup", [5, 6, 10, 20])]})
+        (root / "images" / "a.png").unlink()
+        with pytest.raises(DatasetError, match=r"a\.png that is not there"):
+            read_objects(root, "train")
+
+    def test_an_object_without_a_reference_is_named(self, tmp_path: Path) -> None:
+        root = write_coco(tmp_path, boxes={"a.png": [("cup", [5, 6, 10, 20])]})
+        (root / "references" / "cup" / "0.png").unlink()
+        with pytest.raises(DatasetError, match="no reference of 'cup'"):
+            read_objects(root, "train")
+
+    def test_a_box_of_an_unlisted_category_is_refused(self, tmp_path: Path) -> None:
+        root = write_coco(tmp_path, boxes={"a.png": [("cup", [5, 6, 10, 20])]})
+        path = root / "annotations_train.json"
+        path.write_text(path.read_text().replace('"category_id": 0', '"category_id": 7'))
+        with pytest.raises(DatasetError, match="category 7"):
+            read_objects(root, "train")
