@@ -21,13 +21,21 @@ def iou(boxes_N4: Array, others_K4: Array) -> Array:
     Returns:
         (N, K) of that dtype in [0, 1]; an empty box has 0 with all, itself included.
     """
-    low = np.maximum(boxes_N4[:, None, :2], others_K4[None, :, :2])
-    high = np.minimum(boxes_N4[:, None, 2:], others_K4[None, :, 2:])
-    shared_NK = (high - low).clip(0).prod(axis=2)
+    # axis by axis: a product over a last axis of two takes longer than all the rest
+    shared_NK = _shared(boxes_N4, others_K4, 0)
+    shared_NK *= _shared(boxes_N4, others_K4, 1)
     union_NK = areas(boxes_N4)[:, None] + areas(others_K4) - shared_NK
     overlap_NK = np.zeros_like(shared_NK)
     np.divide(shared_NK, union_NK, out=overlap_NK, where=union_NK > 0)
     return np.asarray(overlap_NK)
+
+
+def _shared(boxes_N4: Array, others_K4: Array, axis: int) -> Array:
+    """(N, K) length that two boxes share along x (0) or y (1)."""
+    low = np.maximum(boxes_N4[:, None, axis], others_K4[:, axis])
+    high = np.minimum(boxes_N4[:, None, axis + 2], others_K4[:, axis + 2])
+    high -= low
+    return np.asarray(high.clip(0, out=high))
 
 
 def areas(boxes_N4: Array) -> Array:
