@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,12 +15,12 @@ from runtime.sources import PICTURES, Reader
 
 @dataclass(frozen=True)
 class Sample:
-    """One image file.
+    """One image.
 
     Attributes:
         path: where it is now.
         name: its path relative to the folder it was chosen from, with ``/``.
-        sha256: of its bytes, lower-case hex.
+        sha256: of its bytes, lower-case hex; of the hashes of its files where it has several.
     """
 
     path: Path
@@ -40,6 +42,7 @@ def choose(folder: Path, num: int, seed: int = 0, *, reader: Reader = PICTURES) 
 
     Raises:
         DatasetError: no such folder, no image in it, or fewer than ``num``.
+        ImageError: a file of a chosen image is missing.
     """
     if not folder.is_dir():
         raise DatasetError(f"there is no folder {folder}", fix="give the folder of sample images")
@@ -59,4 +62,11 @@ def choose(folder: Path, num: int, seed: int = 0, *, reader: Reader = PICTURES) 
             fix=f"ask for 1 to {len(names)}, or add images",
         )
     chosen = sorted(random.Random(seed).sample(names, num))
-    return [Sample(folder / name, name, sha256_file(folder / name)) for name in chosen]
+    return [Sample(folder / name, name, _sha256(reader.files(folder / name))) for name in chosen]
+
+
+def _sha256(files: Sequence[Path]) -> str:
+    digests = [sha256_file(file) for file in files]
+    if len(digests) == 1:
+        return digests[0]
+    return hashlib.sha256("".join(digests).encode()).hexdigest()

@@ -6,7 +6,6 @@ FAISS' flat index is the reference for every other search of the project and the
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,15 +54,12 @@ class Bank:
     def width(self) -> int:
         return int(self.rows_MD.shape[1])
 
-    def search(
-        self, queries_ND: Array, k: int, *, without: Sequence[int] | Array = ()
-    ) -> tuple[Array, Array]:
+    def search(self, queries_ND: Array, k: int) -> tuple[Array, Array]:
         """The exact K nearest rows of each query.
 
         Args:
             queries_ND: (N, D) float32.
             k: how many; at most M are returned.
-            without: rows that may not be found (a training image's own rows).
 
         Returns:
             Distances (N, K) float32, Euclidean, ascending, each computed from the difference of
@@ -71,32 +67,25 @@ class Bank:
             (N, K) int64.
 
         Raises:
-            BankError: queries of another width, or nothing left to find.
+            BankError: queries of another width.
         """
         queries = self.check(queries_ND)
-        excluded = np.unique(np.asarray(without, np.int64))
-        k = min(k, len(self) - len(excluded))
-        if k < 1:
-            raise BankError("every row of the bank is excluded from the search")
-        reach = k + len(excluded)
+        k = min(k, len(self))
         if len(queries) < _FEW_QUERIES:
             everything = np.broadcast_to(np.arange(len(self)), (len(queries), len(self)))
             squared = self.squared_distances(queries, everything)
-            indices = np.argpartition(squared, reach - 1, axis=1)[:, :reach]
+            indices = np.argpartition(squared, k - 1, axis=1)[:, :k]
             squared = np.take_along_axis(squared, indices, axis=1)
         else:
             blocks = range(0, len(queries), _QUERY_BLOCK)
             indices = np.concatenate(
                 [
-                    self._index.search(queries[i : i + _QUERY_BLOCK] - self._mean, reach)[1]
+                    self._index.search(queries[i : i + _QUERY_BLOCK] - self._mean, k)[1]
                     for i in blocks
                 ]
             )
             squared = self.squared_distances(queries, indices)
-        if len(excluded):
-            squared[np.isin(indices, excluded)] = np.inf
-        distances, indices = ascending(squared, indices)
-        return distances[:, :k], indices[:, :k]
+        return ascending(squared, indices)
 
     def squared_distances(self, queries_ND: Array, indices_NC: Array) -> Array:
         """Squared Euclidean distances to chosen rows, straight from the differences.

@@ -188,7 +188,7 @@ def write(path: Path, planes_HWC: Array) -> None:
         )
 
 
-PLANES = Reader(read, SUFFIXES, lambda path: not is_reference(path), takes_video=False)
+PLANES = Reader(read, SUFFIXES, lambda path: not is_reference(path), files, takes_video=False)
 
 
 def _overlap(length: int, shift: int) -> tuple[slice, slice]:

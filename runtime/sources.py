@@ -24,12 +24,14 @@ class Reader:
         read: decodes the image that a path names; raises an ImageError.
         suffixes: of files that it can read.
         is_image: False for a file that is only a part of the image that another one names.
+        files: all files of the image that a path names; raises an ImageError where one is missing.
         takes_video: whether a video's frames are images of the system as well.
     """
 
     read: Callable[[Path], Array]
     suffixes: frozenset[str] = SUFFIXES
     is_image: Callable[[Path], bool] = lambda _: True
+    files: Callable[[Path], tuple[Path, ...]] = lambda path: (path,)
     takes_video: bool = True
 
     def find(self, files: Iterable[Path]) -> list[Path]:

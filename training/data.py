@@ -50,9 +50,13 @@ class _Seeded(Dataset[Any]):
     def __getitem__(self, key: Key) -> Any:
         epoch, index = key
         rng = np.random.default_rng((self.seed, epoch, index))
-        with torch.random.fork_rng(devices=[]):  # torchvision's transforms use the global one
-            torch.manual_seed(int(rng.integers(2**63)))
+        # torchvision's transforms use torch's generator; torch.manual_seed would seed all backends'
+        before = torch.default_generator.get_state()
+        torch.default_generator.manual_seed(int(rng.integers(2**63)))
+        try:
             return self.samples.get(index, rng)
+        finally:
+            torch.default_generator.set_state(before)
 
 
 class EpochSampler(Sampler[Key]):

@@ -76,7 +76,10 @@ class FitConfig(_Part):
         distance_weight: w of the noise proposal (published: 1).
         weights: share of each standardised signal in the patch score.
         smoothing: sigma in pixels of the Gaussian over the anomaly map (published: 4).
-        statistics_images: so many training images are scored for statistics and thresholds.
+        folds: statistics and thresholds come from images scored by banks without them; a bank does
+            without one part in so many.
+        statistics_images: so many images are scored for statistics and thresholds; the fewer of
+            all images they are, the fewer banks are needed.
         false_reject: share of normal images that the thresholds may reject.
     """
 
@@ -94,7 +97,8 @@ class FitConfig(_Part):
         "response": 0.0,
     }
     smoothing: float = Field(default=4.0, ge=0)
-    statistics_images: int = Field(default=256, ge=2)
+    folds: int = Field(default=5, ge=2)
+    statistics_images: int = Field(default=64, ge=2)
     false_reject: float = Field(default=0.01, ge=0, lt=1)
 
     @field_validator("weights")
@@ -108,7 +112,7 @@ class FitConfig(_Part):
 
 
 class Statistics(_Part):
-    """Mean and standard deviation over left-out training patches."""
+    """Mean and standard deviation over held-out training patches."""
 
     mean: float
     std: float = Field(gt=0)
@@ -179,7 +183,7 @@ def noise_std(
     Args:
         influence_ND: (N, D) as ``influence`` gives it.
         mean_distance_N: (N,) mean distance to the K neighbours.
-        statistics: of the mean distance, over left-out training patches.
+        statistics: of the mean distance, over held-out training patches.
 
     Returns:
         (N, D) in ``noise_range``.
@@ -344,26 +348,31 @@ def fit(
     if num_patches != grid[0] * grid[1]:
         raise InputError(f"{num_patches} patches do not fit a grid of {grid}")
     rng = np.random.default_rng(seed)
-    chosen, radius = _coreset(features_IND, config, rng, seed, progress)
-    bank = Bank(features_IND.reshape(-1, width)[chosen])
-    image_of_row = chosen // num_patches
+    space = None if config.projection is None else projection(width, config.projection, seed)
 
-    count = min(config.statistics_images, num_images)
-    left_out = np.sort(rng.choice(num_images, count, replace=False))
-    # one image may own the whole bank, and then cannot be searched without it; the others can
-    left_out = np.array([i for i in left_out if (image_of_row != i).any()])
-    k = min(config.k, len(bank))
-    found = [
-        bank.search(features_IND[i], k, without=np.flatnonzero(image_of_row == i)) for i in left_out
+    def coreset(images: Array) -> tuple[Bank, float]:
+        rows_MD, radius = _coreset(features_IND, images, config, rng, space, progress)
+        return Bank(rows_MD), radius
+
+    everyone = np.arange(num_images)
+    bank, radius = coreset(everyone)
+    folds = [
+        (images, coreset(np.setdiff1d(everyone, images))[0])
+        for images in _folds(num_images, config, rng)
     ]
-    # or one owns most rows: what all searches can answer is the system's K
-    k = min(distances.shape[1] for distances, _ in found)
-    found = [(distances[:, :k], indices[:, :k]) for distances, indices in found]
-    mean_distance = _statistics(np.stack([distances.mean(axis=1) for distances, _ in found]))
+    num_held_out = sum(len(images) for images, _ in folds)
+    # few or equal patches leave fewer rows: what every bank can answer is the system's K
+    k = min(config.k, len(bank), *(len(others) for _, others in folds))
+    found = [
+        (others, features_IND[i], *others.search(features_IND[i], k))
+        for images, others in folds
+        for i in images
+    ]
+    mean_distance = _statistics(np.stack([d.mean(axis=1) for _, _, d, _ in found]))
     per_image = [
         patch_signals(
-            bank,
-            np.asarray(features_IND[i]),
+            others,
+            features_ND,
             distances,
             indices,
             names=SIGNALS,
@@ -371,7 +380,7 @@ def fit(
             noise_range=config.noise_range,
             distance_weight=config.distance_weight,
         )
-        for i, (distances, indices) in zip(left_out, found, strict=True)
+        for others, features_ND, distances, indices in found
     ]
     statistics = {name: _statistics(np.stack([s[name] for s in per_image])) for name in SIGNALS}
     scores = np.stack([combine(s, statistics, config.weights) for s in per_image])
@@ -388,9 +397,7 @@ def fit(
         score_std=score_std,
     )
     maps = [anomaly_map(s / score_std, grid, image_size, config.smoothing) for s in scores]
-    source = (
-        f"false-reject budget {config.false_reject} on {len(left_out)} left-out training images"
-    )
+    source = f"false-reject budget {config.false_reject} on {num_held_out} held-out training images"
     thresholds = {
         "image": Threshold(
             value=false_reject_threshold(scores.max(axis=1) / score_std, config.false_reject),
@@ -411,38 +418,55 @@ def fit(
     return Fitted(bank=bank, params=params, thresholds=thresholds, report=report)
 
 
+def _folds(num_images: int, config: FitConfig, rng: np.random.Generator) -> list[Array]:
+    """Disjoint sets of images, each to be scored with a bank of all others; sorted indices.
+
+    The coreset of all, without the rows of an image, would not do: those rows stood for patches of
+    others, too, and where they stood alone the image would find nothing near.
+    """
+    count = min(config.statistics_images, num_images)
+    largest = -(-num_images // config.folds)
+    held_out = rng.permutation(num_images)[:count]
+    return [np.sort(part) for part in np.array_split(held_out, -(-count // largest))]
+
+
 def _coreset(
     features_IND: Array,
+    images: Array,
     config: FitConfig,
     rng: np.random.Generator,
-    seed: int,
+    space: Array | None,
     progress: Progress | None,
 ) -> tuple[Array, float]:
-    """Indices of the bank's rows in the flattened features, and their covering radius."""
+    """The rows of a bank of some images, (M, D), and their covering radius.
+
+    Args:
+        images: sorted indices.
+        space: projection in which the rows are chosen.
+    """
     num_patches, width = features_IND.shape[1:]
-    rows_ND = features_IND.reshape(-1, width)
-    num = max(1, min(config.max_rows, int(len(rows_ND) * config.coreset_ratio)))
-    space = None if config.projection is None else projection(width, config.projection, seed)
+    num = max(1, min(config.max_rows, int(len(images) * num_patches * config.coreset_ratio)))
 
-    def reduce(indices: Array | slice) -> tuple[Array, float]:
-        rows = rows_ND[indices]
-        rows = rows if space is None else rows @ space
-        first = int(rng.integers(len(rows)))
-        picks = greedy_k_centre(rows, num, first=first, progress=progress)
-        return picks.indices, picks.radius
+    def reduce(rows_ND: Array) -> tuple[Array, float]:
+        first = int(rng.integers(len(rows_ND)))
+        searched = rows_ND if space is None else rows_ND @ space
+        picks = greedy_k_centre(searched, num, first=first, progress=progress)
+        return rows_ND[picks.indices], picks.radius
 
-    group = max(1, config.max_patches // num_patches) * num_patches
-    if len(rows_ND) <= group:
-        return reduce(slice(None))
-    kept, radii = [], []
-    for start in range(0, len(rows_ND), group):
-        indices, radius = reduce(slice(start, start + group))
-        kept.append(start + indices)
-        radii.append(radius)
-    candidates = np.sort(np.concatenate(kept))
-    indices, radius = reduce(candidates)
+    def patches(part: Array) -> Array:
+        # a range stays in its file; others are copied
+        whole = part[-1] - part[0] == len(part) - 1
+        chosen = features_IND[part[0] : part[-1] + 1] if whole else features_IND[part]
+        return chosen.reshape(-1, width)
+
+    size = max(1, config.max_patches // num_patches)
+    parts = [images[i : i + size] for i in range(0, len(images), size)]
+    kept, radii = zip(*(reduce(patches(part)) for part in parts), strict=True)
+    if len(parts) == 1:
+        return kept[0], radii[0]
+    rows_MD, radius = reduce(np.concatenate(kept))
     # a patch is within its group's radius of a candidate, and that one within `radius` of the bank
-    return candidates[indices], radius + max(radii)
+    return rows_MD, radius + max(radii)
 
 
 def _statistics(values: Array) -> Statistics:

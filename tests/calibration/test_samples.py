@@ -9,6 +9,7 @@ import pytest
 
 from calibration.samples import choose
 from runtime.errors import DatasetError
+from runtime.planes import PLANES
 
 
 @pytest.fixture
@@ -43,6 +44,16 @@ class TestChoose:
 
         moved.rename(folder)
         assert names == [sample.name for sample in choose(folder, 4)]
+
+    def test_knows_an_image_by_all_of_its_files(self, tmp_path: Path) -> None:
+        for name in ("target", "ref1", "ref2"):
+            (tmp_path / name).mkdir()
+            cv2.imwrite(str(tmp_path / name / "a.png"), np.full((4, 4), 7, np.uint8))
+        (before,) = choose(tmp_path, 1, reader=PLANES)
+        cv2.imwrite(str(tmp_path / "ref2" / "a.png"), np.full((4, 4), 8, np.uint8))
+        (after,) = choose(tmp_path, 1, reader=PLANES)
+        assert before.name == after.name == "target/a.png"
+        assert before.sha256 != after.sha256
 
     def test_can_take_all(self, folder: Path) -> None:
         assert len({sample.sha256 for sample in choose(folder, 10)}) == 10

@@ -466,9 +466,10 @@ class TestFitting:
 
     def test_standardises_with_patches_that_do_not_see_their_own_image(self) -> None:
         features = drawn_features()
-        fitted = fit_drawn(features, k=3, coreset_ratio=0.5, weights=self.weights, smoothing=0.0)
-        owner = images_of_rows(fitted.bank, features)
-        rows = [fitted.bank.rows_MD[owner != i] for i in range(len(features))]
+        fitted = fit_drawn(
+            features, k=3, coreset_ratio=1.0, folds=8, weights=self.weights, smoothing=0.0
+        )
+        rows = [np.concatenate(np.delete(features, i, axis=0)) for i in range(len(features))]
         near = [[plain_nearest(x, r, 3) for x in f] for f, r in zip(features, rows, strict=True)]
         means = [
             np.linalg.norm(x.astype(np.float64) - rows_of_x, axis=1).mean()
@@ -491,7 +492,7 @@ class TestFitting:
             w * (table[n] - table[n].mean()) / table[n].std() for n, w in self.weights.items()
         )
         assert params.score_std == pytest.approx(np.std(scores), rel=1e-4)
-        # no budget: the threshold lies above every left-out image, and next to the highest
+        # no budget: the threshold lies above every held-out image, and next to the highest
         assert fitted.thresholds["image"].value == pytest.approx(
             np.max(scores) / np.std(scores), rel=1e-3
         )
@@ -502,19 +503,25 @@ class TestFitting:
         assert len(fitted.bank) == 96
         assert fitted.params.signals["distance"].mean > 0.5
 
+    def test_finds_what_two_images_share_near_when_one_of_them_is_held_out(self) -> None:
+        # the coreset takes one row of each pair: without it the other image's patch must do
+        features = np.repeat(drawn_features(num_images=4), 2, axis=0)
+        fitted = fit_drawn(features, k=1, coreset_ratio=0.6, folds=8)
+        assert len(fitted.bank) == 48
+        assert fitted.params.mean_distance.mean == pytest.approx(0, abs=1e-3)  # product form
+
     @pytest.mark.parametrize(("budget", "rejects"), [(0.0, 0), (0.1, 1), (0.25, 3), (0.5, 7)])
     def test_keeps_the_budget_of_false_rejects(self, budget: float, rejects: int) -> None:
         features = drawn_features(num_images=14)
-        fitted = fit_drawn(features, k=3, coreset_ratio=1.0, false_reject=budget)
-        bank, params = fitted.bank, fitted.params
-        owner = images_of_rows(bank, features)
+        fitted = fit_drawn(features, k=3, coreset_ratio=1.0, folds=14, false_reject=budget)
+        params = fitted.params
         scores, highest = [], []
         for i, f in enumerate(features):
-            found = bank.search(f, params.k, without=np.flatnonzero(owner == i))
+            others = Bank(np.concatenate(np.delete(features, i, axis=0)))
             signals = patch_signals(
-                bank,
+                others,
                 f,
-                *found,
+                *others.search(f, params.k),
                 names=SIGNALS,
                 mean_distance=params.mean_distance,
                 noise_range=params.noise_range,
@@ -525,7 +532,7 @@ class TestFitting:
             highest.append(anomaly_map(patches, (3, 4), (12, 16), params.smoothing).max())
         for name, values in (("image", scores), ("pixel", highest)):
             assert sum(v >= fitted.thresholds[name].value for v in values) == rejects
-            assert "14 left-out" in fitted.thresholds[name].source
+            assert "14 held-out" in fitted.thresholds[name].source
 
     def test_says_what_it_did(self) -> None:
         fitted = fit_drawn(drawn_features(), k=3, coreset_ratio=0.25)
@@ -557,7 +564,7 @@ class TestFitting:
 
     def test_of_fewer_images_for_statistics_scores_only_those(self) -> None:
         fitted = fit_drawn(drawn_features(), k=2, statistics_images=3)
-        assert "on 3 left-out" in fitted.thresholds["image"].source
+        assert "on 3 held-out" in fitted.thresholds["image"].source
 
     def test_group_by_group_covers_every_patch_within_the_radius_it_reports(self) -> None:
         features = np.random.default_rng(0).standard_normal((50, 64, 4)).astype(np.float32)

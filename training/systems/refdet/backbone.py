@@ -7,19 +7,25 @@ He et al., "Spatial Pyramid Pooling", 2015; Liu et al., "Path Aggregation Networ
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-_WIDTHS = (
-    64,
-    128,
-    256,
-    512,
-    1024,
-)  # of the stem and of the stages with strides 4 to 32, at width 1
+_WIDTHS = (64, 128, 256, 512, 1024)  # of the stem and of the stages of strides 4 to 32, at width 1
 _DEPTHS = (3, 6, 6, 3)  # blocks of these stages, at depth 1
+
+
+def channels(scales: Sequence[int], width: float) -> tuple[int, ...]:
+    """Of the maps of a ``Backbone``."""
+    widths = _widths(width)
+    return tuple(widths[scale - 1] for scale in scales)
+
+
+def _widths(width: float) -> list[int]:
+    return [max(8, round(each * width / 8) * 8) for each in _WIDTHS]
 
 
 class Conv(nn.Sequential):
@@ -105,7 +111,7 @@ class Backbone(nn.Module):
             checkpointing: compute activations again in the backward pass, to save memory.
         """
         super().__init__()
-        widths = [max(8, round(each * width / 8) * 8) for each in _WIDTHS]
+        widths = _widths(width)
         depths = [max(1, round(each * depth)) for each in _DEPTHS]
         self.scales = scales
         self.checkpointing = checkpointing
@@ -125,7 +131,7 @@ class Backbone(nn.Module):
             if scale <= max(scales) and (scale == 5 or "3" in self.top_down):
                 self.down[str(scale)] = Conv(below, below, 3, 2)
                 self.bottom_up[str(scale)] = C2f(below + here, here, num, shortcut=False)
-        self.channels = tuple(widths[scale - 1] for scale in scales)
+        self.channels = channels(scales, width)
 
     def forward(self, frames_BCHW: Tensor) -> list[Tensor]:
         x = self.stem(frames_BCHW)

@@ -52,9 +52,9 @@ class Output:
         bins = distances.shape[-1]
         if bins == 1:
             sides_BA4 = F.softplus(distances[..., 0])
-        else:  # the expectation of the distribution
+        else:  # the expectation of the distribution; as a product it would be quantized
             places_R = torch.arange(bins, device=distances.device, dtype=torch.float32)
-            sides_BA4 = (distances.softmax(-1) @ places_R[:, None])[..., 0]
+            sides_BA4 = (distances.softmax(-1) * places_R).sum(-1)
         sides_BA4 = sides_BA4 * self.strides_A[:, None]
         near, far = sides_BA4[..., :2], sides_BA4[..., 2:]
         return torch.cat([self.anchors_A2 - near, self.anchors_A2 + far], dim=-1)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from training import backbones
 from training.profiler import section
-from training.systems.refdet.backbone import Backbone
+from training.systems.refdet.backbone import Backbone, channels
 from training.systems.refdet.config import DetectorConfig, EncoderConfig
 from training.systems.refdet.fusion import FUSIONS
 from training.systems.refdet.head import BaseBranch, Output, PrototypeBranch, anchors
@@ -78,6 +78,11 @@ class SupportEncoder(nn.Module):
                 block.requires_grad_(True)
 
 
+def prototype_widths(config: DetectorConfig) -> tuple[int, ...]:
+    """Of the parts of a prototype, one per scale."""
+    return config.widths or channels(config.scales, config.width)
+
+
 class Detector(nn.Module):
     """Frames and prototypes to boxes.
 
@@ -94,12 +99,12 @@ class Detector(nn.Module):
             depth=config.depth,
             checkpointing=config.checkpointing,
         )
-        channels = self.backbone.channels
-        self.widths = config.widths or channels
+        inputs = self.backbone.channels
+        self.widths = prototype_widths(config)
         self.num_base = num_base
         self.strides = tuple(2**scale for scale in config.scales)
-        outputs = config.outputs or channels
-        self.fusion = FUSIONS[config.fusion](channels, self.widths, outputs)
+        outputs = config.outputs or inputs
+        self.fusion = FUSIONS[config.fusion](inputs, self.widths, outputs)
         shared: dict[str, Any] = {
             "bins": config.reg_max,
             "separable": config.separable,
@@ -217,6 +222,8 @@ class Detect(nn.Module):
     """The graph ``detect``: frames (B, 3, H, W), prototypes (N, P) -> the best M candidates.
 
     A candidate is an anchor of a branch with its best class: base classes first, then prototypes.
+    Candidates come in the order of their anchors. An order by score would hang on the last bit of
+    nearly equal ones, and no two backends agree on that.
     """
 
     def __init__(self, model: RefDet, num_candidates: int) -> None:
@@ -226,16 +233,27 @@ class Detect(nn.Module):
 
     def forward(self, frames_BCHW: Tensor, prototypes_NP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Boxes (B, M, 4) xyxy in pixels, scores (B, M) in [0, 1], classes (B, M) int64."""
-        output = self.detector(frames_BCHW, prototypes_NP)
-        logits_BA, classes_BA = output.prototype.logits_BAC.max(-1)
-        classes_BA = classes_BA + self.detector.num_base
-        boxes_BA4 = output.boxes(output.prototype)
-        if output.base is not None:
-            base_logits_BA, base_classes_BA = output.base.logits_BAC.max(-1)
-            logits_BA = torch.cat([base_logits_BA, logits_BA], 1)
-            classes_BA = torch.cat([base_classes_BA, classes_BA], 1)
-            boxes_BA4 = torch.cat([output.boxes(output.base), boxes_BA4], 1)
+        logits_BA, classes_BA, boxes_BA4 = self.anchors(frames_BCHW, prototypes_NP)
         num = min(self.num_candidates, logits_BA.shape[1])
-        logits_BM, places_BM = logits_BA.topk(num, dim=1)
+        places_BM = logits_BA.topk(num, dim=1).indices.sort(dim=1).values
         boxes_BM4 = boxes_BA4.gather(1, places_BM[..., None].expand(-1, -1, 4))
-        return boxes_BM4, logits_BM.sigmoid(), classes_BA.gather(1, places_BM)
+        scores_BM = logits_BA.gather(1, places_BM).sigmoid()
+        return boxes_BM4, scores_BM, classes_BA.gather(1, places_BM)
+
+    def anchors(self, frames_BCHW: Tensor, prototypes_NP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the candidates are chosen from.
+
+        Returns:
+            Logits (B, A) of the best class, that class (B, A), and boxes (B, A, 4), over the
+            anchors of the base classes' branch, where there is one, and of the prototypes'.
+        """
+        output: Output = self.detector(frames_BCHW, prototypes_NP)
+        branches = [(output.prototype, self.detector.num_base)]
+        if output.base is not None:
+            branches.insert(0, (output.base, 0))
+        best = [raw.logits_BAC.max(-1) for raw, _ in branches]
+        return (
+            torch.cat([logits_BA for logits_BA, _ in best], 1),
+            torch.cat([c + first for (_, c), (_, first) in zip(best, branches, strict=True)], 1),
+            torch.cat([output.boxes(raw) for raw, _ in branches], 1),
+        )

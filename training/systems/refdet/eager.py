@@ -1,0 +1,138 @@
+"""The same system in eager PyTorch: what a benchmark compares the bundle with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from runtime.bundle import Bundle
+from runtime.contenders import Contender
+from runtime.errors import RunError
+from runtime.preprocess import PreprocessSpec, apply
+from runtime.references import load_references
+from runtime.results import Detection, Detections
+from runtime.systems import refdet
+from runtime.tensors import Array
+from training import eager
+from training.backbones import read_weights
+from training.run import Run, open_run
+from training.systems.refdet.config import TaskConfig
+from training.systems.refdet.model import Detect, Encode, RefDet
+
+_BASE_BIAS = "detector.head.base.classify.0.1.bias"  # one value per base class
+
+
+class Prompted(nn.Module):
+    """The detector with a prompt that stays: frames (B, 3, H, W) -> boxes, scores, classes."""
+
+    def __init__(self, detect: Detect, prototypes_NP: Tensor) -> None:
+        super().__init__()
+        self.detect = detect
+        self.register_buffer("prototypes_NP", prototypes_NP)
+        self.prototypes_NP: Tensor
+
+    def forward(self, frames_BCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        found: tuple[Tensor, Tensor, Tensor] = self.detect(frames_BCHW, self.prototypes_NP)
+        return found
+
+
+class EagerRefDet:
+    """Images to results in torch.
+
+    Args:
+        network: a ``Prompted``.
+        names: of its classes.
+    """
+
+    def __init__(self, network: eager.Network, names: Sequence[str], bundle: Bundle) -> None:
+        manifest = bundle.manifest
+        assert isinstance(manifest.preprocess, PreprocessSpec)
+        self.network = network
+        self.names = names
+        self.spec = manifest.preprocess
+        self.config = refdet.Params.model_validate(manifest.params, strict=False).inference
+
+    @torch.inference_mode()
+    def forward(self, images_BCHW: Array) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, 3, H, W) float32 -> boxes (B, M, 4), scores (B, M), both float32, classes (B, M)."""
+        boxes_BM4, scores_BM, classes_BM = self.network(eager.to_channels_last(images_BCHW))
+        return boxes_BM4.float(), scores_BM.float(), classes_BM
+
+    def infer(self, images: Sequence[Array]) -> list[Detections]:
+        """See ``runtime.systems.refdet.System.infer``."""
+        nothing = np.empty((0, 0), np.float32)  # the network has its prompt
+        answers = refdet.detect(self._run, images, nothing, self.spec, self.config)
+        return [
+            Detections(
+                tuple(
+                    Detection(self.names[kind], score, (x1, y1, x2, y2))
+                    for (x1, y1, x2, y2), score, kind in zip(
+                        boxes_K4.tolist(), scores_K.tolist(), classes_K.tolist(), strict=True
+                    )
+                )
+            )
+            for boxes_K4, scores_K, classes_K in answers
+        ]
+
+    def _run(self, images_BCHW: Array, _prototypes_NP: Array) -> tuple[Array, Array, Array]:
+        boxes_BM4, scores_BM, classes_BM = self.forward(images_BCHW)
+        return boxes_BM4.numpy(), scores_BM.numpy(), classes_BM.numpy()
+
+
+def trained_net(run: Run) -> RefDet:
+    """Both nets of a run with its best weights, in eval mode.
+
+    Raises:
+        RunError, WeightsError: the run has no weights, or damaged ones.
+    """
+    assert isinstance(run.config, TaskConfig)
+    weights = read_weights(run.weights())
+    # how training was made faster or smaller is of no use here, and cannot be traced
+    plain = {"compile": False, "checkpointing": False}
+    model = RefDet(
+        run.config.encoder.model_copy(update=plain),
+        run.config.detector.model_copy(update=plain),
+        len(weights.get(_BASE_BIAS, ())),
+        weights=False,
+    )
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+@torch.inference_mode()
+def prompted(model: RefDet, bundle: Bundle, num_candidates: int) -> tuple[Prompted, list[str]]:
+    """The detector that looks for the bundle's own references, and the names of its classes."""
+    references = load_references(bundle.asset("references"))
+    spec = refdet.Params.model_validate(bundle.manifest.params, strict=False).reference_preprocess
+    pictures = [picture for found in references.values() for picture in found]
+    rows_RP = Encode(model)(torch.from_numpy(apply(spec, pictures)))
+    object_of_row = torch.tensor([i for i, found in enumerate(references.values()) for _ in found])
+    prototypes_NP = model.prototypes(rows_RP, object_of_row, len(references))
+    return Prompted(Detect(model, num_candidates), prototypes_NP), [
+        *bundle.manifest.labels,
+        *references,
+    ]
+
+
+def contenders(
+    run: Path, bundle: Bundle, *, threads: int, say: Callable[[str], None]
+) -> list[Contender]:
+    """Eager and compiled PyTorch rows for the bundle that was exported from ``run``.
+
+    Raises:
+        RunError: the folder is no finished run of ``refdet``.
+    """
+    opened = open_run(run)
+    if not isinstance(opened.config, TaskConfig):
+        raise RunError(f"{run} is a run of '{opened.info.system}', the bundle is of 'refdet'")
+    network, names = prompted(trained_net(opened), bundle, opened.config.num_candidates)
+    return eager.contenders(
+        network.eval(),
+        lambda way: EagerRefDet(way, names, bundle),
+        threads=threads,
+        say=say,
+    )
