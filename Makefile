@@ -4,7 +4,7 @@ VENV := .venv
 GPU_VENV := .venv-gpu
 CLI := $(VENV)/bin/python cli.py
 
-SYSTEMS := noising paco stripe
+SYSTEMS := noising paco refdet stripe
 # Weights of the backbone: none (random, so that no download is needed) | hub | FILE.safetensors
 WEIGHTS ?= none
 
@@ -20,8 +20,8 @@ help:
 
 # --- set-up --------------------------------------------------------------------------------------
 
-$(VENV)/.installed: EXTRAS := cpu,train,dev
-$(GPU_VENV)/.installed: EXTRAS := gpu,train,dev
+$(VENV)/.installed: EXTRAS := cpu,refdet,train,dev
+$(GPU_VENV)/.installed: EXTRAS := gpu,refdet,train,dev
 %/.installed: setup.cfg pyproject.toml
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("engineworks needs Python 3.11 or newer")'
 	$(PYTHON) -m venv $*
@@ -42,6 +42,11 @@ demo_paco := --profile --set backbone.weights=$(WEIGHTS) --set backbone.name=res
 	--set train.epochs=12 --set train.batch_size=16 \
 	--set train.optimizer.lr=2e-3 --set train.optimizer.warmup_epochs=1 --set loss.warmup_epochs=2
 
+demo_refdet := --profile --config training/systems/refdet/small.yaml
+samples_refdet := demo/refdet/data/images/train
+pictures_refdet := demo/refdet/data/images/test
+infer_refdet := --refs demo/refdet/data/wanted
+
 demo_stripe := --profile --set tiles.repeat=8 --set train.epochs=6
 # ranges are measured with defects in sight: strips to train on are good
 samples_stripe := demo/stripe/run/painted
@@ -52,10 +57,10 @@ demo-%: $(VENV)/.installed
 	$(CLI) train $* --data demo/$*/data --out demo/$*/run $(demo_$*)
 	$(CLI) export demo/$*/run --out demo/$*/bundle --int8 --num-samples 16 --eval demo/$*/data \
 		--samples $(or $(samples_$*),demo/$*/data/train)
-	$(CLI) infer demo/$*/bundle --source demo/$*/data/test --out demo/$*/pictures \
-		--jsonl --save-overlays
+	$(CLI) infer demo/$*/bundle --source $(or $(pictures_$*),demo/$*/data/test) \
+		--out demo/$*/pictures --jsonl --save-overlays $(infer_$*)
 	[ ! -f demo/$*/data/video.mp4 ] || $(CLI) infer demo/$*/bundle \
-		--source demo/$*/data/video.mp4 --out demo/$*/video --jsonl --save-overlays
+		--source demo/$*/data/video.mp4 --out demo/$*/video --jsonl --save-overlays $(infer_$*)
 	$(CLI) eval demo/$*/bundle --data demo/$*/data --json demo/$*/metrics.json
 	$(CLI) bench demo/$*/bundle --run demo/$*/run --seconds 1 --json demo/$*/bench.json
 	@echo

@@ -20,6 +20,7 @@ SMALL = ["--set", "preprocess.size=[64, 64]"]
 FASTER = {
     "train noising": [*SMALL, "--set", "fit.max_rows=100"],
     "train paco": [*SMALL, "--set", "train.epochs=1", "--set", "parts.window=1"],
+    "train refdet": ["--set", "train.epochs=1", "--set", "episodes.num=2"],
     "train stripe": ["--set", "tiles.repeat=1", "--set", "train.epochs=1"],
     "bench": ["--seconds", "0.05"],
 }
@@ -73,7 +74,7 @@ class TestTheReadme:
     def test_shows_every_command_of_the_workflow(self, played: Played) -> None:
         verbs = {shlex.split(command)[2] for command in played.answers}
         workflow = {"sample", "train", "export", "infer", "eval", "bench", "doctor"}
-        assert verbs == workflow | {"bundle", "bank"}
+        assert verbs == workflow | {"bundle", "bank", "refs"}
 
     def test_promises_files_that_are_there(self, played: Played) -> None:
         first = played.folder / "runs" / "first"
