@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, NonNegativeInt, field_validator, model_validator
 
 from runtime.preprocess import PreprocessSpec
 from runtime.systems.refdet import InferenceConfig
 from training.config import BackboneConfig, Config, SystemConfig
+
+STRIDE = 32  # of the detector's backbone
 
 
 class EncoderConfig(BackboneConfig):
@@ -20,7 +22,7 @@ class EncoderConfig(BackboneConfig):
             said is kept, across the whole run.
     """
 
-    train_blocks: int | Literal["all"] = 0
+    train_blocks: NonNegativeInt | Literal["all"] = 0
     cache_bytes: int = Field(default=2**28, ge=0)
 
     @field_validator("stages")
@@ -66,6 +68,8 @@ class DetectorConfig(Config):
     def _one_per_scale(self) -> Self:
         if list(self.scales) != list(range(self.scales[0], self.scales[-1] + 1)):
             raise ValueError("scales must ascend without a gap")
+        if self.scales == (2,):
+            raise ValueError("scale 2 alone has no neck: add scale 3")
         for name in ("widths", "outputs"):
             values = getattr(self, name)
             if values is not None and len(values) != len(self.scales):
@@ -263,6 +267,13 @@ class TaskConfig(SystemConfig):
     stages: tuple[StageConfig, ...] = Field(min_length=1)
     rates: RatesConfig = RatesConfig()
     inference: InferenceConfig = InferenceConfig()
+
+    @field_validator("preprocess")
+    @classmethod
+    def _whole_cells(cls, preprocess: PreprocessSpec) -> PreprocessSpec:
+        if any(side % STRIDE for side in preprocess.size):
+            raise ValueError(f"sides of a frame must be multiples of {STRIDE}")
+        return preprocess
 
     @field_validator("stages")
     @classmethod

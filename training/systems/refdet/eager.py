@@ -23,6 +23,7 @@ from training.run import Run, open_run
 from training.systems.refdet.config import TaskConfig
 from training.systems.refdet.model import Detect, Encode, RefDet
 
+_NET = "net."  # within what trained it
 _BASE_BIAS = "detector.head.base.classify.0.1.bias"  # one value per base class
 
 
@@ -91,15 +92,17 @@ def trained_net(run: Run) -> RefDet:
     """
     assert isinstance(run.config, TaskConfig)
     weights = read_weights(run.weights())
+    own = {n.removeprefix(_NET): tensor for n, tensor in weights.items() if n.startswith(_NET)}
     # how training was made faster or smaller is of no use here, and cannot be traced
     plain = {"compile": False, "checkpointing": False}
     model = RefDet(
         run.config.encoder.model_copy(update=plain),
         run.config.detector.model_copy(update=plain),
-        len(weights.get(_BASE_BIAS, ())),
+        len(own.get(_BASE_BIAS, ())),
+        reference_size=run.config.reference_preprocess.size,
         weights=False,
     )
-    model.load_state_dict(weights)
+    model.load_state_dict(own)
     return model.eval()
 
 

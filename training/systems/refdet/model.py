@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from runtime.errors import ConfigError
 from training import backbones
+from training.backbones import LastMap
 from training.profiler import section
 from training.systems.refdet.backbone import Backbone, channels
 from training.systems.refdet.config import DetectorConfig, EncoderConfig
@@ -17,45 +19,60 @@ from training.systems.refdet.fusion import FUSIONS
 from training.systems.refdet.head import BaseBranch, Output, PrototypeBranch, anchors
 
 
+class Features(nn.Module):
+    """What a net says of a whole picture: (B, 3, S, S) -> (B, width).
+
+    That is its class token beside the mean of its patches, each of length 1; or, of a net without a
+    class token, the mean of its last map.
+    """
+
+    def __init__(self, net: LastMap) -> None:
+        super().__init__()
+        self.net = net
+        self.has_class_token = getattr(net.model, "cls_token", None) is not None
+        self.width = net.channels * (2 if self.has_class_token else 1)
+
+    def forward(self, pictures_BCHW: Tensor) -> Tensor:
+        if not self.has_class_token:
+            means_BF: Tensor = self.net(pictures_BCHW)[0].mean((2, 3))
+            return means_BF
+        tokens_BND = self.net.model.forward_features(pictures_BCHW)
+        patches_BND = tokens_BND[:, self.net.model.num_prefix_tokens :]
+        parts = [tokens_BND[:, 0], patches_BND.mean(1)]
+        return torch.cat([F.normalize(part, dim=1) for part in parts], dim=1)
+
+
 class SupportEncoder(nn.Module):
     """Reference pictures to rows, of which an object's prototype is the mean.
 
     Attributes:
         frozen: no part of ``net`` learns; its features of a picture never change.
-        num_features: width of what ``features`` gives.
     """
 
-    def __init__(self, net: Any, config: EncoderConfig, widths: Sequence[int]) -> None:
-        """Project a backbone's features.
+    def __init__(self, net: Features, widths: Sequence[int], train_blocks: int | str) -> None:
+        """Project what a net says.
 
         Args:
-            net: from ``training.backbones.create``, whole.
             widths: of the parts of a row, one per scale.
+            train_blocks: see ``EncoderConfig``.
+
+        Raises:
+            ConfigError: some blocks of a net that has none.
         """
         super().__init__()
         self.net = net
-        self.widths = tuple(widths)
-        self.frozen = config.train_blocks == 0
-        self._choose(config.train_blocks)
-        self.num_prefix = int(getattr(net.model, "num_prefix_tokens", 0))
-        self.num_features = net.channels * (2 if self.num_prefix else 1)
+        self.frozen = train_blocks == 0
+        if isinstance(train_blocks, int):
+            _freeze(net, train_blocks)
         self.projections = nn.ModuleList(
-            nn.Sequential(nn.Linear(self.num_features, width), nn.LayerNorm(width))
-            for width in widths
+            nn.Sequential(nn.Linear(net.width, width), nn.LayerNorm(width)) for width in widths
         )
 
     def features(self, pictures_BCHW: Tensor) -> Tensor:
-        """(B, F): the class token and the mean of the patches, or the mean of the last map."""
+        """(B, F): without a gradient where the net is frozen."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-            found = self.net.model.forward_features(pictures_BCHW)
-            if found.ndim == 3:
-                means_BC = found[:, self.num_prefix :].mean(1)
-                tokens = [found[:, 0], means_BC] if self.num_prefix else [means_BC]
-                return torch.cat([F.normalize(token, dim=1) for token in tokens], dim=1)
-            if found.shape[1] != self.net.channels:  # some nets keep the channels last
-                found = found.permute(0, 3, 1, 2)
-            means_BF: Tensor = found.mean((2, 3))
-            return means_BF
+            features_BF: Tensor = self.net(pictures_BCHW)
+        return features_BF
 
     def forward(self, features_BF: Tensor) -> Tensor:
         """(B, P): the part of each scale has length 1."""
@@ -68,14 +85,22 @@ class SupportEncoder(nn.Module):
             self.net.eval()
         return self
 
-    def _choose(self, train_blocks: int | str) -> None:
-        if train_blocks == "all":
-            return
-        self.net.requires_grad_(False)
-        assert isinstance(train_blocks, int)
-        if train_blocks:
-            for block in self.net.model.blocks[-train_blocks:]:
-                block.requires_grad_(True)
+
+def _freeze(net: Features, train_blocks: int) -> None:
+    """Leave only so many of the last blocks, and what follows them, to learn."""
+    net.requires_grad_(False)
+    if not train_blocks:
+        return
+    model = net.net.model
+    if not hasattr(model, "blocks"):
+        raise ConfigError(
+            f"'{type(model).__name__}' has no blocks, of which the last {train_blocks} could learn",
+            fix="set encoder.train_blocks to 0 or to all",
+        )
+    parts = list(model.children())
+    following = parts[parts.index(model.blocks) + 1 :]
+    for part in [*model.blocks[-train_blocks:], *following]:
+        part.requires_grad_(True)
 
 
 def prototype_widths(config: DetectorConfig) -> tuple[int, ...]:
@@ -131,7 +156,7 @@ class Detector(nn.Module):
         """Find what is looked for.
 
         Args:
-            frames_BCHW: sides are multiples of 32.
+            frames_BCHW: sides are multiples of ``STRIDE``.
             prototypes_NP: one row per object.
             prompted_BN: bool: which objects are looked for in which frame; None: all in all.
         """
@@ -159,22 +184,33 @@ class RefDet(nn.Module):
         detector: DetectorConfig,
         num_base: int,
         *,
+        reference_size: tuple[int, int] | None = None,
         seed: int = 0,
         weights: bool = True,
     ) -> None:
         """Build both.
 
         Args:
+            reference_size: (height, width) of the pictures, for an encoder that is made for one
+                size; None: the one that it comes with.
             weights: False: random ones, for a checkpoint to replace.
 
         Raises:
-            ConfigError, WeightsError: see ``training.backbones.create``.
+            ConfigError, WeightsError: see ``training.backbones.create`` and ``SupportEncoder``.
         """
         super().__init__()
-        made = backbones.create(encoder, seed=seed, weights=weights)
+        made = backbones.create(
+            encoder.model_copy(update={"compile": False}), seed=seed, weights=weights
+        )
+        assert isinstance(made.net, LastMap)
+        if reference_size is not None and hasattr(made.net.model, "set_input_size"):
+            made.net.model.set_input_size(img_size=reference_size)
+        features = Features(made.net)
+        if encoder.compile:
+            features.compile()
         self.provenance = made.provenance
         self.detector = Detector(detector, num_base)
-        self.encoder = SupportEncoder(made.net, encoder, self.detector.widths)
+        self.encoder = SupportEncoder(features, self.detector.widths, encoder.train_blocks)
 
     def prototypes(self, rows_RP: Tensor, object_of_row: Tensor, num: int) -> Tensor:
         """(num, P): the mean of each object's rows, the part of each scale of length 1."""
