@@ -1,0 +1,255 @@
+"""How ``refdet`` is trained: episodes of frames and references, in stages, judged as it is run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from pydantic import JsonValue
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from runtime import references
+from runtime.bundle import write_atomic
+from runtime.frames import Frames
+from runtime.objects import ObjectData, object_splits, read_objects
+from runtime.preprocess import apply
+from runtime.systems import refdet
+from runtime.tensors import Array
+from training.backbones import read_weights
+from training.data import fingerprint, loader
+from training.profiler import section
+from training.run import Run
+from training.systems.refdet.cache import FeatureCache
+from training.systems.refdet.config import StageConfig, TaskConfig, WeightsConfig
+from training.systems.refdet.data import Episodes
+from training.systems.refdet.loss import Losses
+from training.systems.refdet.model import Detect, RefDet
+from training.task import Position, Progress
+
+_CONTRASTIVE = ("prototype", "supervised", "proposals", "triplet")
+_ENCODED = 16  # references at once, where nothing is learnt
+_BUNDLED = 8  # objects whose references the bundle holds, at most
+_CACHE_BYTES = 256 << 20  # of decoded frames that the network is judged by
+
+
+class Training(nn.Module):
+    """The nets within what trains them; ``net`` is what is exported."""
+
+    def __init__(self, net: RefDet, losses: Losses) -> None:
+        super().__init__()
+        self.net = net
+        self.losses = losses
+
+    def forward(
+        self, batch: Mapping[str, Any], features_RF: Tensor | None, weights: WeightsConfig
+    ) -> dict[str, Tensor]:
+        """Losses of an episode.
+
+        Args:
+            batch: see ``data``.
+            features_RF: of its pictures, where they are known; None: they are computed here.
+        """
+        prompted_BN = batch["prompted"]
+        with section("encoder"):
+            if features_RF is None:
+                features_RF = self.net.encoder.features(batch["pictures"])
+            rows_RP = self.net.encoder(features_RF)
+            whose_R = batch["object_of_picture"]
+            prototypes_NP = self.net.prototypes(rows_RP, whose_R, prompted_BN.shape[1])
+        output = self.net.detector(batch["images"], prototypes_NP, prompted_BN)
+        with section("loss"), torch.autocast(prompted_BN.device.type, enabled=False):
+            losses: dict[str, Tensor] = self.losses(
+                output, rows_RP.float(), prototypes_NP.float(), batch, weights
+            )
+        return losses
+
+
+def build_model(
+    config: TaskConfig, num_base: int, *, weights: bool = True
+) -> tuple[Training, dict[str, str]]:
+    """The nets within what trains them, and where the encoder's weights came from.
+
+    Args:
+        num_base: base classes; 0: no branch for them.
+        weights: False leaves random numbers, for a checkpoint to replace.
+
+    Raises:
+        ConfigError, WeightsError: from ``training.backbones``.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.train.seed)
+        net = RefDet(
+            config.encoder, config.detector, num_base, seed=config.train.seed, weights=weights
+        )
+    return Training(net, Losses(config.loss, num_base)), net.provenance
+
+
+class Task:
+    """See ``training.task.Task``, and ``Paced`` there.
+
+    Judged by objects that training never sees: by the split ``val`` where there is one, and the
+    best epoch is kept. By ``test`` where there is only that, and the last epoch is kept: a test set
+    that chooses is no test.
+    """
+
+    def __init__(self, config: TaskConfig, data: Path, root: Path, *, weights: bool = True) -> None:
+        self.config = config
+        self.training = read_objects(data, "train")
+        splits = object_splits(data)
+        self.judged_by: Literal["val", "test"] | None = (
+            "val" if "val" in splits else "test" if "test" in splits else None
+        )
+        self.judged = None if self.judged_by is None else read_objects(data, self.judged_by)
+        self.best: tuple[str, Literal["max", "min"]] | None = (
+            ("map50", "max") if self.judged_by == "val" else None
+        )
+        self.labels = sorted(self.training.references) if config.base else []
+        self.data_summary: dict[str, JsonValue] = {
+            "folder": data.resolve().name,
+            "num_train": len(self.training.frames),
+            "num_objects": len(self.training.references),
+            "judged_by": self.judged_by,
+            "sha256": fingerprint(data, self.training.files()),
+        }
+        self.model, provenance = build_model(config, len(self.labels), weights=weights)
+        self.provenance: dict[str, JsonValue] = {**provenance}
+        self.cache = FeatureCache(config.encoder.cache_bytes)
+        self._frames = Frames(_CACHE_BYTES)
+        self._learning = {
+            name: [p for p in part.parameters() if p.requires_grad]
+            for name, part in self._parts().items()
+        }
+
+    def loader(self) -> DataLoader[Any]:
+        return loader(
+            Episodes(self.training, self.config), self.config.train, shuffle=False, batched=True
+        )
+
+    def step(self, model: nn.Module, batch: Any, position: Position) -> Mapping[str, Tensor]:
+        self._enter(self.stage(position.epoch))
+        features_RF = None
+        if self.model.net.encoder.frozen:
+            with section("encoder"):
+                features_RF = self.cache.features(
+                    self.model.net.encoder.features, batch["picture_keys"], batch["pictures"]
+                )
+        losses = model(batch, features_RF, self.weights(position.epoch))
+        return cast(Mapping[str, Tensor], losses)
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        assert isinstance(model, Training)
+        return {} if self.judged is None else self._judge(model.net, self.judged)
+
+    def finish(self, run: Run, model: nn.Module, progress: Progress) -> dict[str, JsonValue]:
+        """Write the base classes' names, and what the bundle looks for unless told otherwise."""
+        assert isinstance(model, Training)
+        write_atomic(run.root / "labels.json", json.dumps(self.labels, indent=2) + "\n")
+        shown = self.training if self.judged is None else self.judged
+        names = sorted(shown.references)[:_BUNDLED]
+        pictures = {name: self._pictures(shown, name) for name in names}
+        spec = self.config.reference_preprocess
+        references.save_references(run.root / "references.npz", pictures, spec)
+        results: dict[str, JsonValue] = {
+            "parameters": {name: num for name, num, _ in model.net.parameter_table()},
+            "encoder_cache": {
+                "hits": self.cache.hits,
+                "misses": self.cache.misses,
+                "bytes": self.cache.num_bytes,
+            },
+        }
+        if self.judged is not None:
+            model.load_state_dict(read_weights(run.weights()))
+            results[str(self.judged_by)] = {**self._judge(model.net, self.judged, progress)}
+        return results
+
+    # --- stages and rates ------------------------------------------------------------------------
+
+    def stage(self, epoch: int) -> StageConfig:
+        """The stage that an epoch, from 0, belongs to."""
+        return [stage for stage in self.config.stages if stage.start <= epoch][-1]
+
+    def weights(self, epoch: int) -> WeightsConfig:
+        """Of the losses in an epoch, from 0."""
+        config, weights = self.config.loss, self.stage(epoch).weights
+        if config.contrastive_until is None or epoch < config.contrastive_until:
+            return weights
+        factor = config.contrastive_factor
+        return weights.model_copy(update={n: getattr(weights, n) * factor for n in _CONTRASTIVE})
+
+    def groups(self) -> list[tuple[list[nn.Parameter], float]]:
+        rates = self.config.rates
+        factors = {"backbone": rates.backbone, "fusion": rates.fusion, "head": rates.head}
+        net = set(self.model.net.encoder.net.parameters())
+        encoder = self._learning["encoder"]
+        groups = [(self._learning[name], factor) for name, factor in factors.items()]
+        groups.append(([p for p in encoder if p not in net], rates.head))
+        groups.append(([p for p in encoder if p in net], rates.encoder))
+        return [(parameters, factor) for parameters, factor in groups if parameters]
+
+    def pace(self, epoch: int) -> float:
+        return self.stage(epoch).lr
+
+    def _parts(self) -> dict[str, nn.Module]:
+        net = self.model.net
+        detector = net.detector
+        return {
+            "backbone": detector.backbone,
+            "fusion": detector.fusion,
+            "head": detector.head,
+            "encoder": net.encoder,
+        }
+
+    def _enter(self, stage: StageConfig) -> None:
+        """Let learn what may learn in a stage; a part that is frozen keeps its statistics too."""
+        for name, part in self._parts().items():
+            frozen = name in stage.frozen
+            if frozen == part.training:
+                part.train(not frozen)
+            for parameter in self._learning[name]:
+                parameter.requires_grad_(not frozen)
+
+    # --- judging ---------------------------------------------------------------------------------
+
+    def _judge(
+        self, net: RefDet, data: ObjectData, progress: Progress | None = None
+    ) -> dict[str, float]:
+        """Metrics of a split, as ``runtime.systems.refdet`` measures them in a bundle."""
+        detect = Detect(net, self.config.num_candidates).eval()
+        device = next(net.parameters()).device
+
+        @torch.no_grad()
+        def run(images_BCHW: Array, prototypes_NP: Array) -> tuple[Array, Array, Array]:
+            feeds = (torch.from_numpy(array).to(device) for array in (images_BCHW, prototypes_NP))
+            boxes_BM4, scores_BM, classes_BM = (each.cpu().numpy() for each in detect(*feeds))
+            return boxes_BM4, scores_BM, classes_BM
+
+        def report(done: int, of: int) -> None:
+            if progress is not None:
+                progress("evaluation", done, of)
+
+        return refdet.evaluate(
+            run,
+            {name: self._prototype(net, data, name) for name in data.references},
+            data.frames,
+            self._frames.read,
+            self.config.preprocess,
+            self.config.inference,
+            num_base=len(self.labels),
+            progress=report,
+        )
+
+    @torch.no_grad()
+    def _prototype(self, net: RefDet, data: ObjectData, name: str) -> Array:
+        """(P,) float32 of an object, from all of its references as they are."""
+        pictures_RCHW = torch.from_numpy(
+            apply(self.config.reference_preprocess, self._pictures(data, name))
+        ).to(next(net.parameters()).device)
+        rows = [net.encoder(net.encoder.features(p)) for p in torch.split(pictures_RCHW, _ENCODED)]
+        return references.average(torch.cat(rows).float().cpu().numpy(), net.detector.widths)
+
+    def _pictures(self, data: ObjectData, name: str) -> Sequence[Array]:
+        return [self._frames.reference(each) for each in data.references[name]]
