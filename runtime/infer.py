@@ -40,6 +40,7 @@ Say = Callable[[str], None]
 OVERVIEW_NAME = "overview.jpg"
 COCO_NAME = "coco.json"
 _LINES_NAME = "results.jsonl"
+_ORIGIN = "source"  # first column of every table
 
 _QUEUE_BATCHES = 2  # decoded ahead of inference
 _DRAWING_THREADS = 2
@@ -393,7 +394,7 @@ class _Coco:
         number = len(self._images) + 1
         height, width = image.shape[:2]
         origin = _origin(item)
-        size = {"id": number, "file_name": origin.pop("source"), "width": width, "height": height}
+        size = {"id": number, "file_name": origin.pop(_ORIGIN), "width": width, "height": height}
         self._images.append(json.dumps({**size, **origin}))
         for found in result.objects:
             x1, y1, x2, y2 = (round(float(side), 2) for side in found.box)
@@ -524,10 +525,17 @@ def _video_path(out: Path, source: Source) -> Path:
 def _remove_earlier(out: Path, source: Source) -> None:
     """Remove what an earlier run may have left beside its table, but nothing that is to be read."""
     drawn = [*(out / "overlays").rglob("*.png"), out / OVERVIEW_NAME, _video_path(out, source)]
+    tables = [path for path in out.glob("*.csv") if _is_table(path)]
     sources = {path.resolve() for path in source.paths}
-    for path in [*drawn, out / _LINES_NAME, out / COCO_NAME]:
+    for path in [*drawn, *tables, out / _LINES_NAME, out / COCO_NAME]:
         if path.resolve() not in sources:
             path.unlink(missing_ok=True)
+
+
+def _is_table(path: Path) -> bool:
+    """Whether a file begins as our tables do; the names of lists are their systems' affair."""
+    with path.open(encoding="utf-8", errors="surrogateescape") as file:
+        return file.readline().startswith(f"{_ORIGIN},")
 
 
 def _names_for_coco(system: System, source: Source) -> tuple[str, ...]:
@@ -556,7 +564,7 @@ def _check_apart(targets: Iterable[Path], sources: Sequence[Path]) -> None:
 
 def _origin(item: _Item) -> dict[str, Any]:
     """Where a record comes from."""
-    origin: dict[str, Any] = {"source": item.name}
+    origin: dict[str, Any] = {_ORIGIN: item.name}
     if item.index is not None:
         origin["frame"] = item.index
     if item.time_s is not None:

@@ -258,8 +258,13 @@ class TestOverlays:
         infer(Levels(), film, out, overlays=True)
         drawn = {path.name for path in out.rglob("*") if path.is_file()}
         assert drawn == {"results.csv", "film.mp4"}
+        (out / "objects.csv").write_text("source,name\nfilm.mp4,cup\n")
+        (out / "mine.csv").write_text("name,price\ncup,3\n")
         infer(Levels(), film, out)
-        assert [path.name for path in out.iterdir() if path.is_file()] == ["results.csv"]
+        assert {path.name for path in out.iterdir() if path.is_file()} == {
+            "results.csv",
+            "mine.csv",
+        }
 
     def test_stay_where_they_are_what_is_read(self, tmp_path: Path) -> None:
         images.write(tmp_path / "overlays" / "a.png", grey(10))
