@@ -10,7 +10,7 @@ from runtime.objects import Frame, Reference
 from runtime.tensors import Array
 from runtime.video import VideoFile
 
-_MAX_OPEN = 8  # videos
+_MAX_OPEN = 8  # decoders of videos; where the frames of the others lie is still known
 _MARGIN = 0.05  # around a box that is cut out, as a share of its sides
 
 
@@ -34,7 +34,8 @@ class Frames:
         self.num_hits = self.num_misses = 0
         self._kept: OrderedDict[Frame, Array] = OrderedDict()
         self._num_bytes = 0
-        self._videos: OrderedDict[Path, VideoFile] = OrderedDict()
+        self._videos: dict[Path, VideoFile] = {}
+        self._open: OrderedDict[Path, VideoFile] = OrderedDict()
 
     def read(self, frame: Frame) -> Array:
         """(H, W, 3) uint8 RGB; not to be written to.
@@ -74,8 +75,8 @@ class Frames:
 
     def close(self) -> None:
         """Release all decoders; closing twice is allowed."""
-        while self._videos:
-            self._videos.popitem()[1].close()
+        while self._open:
+            self._open.popitem()[1].close()
 
     def __getstate__(self) -> dict[str, int]:
         return {"max_bytes": self.max_bytes}  # another process opens and keeps its own
@@ -86,8 +87,10 @@ class Frames:
     def _decode(self, frame: Frame) -> Array:
         if frame.index is None:
             return images.read(frame.path)
-        video = self._videos.pop(frame.path, None) or VideoFile(frame.path)
-        self._videos[frame.path] = video  # the last one used last
-        if len(self._videos) > _MAX_OPEN:
-            self._videos.popitem(last=False)[1].close()
+        if frame.path not in self._videos:
+            self._videos[frame.path] = VideoFile(frame.path)
+        video = self._open[frame.path] = self._videos[frame.path]
+        self._open.move_to_end(frame.path)
+        if len(self._open) > _MAX_OPEN:
+            self._open.popitem(last=False)[1].close()
         return video.read(frame.index)

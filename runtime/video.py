@@ -30,6 +30,8 @@ _RECONNECT_S = (0.5, 1.0, 2.0, 4.0, 8.0)  # waits between attempts; then the str
 _TIMEOUT_S = 10.0  # of a connection that sends nothing
 # 24, 25, 30, 50, 60 and 30000/1001 frames per second are exact in it; MPEG-4 allows at most 65535
 _TICK = Fraction(1, 60000)
+# formats in which a time leads to its frame; of others a frame is found by counting from the start
+_SEEKABLE = ("mov", "matroska")
 
 
 @dataclass(frozen=True)
@@ -102,36 +104,39 @@ def frames(path: str | Path, *, step: int = 1) -> Iterator[Frame]:
 
 
 class VideoFile:
-    """Any frame of a video file, in any order; the decoder stays where it is between two reads.
+    """Any frame of a video file, in any order; frames are numbered as by ``frames``.
 
-    Close it, or use it in a ``with`` statement.
+    The decoder stays where it is between two reads. Close it, or use it in a ``with`` statement;
+    reading on opens it again.
     """
 
     def __init__(self, path: Path) -> None:
         """Find all frames; none is decoded yet.
 
         Raises:
-            VideoError: it cannot be opened, has no video, or frames without timestamps.
+            VideoError: it cannot be opened, has no video, or no frames.
         """
         self.path = path
-        self._container = _open_file(path)
-        self._stream = _video_stream(self._container, path)
-        self._stream.thread_type = "AUTO"
-        packets = [packet for packet in self._container.demux(self._stream) if packet.size]
-        if not packets or any(packet.pts is None for packet in packets):
-            self.close()
-            raise VideoError(
-                f"{path} has no frames with timestamps",
-                fix="put the stream into a container: ffmpeg -i FILE -c copy OUT.mkv",
-            )
-        self._ticks = sorted(packet.pts for packet in packets)  # decoded in another order
-        self._index_of = {tick: i for i, tick in enumerate(self._ticks)}
-        self._keys = sorted(self._index_of[p.pts] for p in packets if p.is_keyframe) or [0]
-        self._decoded: Iterator[Any] = iter(())
-        self._next = len(self)  # index of the frame that the decoder gives next
+        self._container: Any = None
+        self._next = 0  # number of the frame that the decoder gives next
+        with _open_file(path) as container, _reading(path):
+            stream = _video_stream(container, path)
+            # what a trimmed clip only decodes, and does not show, has no number
+            packets = [p for p in container.demux(stream) if p.size and not p.is_discard]
+            self._seekable = container.format.name.startswith(_SEEKABLE)
+        if not packets:
+            raise VideoError(f"{path} holds no frames", fix="copy or record the video again")
+        self._num_frames = len(packets)
+        ticks = {packet.pts for packet in packets}
+        self._seekable = self._seekable and len(ticks - {None}) == len(packets)
+        self._keys = [0]
+        if self._seekable:
+            self._ticks = sorted(ticks)  # packets come in the order of decoding
+            self._index_of = {tick: i for i, tick in enumerate(self._ticks)}
+            self._keys = sorted({0, *(self._index_of[p.pts] for p in packets if p.is_keyframe)})
 
     def __len__(self) -> int:
-        return len(self._ticks)
+        return self._num_frames
 
     def __enter__(self) -> VideoFile:
         return self
@@ -149,32 +154,46 @@ class VideoFile:
             VideoError: there is no such frame, or it cannot be decoded.
         """
         if not 0 <= index < len(self):
-            raise VideoError(f"{self.path} has {len(self)} frames, no frame {index}")
-        key = self._keys[bisect_right(self._keys, index) - 1]
-        if not key <= self._next <= index:  # behind it, or with a key frame between
-            self._container.seek(self._ticks[key], stream=self._stream, backward=True)
-            self._decoded = self._container.decode(self._stream)
-        try:
-            for decoded in self._decoded:
-                self._next = self._index_of.get(decoded.pts, -1) + 1
-                if self._next > index + 1:
-                    break
-                if self._next == index + 1:
-                    return _upright(decoded)
-        except av.FFmpegError as error:
-            self._next = len(self)
             raise VideoError(
-                f"{self.path}: frame {index} cannot be decoded ({error.strerror})",
-                fix="copy or record the video again",
-            ) from error
-        self._next = len(self)
-        raise VideoError(
-            f"{self.path}: frame {index} is damaged", fix="copy or record the video again"
-        )
+                f"{self.path} has {len(self)} frames, no frame {index}",
+                fix="check the numbers of its frames: they count from 0",
+            )
+        key = self._keys[bisect_right(self._keys, index) - 1]
+        with _reading(self.path):
+            if self._container is None or not key <= self._next <= index:
+                self._go_to(key)
+            for decoded in self._decoded:
+                place = self._index_of.get(decoded.pts, -1) if self._seekable else self._next
+                self._next = place + 1
+                if place >= index:
+                    break
+            else:
+                place = -1
+        if place != index or (self._tally.num_damaged and not self._seekable):
+            self.close()
+            raise VideoError(
+                f"{self.path}: frame {index} is damaged", fix="copy or record the video again"
+            )
+        return _upright(decoded)
 
     def close(self) -> None:
         """Release the decoder; closing twice is allowed."""
-        self._container.close()
+        if self._container is not None:
+            self._container.close()
+            self._container = None
+
+    def _go_to(self, key: int) -> None:
+        """Have the decoder begin at a frame that needs no other."""
+        if self._container is None or not self._seekable:
+            self.close()
+            self._container = _open_file(self.path)
+            self._stream = _video_stream(self._container, self.path)
+            self._stream.thread_type = "AUTO"
+        if self._seekable:
+            self._container.seek(self._ticks[key], stream=self._stream, backward=True)
+        self._tally = _Tally()
+        self._decoded = _pictures(self._container, self._stream, self._tally)
+        self._next = key
 
 
 class LiveStream:
@@ -393,6 +412,16 @@ def _open(address: str, *, live: bool = False) -> Any:
         raise VideoError(
             f"cannot open video {address}: {getattr(error, 'strerror', error)}",
             fix="check that it exists and is a video",
+        ) from error
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except av.FFmpegError as error:
+        raise VideoError(
+            f"{path} cannot be read: {error.strerror}", fix="copy or record the video again"
         ) from error
 
 
