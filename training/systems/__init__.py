@@ -11,6 +11,7 @@ from runtime.errors import UsageError
 TASKS: dict[str, str] = {
     "noising": "training.systems.noising",
     "paco": "training.systems.paco",
+    "refdet": "training.systems.refdet",
     "stripe": "training.systems.stripe",
 }
 

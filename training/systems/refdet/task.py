@@ -83,7 +83,12 @@ def build_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
         net = RefDet(
-            config.encoder, config.detector, num_base, seed=config.train.seed, weights=weights
+            config.encoder,
+            config.detector,
+            num_base,
+            reference_size=config.reference_preprocess.size,
+            seed=config.train.seed,
+            weights=weights,
         )
     return Training(net, Losses(config.loss, num_base)), net.provenance
 
