@@ -8,6 +8,7 @@ at inference. Nothing edits its input.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import cv2
@@ -144,7 +145,7 @@ class Episodes:
         return shaded(np.ascontiguousarray(picture), augment, rng)
 
 
-def _numbers(values: Any) -> Array:
+def _numbers(values: Iterable[int]) -> Array:
     return np.fromiter(values, np.int64)
 
 
@@ -196,8 +197,8 @@ def change(
     if rng.random() < config.blur:
         image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.4, 1.2))
     if rng.random() < config.noise:
-        grain = rng.normal(0, rng.uniform(2, 10), image.shape)
-        image = np.clip(image + grain, 0, 255).astype(np.uint8)
+        grain = rng.uniform(2, 10) * rng.standard_normal(image.shape, np.float32)
+        image = cv2.add(image, grain, dtype=cv2.CV_8U)
     if rng.random() < config.erase:
         image = erased(image, rng, spec.pad_value)
     return image, clipped[kept], kept
@@ -207,15 +208,15 @@ def turned(image: Array, boxes_N4: Array, *, quarters: int, mirrored: bool) -> t
     """Turned counterclockwise by quarters of a circle, then perhaps mirrored left to right."""
     for _ in range(quarters):
         width = image.shape[1]
-        image = np.rot90(image)
+        image = cv2.rotate(image, cv2.ROTATE_90_COUNTERCLOCKWISE)
         x1, y1, x2, y2 = boxes_N4.T
         boxes_N4 = np.stack([y1, width - x2, y2, width - x1], axis=1)
     if mirrored:
         width = image.shape[1]
-        image = image[:, ::-1]
+        image = cv2.flip(image, 1)
         x1, y1, x2, y2 = boxes_N4.T
         boxes_N4 = np.stack([width - x2, y1, width - x1, y2], axis=1)
-    return np.ascontiguousarray(image), boxes_N4
+    return image, boxes_N4
 
 
 def fitted(
