@@ -1,16 +1,20 @@
-"""What is looked for speaks to what is seen: support-modulated fusion of the pyramid.
+"""What is looked for speaks to what is seen: fusions of a pyramid of maps with prototypes.
 
-A map of each scale is mixed with its neighbours, attends to itself at a cost linear in its size,
-and is weighed channel by channel by the prototypes of the prompt. Many prototypes weigh by the
-mean of their gates, so that the cost does not depend on how many there are: which of them is where
-is told by the head.
+``Psalm``: a map of each scale is mixed with its neighbours, attends to itself at a cost linear in
+its size, and is weighed channel by channel by the prototypes of the prompt. Many prototypes weigh
+by the mean of their gates, so that the cost does not depend on how many there are: which of them is
+where is told by the head.
 
-Source: the PSALM block of YOLOv8n-RefDet; Shen et al., "Efficient Attention: Attention with Linear
-Complexities", 2021.
+``Cheaf``: the alternative with attention and convolutions side by side. As published it does not
+look at the prototypes at all.
+
+Source: the PSALM and CHEAF blocks of YOLOv8n-RefDet; Shen et al., "Efficient Attention: Attention
+with Linear Complexities", 2021.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -35,19 +39,24 @@ class LinearAttention(nn.Module):
 
     Keys are normalised over positions and queries over channels, so that the small matrix
     keys x values comes first.
+
+    Args:
+        local: queries and keys see their surroundings.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, *, local: bool) -> None:
         super().__init__()
         inner = width // 2
         self.heads = max(1, min(4, width // 16))
-        self.before_queries, self.before_keys = ShortLong(width), ShortLong(width)
+        self.before_queries, self.before_keys = (
+            ShortLong(width) if local else nn.Identity() for _ in range(2)
+        )
         self.queries = nn.Conv2d(width, inner, 1)
         self.keys = nn.Conv2d(width, inner, 1)
         self.values = nn.Conv2d(width, inner, 1)
         self.out = nn.Conv2d(inner, width, 1)
 
-    def forward(self, x: Tensor, gates: Tensor) -> Tensor:
+    def forward(self, x: Tensor, gates: Tensor | None = None) -> Tensor:
         height, width = x.shape[2:]
         parts = (
             self.queries(self.before_queries(x)),
@@ -60,12 +69,13 @@ class LinearAttention(nn.Module):
         )
         context = keys.softmax(-1) @ values.transpose(-1, -2)
         found = (context.transpose(-1, -2) @ queries.softmax(-2)).flatten(1, 2)
-        found = (found * gates[..., None]).unflatten(2, (height, width)).to(x.dtype)
-        out: Tensor = self.out(found)
+        if gates is not None:
+            found = found * gates[..., None]
+        out: Tensor = self.out(found.unflatten(2, (height, width)).to(x.dtype))
         return out
 
 
-class Fusion(nn.Module):
+class Psalm(nn.Module):
     """The pyramid of the frames, modulated by what is looked for.
 
     Args:
@@ -88,7 +98,7 @@ class Fusion(nn.Module):
             nn.Sequential(nn.Conv2d(c, c, 3, padding=1, groups=c), nn.BatchNorm2d(c), nn.SiLU())
             for c in channels
         )
-        self.attentions = nn.ModuleList(LinearAttention(c) for c in channels)
+        self.attentions = nn.ModuleList(LinearAttention(c, local=True) for c in channels)
         self.gates = nn.ModuleList(
             nn.Sequential(nn.Linear(p, c // 2), nn.LayerNorm(c // 2), nn.Sigmoid())
             for c, p in zip(channels, widths, strict=True)
@@ -104,10 +114,7 @@ class Fusion(nn.Module):
             )
             for c, out in zip(channels, outputs, strict=True)
         )
-        self.around = nn.ModuleList(
-            nn.Identity() if c == out else nn.Conv2d(c, out, 1)
-            for c, out in zip(channels, outputs, strict=True)
-        )
+        self.around = _around(channels, outputs)
 
     def forward(
         self, maps: Sequence[Tensor], prototypes_NP: Tensor, prompted_BN: Tensor | None = None
@@ -146,17 +153,107 @@ def _twice(x: Tensor) -> Tensor:
     return F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=False)
 
 
-class Plain(nn.Module):
-    """No fusion: maps as they are, but with ``outputs`` channels; for small nets and comparison."""
+def _around(channels: Sequence[int], outputs: Sequence[int]) -> nn.ModuleList:
+    return nn.ModuleList(
+        nn.Identity() if c == out else nn.Conv2d(c, out, 1)
+        for c, out in zip(channels, outputs, strict=True)
+    )
+
+
+class _Emphasis(nn.Module):
+    """A map times how much each channel matters, then times how much each place does."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        inner = max(1, width // 16)
+        self.channels = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1),
+            nn.Conv2d(width, inner, 1),
+            nn.ReLU(),
+            nn.Conv2d(inner, width, 1),
+            nn.Sigmoid(),
+        )
+        self.places = nn.Sequential(
+            nn.Conv2d(width, inner, 1),
+            nn.BatchNorm2d(inner),
+            nn.ReLU(),
+            nn.Conv2d(inner, 1, 1),
+            nn.Sigmoid(),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * self.channels(x)
+        out: Tensor = x * self.places(x)
+        return out
+
+
+class Cheaf(nn.Module):
+    """The pyramid of the frames, each map attending to itself beside convolutions.
+
+    Args: see ``Psalm``; the prototypes make no difference.
+    """
 
     def __init__(
         self, channels: Sequence[int], widths: Sequence[int], outputs: Sequence[int]
     ) -> None:
         super().__init__()
-        self.around = nn.ModuleList(
-            nn.Identity() if c == out else nn.Conv2d(c, out, 1)
-            for c, out in zip(channels, outputs, strict=True)
+        pairs = list(pairwise(channels))
+        self.attentions = nn.ModuleList(LinearAttention(c, local=False) for c in channels)
+        self.convolutions = nn.ModuleList(ShortLong(c) for c in channels)
+        self.join = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(2 * c, c, 1), nn.BatchNorm2d(c), nn.SiLU()) for c in channels
         )
+        self.emphasis = nn.ModuleList(_Emphasis(c) for c in channels if pairs)
+        self.top_down = nn.ModuleList(nn.Conv2d(above, here, 1) for here, above in pairs)
+        self.bottom_up = nn.ModuleList(nn.Conv2d(below, here, 3, 2, 1) for below, here in pairs)
+        self.smooth = nn.ModuleList(_separable(c, c) for c in channels)
+        self.refine = nn.ModuleList(
+            _separable(c, out) for c, out in zip(channels, outputs, strict=True)
+        )
+        self.around = _around(channels, outputs)
+
+    def forward(
+        self, maps: Sequence[Tensor], prototypes_NP: Tensor, prompted_BN: Tensor | None = None
+    ) -> list[Tensor]:
+        """See ``Psalm.forward``."""
+        both = [
+            join(torch.cat([attend(q) + q, convolve(q)], 1)) + q
+            for q, attend, convolve, join in zip(
+                maps, self.attentions, self.convolutions, self.join, strict=True
+            )
+        ]
+        mixed = self._pyramid(both)
+        return [
+            refine(x) + around(q)
+            for x, q, refine, around in zip(mixed, maps, self.refine, self.around, strict=True)
+        ]
+
+    def _pyramid(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        mixed = list(maps)
+        for i in reversed(range(len(self.top_down))):
+            mixed[i] = self.emphasis[i](maps[i]) + _twice(self.top_down[i](mixed[i + 1]))
+        for i, conv in enumerate(self.bottom_up, 1):
+            mixed[i] = self.emphasis[i](mixed[i]) + conv(mixed[i - 1])
+        return [smooth(x) + q for smooth, x, q in zip(self.smooth, mixed, maps, strict=True)]
+
+
+def _separable(inputs: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, padding=1, groups=math.gcd(inputs, outputs)),
+        nn.Conv2d(outputs, outputs, 1),
+        nn.BatchNorm2d(outputs),
+        nn.SiLU(),
+    )
+
+
+class Plain(nn.Module):
+    """No fusion: maps as they are, but with ``outputs`` channels; for small nets."""
+
+    def __init__(
+        self, channels: Sequence[int], widths: Sequence[int], outputs: Sequence[int]
+    ) -> None:
+        super().__init__()
+        self.around = _around(channels, outputs)
 
     def forward(
         self, maps: Sequence[Tensor], prototypes_NP: Tensor, prompted_BN: Tensor | None = None
@@ -164,4 +261,4 @@ class Plain(nn.Module):
         return [around(q) for around, q in zip(self.around, maps, strict=True)]
 
 
-FUSIONS: dict[str, type[nn.Module]] = {"psalm": Fusion, "none": Plain}
+FUSIONS: dict[str, type[nn.Module]] = {"psalm": Psalm, "cheaf": Cheaf, "none": Plain}
