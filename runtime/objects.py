@@ -4,7 +4,8 @@ Two layouts are known:
 
 * COCO: ``annotations_{train,val,test}.json`` beside ``images/``, a category per object. Pictures of
   an object lie in ``references/<name>/``; where there is no such folder, boxes of the object are
-  cut out, and the frames that they were cut from are not searched for it.
+  cut out of training frames that show it, or else of the split's own. A frame that a reference was
+  cut from is not searched. Crowds are left out.
 * videos: ``annotations.json``, a list of ``{"video_id", "annotations": [{"bboxes": [{"frame", "x1",
   "y1", "x2", "y2"}]}]}``, and ``samples/<video_id>/`` with one video and ``object_images/``. A
   video may say of which ``object`` it is; otherwise its own id is the object's name. Objects, not
@@ -114,8 +115,7 @@ def read_objects(
 
     Args:
         hold_out: objects that training never sees: frames with one of them are left out of
-            ``train``, and the other splits look for no other object. Their references may come from
-            frames of the training file.
+            ``train``, and the other splits look for no other object.
         seed: of the division of videos' objects.
 
     Raises:
@@ -128,8 +128,8 @@ def read_objects(
         found = _read_coco(root, split, hold_out)
     if not found.frames:
         raise DatasetError(
-            f"{root} has no frames with objects for '{split}'",
-            fix="add labelled frames, or hold out fewer objects",
+            f"{root} has no frames for '{split}' that are not references or left out",
+            fix="add labelled frames, put pictures into references/, or hold out fewer objects",
         )
     return found
 
@@ -161,6 +161,7 @@ class _Annotation(_Part):
     image_id: int
     category_id: int
     bbox: Box
+    iscrowd: int = 0
 
 
 class _Coco(_Part):
@@ -187,31 +188,36 @@ def _read_coco(root: Path, split: Split, hold_out: Sequence[str]) -> ObjectData:
     present = {name for each in frames for name in each.objects}
     wanted = present & set(hold_out) if hold_out and split != "train" else present
     if (root / "references").is_dir():
-        references = {name: _pictures_of(root / "references" / name) for name in sorted(wanted)}
+        references = {
+            name: _pictures_of([root / "references" / name], name) for name in sorted(wanted)
+        }
         return ObjectData(tuple(frames), references)
-    pool = frames
-    held_out_before = root / "annotations_train.json"
-    if hold_out and split != "train" and held_out_before.is_file():
-        pool = _coco_frames(root, held_out_before)[0]
-    references = {name: _cut_out(pool, name) for name in sorted(wanted)}
-    if pool is frames:  # a frame is no question whose answer it is
-        frames = _without_references(frames, references)
-    return ObjectData(tuple(frames), references)
+    learned = root / "annotations_train.json"
+    earlier = _coco_frames(root, learned)[0] if split != "train" and learned.is_file() else []
+    shown = {name for each in earlier for name in each.objects}
+    references = {
+        name: _cut_out(earlier if name in shown else frames, name) for name in sorted(wanted)
+    }
+    # a frame is no question whose answer it is
+    used = {each.frame for found in references.values() for each in found}
+    return ObjectData(tuple(each for each in frames if each.frame not in used), references)
 
 
 def _coco_frames(root: Path, path: Path) -> tuple[list[LabelledFrame], set[str]]:
     """The frames of a file, and the names of all its categories."""
     coco = _validated(TypeAdapter(_Coco), path)
     names = {category.id: category.name for category in coco.categories}
-    boxes: dict[int, list[tuple[Box, str]]] = defaultdict(list)
+    boxes: dict[int, list[tuple[Box, str]]] = {image.id: [] for image in coco.images}
     for each in coco.annotations:
-        if each.category_id not in names:
+        if each.category_id not in names or each.image_id not in boxes:
             raise DatasetError(
-                f"{path}: an annotation is of category {each.category_id}, which is not listed",
-                fix="list every category",
+                f"{path}: an annotation is of category {each.category_id} in image "
+                f"{each.image_id}, which are not both listed",
+                fix="list every image and every category",
             )
         x, y, width, height = each.bbox
-        boxes[each.image_id].append(((x, y, x + width, y + height), names[each.category_id]))
+        if not each.iscrowd:
+            boxes[each.image_id].append(((x, y, x + width, y + height), names[each.category_id]))
     frames = []
     for image in coco.images:
         picture = root / "images" / image.file_name
@@ -242,12 +248,13 @@ def _labelled(
     return LabelledFrame(frame, coordinates, tuple(name for _, name in boxes), video)
 
 
-def _pictures_of(folder: Path) -> tuple[Reference, ...]:
-    files = PICTURES.find(sorted(folder.iterdir())) if folder.is_dir() else []
+def _pictures_of(folders: Sequence[Path], name: str) -> tuple[Reference, ...]:
+    there = [folder for folder in folders if folder.is_dir()]
+    files = PICTURES.find([file for folder in there for file in sorted(folder.iterdir())])
     if not files:
         raise DatasetError(
-            f"there is no reference of '{folder.name}' in {folder}",
-            fix="put at least one picture of each object into a folder of its name",
+            f"there is no reference of '{name}' in {folders[0]}",
+            fix="put at least one picture of each object there",
         )
     return tuple(Reference(Frame(file)) for file in files)
 
@@ -271,14 +278,6 @@ def _cut_out(frames: Sequence[LabelledFrame], name: str) -> tuple[Reference, ...
             fix=f"put pictures of it into references/{name}/",
         )
     return tuple(found[i * len(found) // num] for i in range(num))
-
-
-def _without_references(
-    frames: Sequence[LabelledFrame], references: Mapping[str, Sequence[Reference]]
-) -> list[LabelledFrame]:
-    used = {each.frame for found in references.values() for each in found}
-    left = [each for each in frames if each.frame not in used]
-    return left or list(frames)
 
 
 # --- videos --------------------------------------------------------------------------------------
@@ -319,18 +318,15 @@ def _read_videos(root: Path, split: Split, hold_out: Sequence[str], seed: int) -
     frames: list[LabelledFrame] = []
     references: dict[str, tuple[Reference, ...]] = {}
     for name in chosen:
-        references[name] = tuple(
-            each
-            for video in by_object[name]
-            for each in _pictures_of(root / "samples" / video.video_id / "object_images")
-        )
-        for video in by_object[name]:
-            frames += _video_frames(root / "samples" / video.video_id, video, name)
+        folders = [root / "samples" / video.video_id for video in by_object[name]]
+        references[name] = _pictures_of([folder / "object_images" for folder in folders], name)
+        for folder, video in zip(folders, by_object[name], strict=True):
+            frames += _video_frames(folder, video, name)
     return ObjectData(tuple(frames), references)
 
 
 def _video_frames(folder: Path, video: _Video, name: str) -> list[LabelledFrame]:
-    files = [p for p in sorted(folder.iterdir()) if p.suffix.lower() in VIDEO_SUFFIXES]
+    files = [p for p in sorted(folder.glob("*")) if p.suffix.lower() in VIDEO_SUFFIXES]
     if len(files) != 1:
         raise DatasetError(f"{folder} holds {len(files)} videos", fix="keep one in each folder")
     boxes: dict[int, list[tuple[Box, str]]] = defaultdict(list)

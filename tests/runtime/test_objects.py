@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ def write_coco(
     root: Path,
     split: str = "train",
     *,
-    boxes: dict[str, list[tuple[str, list[float]]]],
+    boxes: Mapping[str, Sequence[tuple[str, Sequence[float]]]],
     size: tuple[int, int] = (40, 60),
     references: bool = True,
 ) -> Path:
@@ -108,6 +109,36 @@ class TestACocoFolder:
         assert used.isdisjoint(each.frame for each in found.frames)
         assert {each.box[2] - each.box[0] for each in found.references["cup"] if each.box} == {20}
 
+    def test_cuts_them_out_of_training_frames_where_these_show_the_object(
+        self, tmp_path: Path
+    ) -> None:
+        known = {f"{i}.png": [("cup", [i, 6, 20, 20])] for i in range(8)}
+        write_coco(tmp_path, boxes=known, references=False)
+        boxes = {
+            f"test-{i}.png": [("cup", [i, 6, 20, 20]), ("pen", [40, 6, 20, 20])] for i in (3, 5)
+        }
+        found = read_objects(write_coco(tmp_path, "test", boxes=boxes, references=False), "test")
+        assert len(found.references["cup"]) == 4
+        assert all("test" not in each.frame.path.name for each in found.references["cup"])
+        # training shows no pen: one of the two frames is used up for it
+        assert len(found.references["pen"]) == 1
+        assert found.references["pen"][0].frame not in [each.frame for each in found.frames]
+        assert len(found.frames) == 1
+
+    def test_whose_frames_are_all_used_up_as_references_is_refused(self, tmp_path: Path) -> None:
+        root = write_coco(tmp_path, boxes={"a.png": [("cup", [5, 6, 20, 20])]}, references=False)
+        with pytest.raises(DatasetError, match="no frames") as caught:
+            read_objects(root, "train")
+        assert "references/" in (caught.value.fix or "")
+
+    def test_leaves_crowds_out(self, tmp_path: Path) -> None:
+        root = write_coco(tmp_path, boxes={"a.png": [("cup", [5, 6, 10, 20])] * 2})
+        path = root / "annotations_train.json"
+        content = json.loads(path.read_text())
+        content["annotations"][1]["iscrowd"] = 1
+        path.write_text(json.dumps(content))
+        assert len(read_objects(root, "train").frames[0].boxes_N4) == 1
+
     def test_cuts_none_out_that_is_too_small_to_tell_anything(self, tmp_path: Path) -> None:
         boxes = {f"{i}.png": [("cup", [i, 6, 5, 20])] for i in range(3)}
         root = write_coco(tmp_path, boxes=boxes, references=False)
@@ -133,10 +164,11 @@ class TestHeldOutObjects:
 
     def test_are_all_that_the_test_looks_for(self, tmp_path: Path) -> None:
         write_coco(tmp_path, boxes=self.boxes, references=False)
-        root = write_coco(tmp_path, "test", boxes=self.boxes, references=False)
+        others = {f"test-{file}": found for file, found in self.boxes.items()}
+        root = write_coco(tmp_path, "test", boxes=others, references=False)
         found = read_objects(root, "test", hold_out=["pen"])
         assert set(found.references) == {"pen"}
-        assert len(found.frames) == 5  # the references come from the training's frames
+        assert len(found.frames) == 5
 
     def test_that_are_unknown_are_named(self, tmp_path: Path) -> None:
         with pytest.raises(DatasetError, match="no category 'fork'"):
@@ -166,6 +198,14 @@ class TestVideos:
         assert {each.video for each in test.frames} == {
             f"v{2 * int(name.split()[1]) + i}" for i in (0, 1)
         }
+
+    def test_share_the_references_of_their_object(self, tmp_path: Path) -> None:
+        root = write_videos(tmp_path, {"v0": "cup", "v1": "cup", "v2": "pen"})
+        (root / "samples" / "v0" / "object_images" / "a.jpg").unlink()
+        found = read_objects(root, "train", hold_out=["pen"])
+        (reference,) = found.references["cup"]
+        assert "v1" in reference.frame.path.parts
+        assert {each.video for each in found.frames} == {"v0", "v1"}
 
     def test_have_no_validation_of_their_own(self, tmp_path: Path) -> None:
         assert object_splits(write_videos(tmp_path, {"v0": "cup"})) == ("train", "test")
@@ -200,9 +240,10 @@ class TestWhatDoesNotFit:
         with pytest.raises(DatasetError, match="no reference of 'cup'"):
             read_objects(root, "train")
 
-    def test_a_box_of_an_unlisted_category_is_refused(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("what", ["category", "image"])
+    def test_a_box_of_what_is_not_listed_is_refused(self, tmp_path: Path, what: str) -> None:
         root = write_coco(tmp_path, boxes={"a.png": [("cup", [5, 6, 10, 20])]})
         path = root / "annotations_train.json"
-        path.write_text(path.read_text().replace('"category_id": 0', '"category_id": 7'))
-        with pytest.raises(DatasetError, match="category 7"):
+        path.write_text(path.read_text().replace(f'"{what}_id": 0', f'"{what}_id": 7'))
+        with pytest.raises(DatasetError, match=f"{what} 7"):
             read_objects(root, "train")

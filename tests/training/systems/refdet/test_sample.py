@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -44,16 +45,21 @@ def test_any_two_toys_differ_in_two_of_four() -> None:
     assert max(a.shares(b) for i, a in enumerate(toys) for b in toys[:i]) == 2
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(6))
 def test_a_box_is_where_the_toy_is(seed: int) -> None:
-    toys = choose(np.random.default_rng(seed), 6)
-    # what one more toy changes is inside of its box; all randomness before it is the same
-    picture, boxes, shown = scene(np.random.default_rng(seed), toys, 96, most=1)
+    toy = choose(np.random.default_rng(seed), 1)[0]
+    third = next(c for c in ("white", "black", "red") if c not in (toy.first, toy.second))
+    other = replace(toy, pattern="plain", first=third)
+    # scenes that differ in what the toy looks like alone: the randomness is the same
+    (picture, boxes_N4, shown), (repainted, _, _) = (
+        scene(np.random.default_rng(seed), [each], 96) for each in (toy, other)
+    )
     assert picture.shape == (96, 96, 3) and picture.dtype == np.uint8
-    assert len(boxes) == len(shown) == 1
-    x1, y1, x2, y2 = boxes[0]
-    assert 0 <= x1 < x2 <= 96 and 0 <= y1 < y2 <= 96
-    assert 8 <= x2 - x1 <= 40 and 5 <= y2 - y1 <= 40
+    assert boxes_N4.dtype == np.float32 and len(boxes_N4) == len(shown) == 1
+    rows, columns = np.nonzero((picture != repainted).any(axis=-1))
+    changed = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+    # boxes go by pixels of the drawing that are half covered, twice as fine as the picture's
+    assert boxes_N4[0] == pytest.approx(changed, abs=1.5)
 
 
 def test_the_same_seed_draws_the_same(tmp_path: Path, drawn: Path) -> None:
