@@ -248,6 +248,7 @@ class TaskConfig(SystemConfig):
     Attributes:
         preprocess: frames to network input.
         reference_preprocess: references to network input.
+        hold_out: objects that training must not see; see ``runtime.objects.read_objects``.
         base: a second branch of the head learns to find the training objects by name, without
             references.
         num_candidates: best anchors of a frame that leave the network.
@@ -259,6 +260,7 @@ class TaskConfig(SystemConfig):
     reference_preprocess: PreprocessSpec
     encoder: EncoderConfig
     detector: DetectorConfig = DetectorConfig()
+    hold_out: tuple[str, ...] = ()
     base: bool = False
     episodes: EpisodesConfig = EpisodesConfig()
     augment: AugmentConfig = AugmentConfig()

@@ -103,12 +103,16 @@ class Task:
 
     def __init__(self, config: TaskConfig, data: Path, root: Path, *, weights: bool = True) -> None:
         self.config = config
-        self.training = read_objects(data, "train")
+        self.training = read_objects(data, "train", hold_out=config.hold_out)
         splits = object_splits(data)
         self.judged_by: Literal["val", "test"] | None = (
             "val" if "val" in splits else "test" if "test" in splits else None
         )
-        self.judged = None if self.judged_by is None else read_objects(data, self.judged_by)
+        self.judged = (
+            None
+            if self.judged_by is None
+            else read_objects(data, self.judged_by, hold_out=config.hold_out)
+        )
         self.best: tuple[str, Literal["max", "min"]] | None = (
             ("map50", "max") if self.judged_by == "val" else None
         )

@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from training.systems.refdet.assign import pad
-from training.systems.refdet.config import LossConfig
+from training.systems.refdet.config import LossConfig, WeightsConfig
+from training.systems.refdet.head import Output, Raw
 from training.systems.refdet.loss import (
     DetectionLoss,
+    Losses,
     WIoU,
     binary_cross_entropy,
     ciou,
@@ -482,3 +484,97 @@ class TestDetectionLoss:
         targets = pad([torch.tensor([[8.0, 8.0, 40.0, 40.0]])] * 2, [torch.tensor([0])] * 2)
         losses, _ = DetectionLoss(LossConfig())(logits, raw[..., :1], *rest, targets)
         assert float(losses["dfl"]) == 0
+
+
+class TestAllLosses:
+    """Two frames, three objects, of which not all are looked for in each."""
+
+    WEIGHTS = WeightsConfig(
+        box=2.0,
+        dfl=0.5,
+        cls=3.0,
+        base=0.25,
+        prototype=0.7,
+        supervised=0.6,
+        proposals=0.4,
+        triplet=0.3,
+    )
+
+    @staticmethod
+    def step(weights: WeightsConfig, seed: int = 0) -> tuple[dict[str, Tensor], Output, Tensor]:
+        logits, raw, _, centres, strides = branch(seed)
+        base_logits, base_raw, *_ = branch(seed + 1, classes=2)
+        maps = (torch.randn(2, 6, 8, 8, requires_grad=True),)
+        rows = torch.nn.functional.normalize(torch.randn(6, 6), dim=1).requires_grad_()
+        output = Output(Raw(raw, logits, maps), Raw(base_raw, base_logits), centres, strides, (8,))
+        batch = {
+            "images": torch.zeros(2, 3, 64, 64),
+            "object_of_picture": torch.arange(3).repeat_interleave(2),
+            "prompted": torch.tensor([[True, False, True], [True, True, False]]),
+            "boxes": [
+                torch.tensor([[4.0, 4, 30, 30], [34.0, 30, 60, 60]]),
+                torch.tensor([[10.0, 8, 40, 50], [44.0, 4, 60, 20]]),
+            ],
+            "objects": [torch.tensor([0, 1]), torch.tensor([2, -1])],
+            "base": [torch.tensor([0, -1]), torch.tensor([1, 1])],
+        }
+        prototypes = torch.nn.functional.normalize(rows.view(3, 2, 6).mean(1), dim=1)
+        torch.manual_seed(seed)
+        losses = Losses(LossConfig(min_iou=0.0), 2)(output, rows, prototypes, batch, weights)
+        return losses, output, rows
+
+    def test_are_summed_with_their_weights(self) -> None:
+        losses, *_ = self.step(self.WEIGHTS)
+        weights = dict(self.WEIGHTS)
+        for name in ("box", "dfl", "cls"):
+            weights[f"base_{name}"] = weights["base"] * weights[name]
+        want = sum(weights[name] * value for name, value in losses.items() if name != "loss")
+        assert len(losses) == 11
+        torch.testing.assert_close(losses["loss"], want)  # ten float32 in another order
+
+    def test_reach_what_they_are_about(self) -> None:
+        losses, output, rows = self.step(self.WEIGHTS)
+        losses["loss"].backward()
+        assert output.base is not None
+        (embedding,) = output.prototype.embeddings
+        reached = (output.prototype.logits_BAC, output.base.logits_BAC, embedding, rows)
+        assert all(each.grad is not None and each.grad.any() for each in reached)
+
+    def test_a_contrast_alone_teaches_embeddings_and_references(self) -> None:
+        losses, output, rows = self.step(self.WEIGHTS)
+        for name in ("prototype", "supervised", "triplet"):
+            (embedding,) = output.prototype.embeddings
+            grads = torch.autograd.grad(losses[name], (embedding, rows), retain_graph=True)
+            assert all(grad.any() for grad in grads), name
+
+    def test_an_object_that_is_not_looked_for_is_no_target(self) -> None:
+        losses, output, _ = self.step(WeightsConfig(base=0.0))
+        losses["cls"].backward()
+        grad = output.prototype.logits_BAC.grad
+        assert grad is not None
+        assert not grad[0, :, 1].any()
+        assert not grad[1, :, 2].any()
+        # its second frame shows none of the two that are looked for there
+        assert (grad[1, :, :2] > 0).all()
+
+    def test_what_weighs_nothing_is_not_computed(self) -> None:
+        losses, *_ = self.step(WeightsConfig(base=0.0))
+        assert set(losses) == {"loss", "box", "dfl", "cls"}
+
+    def test_no_boxes_at_all_are_no_reason_to_fail(self) -> None:
+        logits, raw, _, centres, strides = branch(5)
+        maps = (torch.randn(2, 6, 8, 8),)
+        rows = torch.nn.functional.normalize(torch.randn(3, 6), dim=1)
+        nothing = torch.zeros(0).long()
+        batch = {
+            "images": torch.zeros(2, 3, 64, 64),
+            "object_of_picture": torch.arange(3),
+            "prompted": torch.ones(2, 3, dtype=torch.bool),
+            "boxes": [torch.zeros(0, 4)] * 2,
+            "objects": [nothing] * 2,
+            "base": [nothing] * 2,
+        }
+        output = Output(Raw(raw, logits, maps), None, centres, strides, (8,))
+        losses = Losses(LossConfig(), 0)(output, rows, rows, batch, self.WEIGHTS)
+        losses["loss"].backward()
+        assert torch.isfinite(losses["loss"])

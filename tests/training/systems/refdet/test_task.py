@@ -143,6 +143,15 @@ class TestARun:
         assert task.judged_by == "val"
         assert task.best == ("map50", "max")
 
+    def test_never_sees_what_is_held_out_and_is_judged_by_it(
+        self, drawn: Path, tmp_path: Path
+    ) -> None:
+        task = Task(config(hold_out=["red"]), drawn, tmp_path / "run")
+        assert sorted(task.training.references) == ["blue", "yellow"]
+        assert all("red" not in frame.objects for frame in task.training.frames)
+        assert task.judged is not None
+        assert list(task.judged.references) == ["red"]
+
 
 class TestAFrozenEncoder:
     def test_encodes_a_variant_of_a_reference_once(self, drawn: Path, tmp_path: Path) -> None:
