@@ -22,6 +22,7 @@ from runtime.preprocess import PlanesSpec, PreprocessSpec
 RECIPES: dict[str, str] = {
     "noising": "export.systems.noising",
     "paco": "export.systems.paco",
+    "refdet": "export.systems.refdet",
     "stripe": "export.systems.stripe",
 }
 
