@@ -6,6 +6,7 @@ import csv
 import json
 import shutil
 from collections.abc import Iterator
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from accelerate.state import AcceleratorState
 from runtime.references import load_references
 from runtime.testing import write_scenes
 from training.backbones import read_weights
-from training.config import validate
+from training.config import load_config, validate
 from training.run import Run
 from training.systems.refdet.config import TaskConfig
 from training.systems.refdet.task import Task, build_model
@@ -235,11 +236,12 @@ class TestStages:
     def test_set_the_pace_in_the_one_loop(self, drawn: Path, tmp_path: Path) -> None:
         settings = config(
             stages=[{"name": "a"}, {"name": "b", "start": 1, "lr": 0.5}],
+            rates={"backbone": 3.0},  # whose rate is the one that is logged
             train=SETTINGS["train"] | {"optimizer": {"lr": 1e-3, "schedule": "constant"}},
         )
         run = train(settings, drawn, tmp_path / "run")
         # the rate after an epoch's last step is that of the next one; beyond the last one as well
-        assert [float(row["lr"]) for row in metrics(run)] == [5e-4, 5e-4]
+        assert [float(row["lr"]) for row in metrics(run)] == pytest.approx([1.5e-3, 1.5e-3])
 
 
 class TestRates:
@@ -257,6 +259,17 @@ class TestRates:
         task = Task(config(**FROZEN), drawn, tmp_path / "run")
         learning = {id(p) for group, _ in task.groups() for p in group}
         assert learning == {id(p) for p in task.model.parameters() if p.requires_grad}
+
+
+def test_the_small_configuration_stands_on_the_default_one() -> None:
+    file = resources.files("training.systems.refdet") / "small.yaml"
+    with resources.as_file(file) as path:
+        small = load_config("refdet", path)
+    assert isinstance(small, TaskConfig)
+    # nothing that only good weights can do: no download, and all of it learns
+    assert small.encoder.weights == "none"
+    assert small.encoder.train_blocks == "all"
+    assert len(small.stages) == 1
 
 
 class TestJudging:
