@@ -190,7 +190,7 @@ class LossConfig(Config):
 
 
 class WeightsConfig(Config):
-    """What each loss weighs; one that weighs 0 is not computed.
+    """What each loss weighs; a contrast that weighs 0 is not computed.
 
     Attributes:
         box, dfl, cls: of the prototypes' branch.

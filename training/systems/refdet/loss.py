@@ -361,7 +361,7 @@ class Losses(nn.Module):
         batch: Mapping[str, Any],
         weights: WeightsConfig,
     ) -> dict[str, Tensor]:
-        """Losses by name, ``loss`` their sum; those that weigh nothing are not computed.
+        """Losses by name, ``loss`` their sum; contrasts that weigh nothing are not computed.
 
         Args:
             output: of the detector for ``batch["images"]``.
@@ -429,9 +429,7 @@ class Losses(nn.Module):
             shares["supervised"] = term, weights.supervised
         if weights.triplet:
             size = batch["images"].shape[2:]
-            empty = elsewhere(
-                pad(batch["boxes"], [b[:, 0].long() * 0 for b in batch["boxes"]]), size
-            )
+            empty = elsewhere(batch["boxes"], size)
             nothing_KP = pooled(output.prototype.embeddings, output.strides, empty)
             items = torch.cat([features_MP, nothing_KP])
             labels = torch.cat([labels_M, labels_M.new_full((len(nothing_KP),), -1)])
@@ -460,23 +458,24 @@ class Losses(nn.Module):
         )
 
 
-def elsewhere(targets: Targets, size: Sequence[int], *, max_iou: float = 0.1) -> list[Tensor]:
+def elsewhere(
+    boxes: Sequence[Tensor], size: Sequence[int], *, max_iou: float = 0.1
+) -> list[Tensor]:
     """Boxes of the objects' sizes at random places of their images, where nothing is.
 
     Args:
-        targets: all boxes that are known.
+        boxes: (M_b, 4) of each image: all that are known.
         size: (height, width) of the images.
         max_iou: a place that overlaps a known box by more is left out.
 
     Returns:
         (K_b, 4) of each image.
     """
-    sides_BM2 = targets.boxes_BM4[..., 2:] - targets.boxes_BM4[..., :2]
+    known = pad(boxes, [each.new_zeros(len(each), dtype=torch.long) for each in boxes])
+    sides_BM2 = known.boxes_BM4[..., 2:] - known.boxes_BM4[..., :2]
     free_BM2 = (sides_BM2.new_tensor([size[1], size[0]]) - sides_BM2).clamp_min(0)
     corner_BM2 = torch.rand_like(free_BM2) * free_BM2
-    boxes_BM4 = torch.cat([corner_BM2, corner_BM2 + sides_BM2], dim=-1)
-    overlap_BMM = iou(boxes_BM4[:, :, None], targets.boxes_BM4[:, None])
-    if not overlap_BMM.numel():
-        return list(boxes_BM4)
-    empty_BM = (overlap_BMM.amax(-1) <= max_iou) & targets.real_BM
-    return [boxes[kept] for boxes, kept in zip(boxes_BM4, empty_BM, strict=True)]
+    found_BM4 = torch.cat([corner_BM2, corner_BM2 + sides_BM2], dim=-1)
+    overlap_BMM = iou(found_BM4[:, :, None], known.boxes_BM4[:, None])
+    empty_BM = (overlap_BMM.amax(-1) <= max_iou) & known.real_BM
+    return [each[kept] for each, kept in zip(found_BM4, empty_BM, strict=True)]
