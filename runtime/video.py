@@ -188,7 +188,7 @@ class VideoFile:
             self.close()
             self._container = _open_file(self.path)
             self._stream = _video_stream(self._container, self.path)
-            self._stream.thread_type = "AUTO"
+            self._stream.codec_context.thread_count = 1  # many files may be open in many processes
         if self._seekable:
             self._container.seek(self._ticks[key], stream=self._stream, backward=True)
         self._tally = _Tally()

@@ -6,6 +6,7 @@ again. Pixels of an evaluation pass through ``runtime.preprocess.apply`` and now
 
 from __future__ import annotations
 
+import gc
 import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -126,4 +127,7 @@ def _only(samples: Sequence[Any]) -> Any:
 
 
 def _start_worker(_: int) -> None:
+    # what the parent left to be collected is the parent's: to free a decoder whose threads were not
+    # forked along waits for them for ever
+    gc.freeze()
     cv2.setNumThreads(0)  # the workers are the threads
