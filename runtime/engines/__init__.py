@@ -74,7 +74,12 @@ BACKENDS: dict[str, Backend] = {
         module="runtime.engines.trt",
         package="tensorrt",
         install='pip install "engineworks[gpu]"',
-        variants={"int8": ("int8-plan",), "float": ("float-plan",)},
+        variants={
+            "int8": ("int8-plan",),
+            "float": ("float-plan",),
+            "fp16": ("fp16-plan",),
+            "bf16": ("bf16-plan",),
+        },
     ),
     "openvino": Backend(
         module="runtime.engines.openvino",
@@ -86,7 +91,7 @@ BACKENDS: dict[str, Backend] = {
         module="runtime.engines.ort",
         package="onnxruntime",
         install='pip install "engineworks[cpu]"  (or [gpu])',
-        variants={"int8": ("int8-u8", "int8"), "float": ("float",)},
+        variants={"int8": ("int8-u8", "int8"), "float": ("float",), "fp16": ("fp16",)},
     ),
 }
 
@@ -117,8 +122,9 @@ def open_engine(
         model: an ONNX file (or a plan for ``tensorrt``) of the variant that fits the backend, or
             its bytes.
         backend: a name in ``BACKENDS``.
-        precision: ``float`` (float32 arithmetic), ``bf16`` (float graph, bfloat16 arithmetic where
-            the backend can) or ``int8`` (a Q/DQ graph, the rest in float32).
+        precision: ``float`` (float32 arithmetic), ``fp16`` (mixed graph: float16 with float32 where
+            it matters), ``bf16`` (bfloat16 arithmetic where the backend can, by a mixed graph or
+            by itself) or ``int8`` (a Q/DQ graph, the rest in float32).
         threads: number of CPU threads; None takes all cores that this process may use.
 
     Raises:

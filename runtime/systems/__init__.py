@@ -13,7 +13,7 @@ from runtime.errors import BackendError, BundleError, UsageError
 from runtime.sources import Reader
 from runtime.tensors import Array
 
-PRECISIONS = ("auto", "int8", "float", "bf16")
+PRECISIONS = ("auto", "int8", "float", "fp16", "bf16")
 
 # name -> module with a class ``System``
 SYSTEMS: dict[str, str] = {
