@@ -27,9 +27,8 @@ from google.protobuf.message import DecodeError
 from export.legality import check_legal
 from runtime.bundle import write_atomic
 from runtime.errors import BackendError, ExportError
-from runtime.plans import Machine, PlanConfig
+from runtime.plans import Machine, PlanConfig, Profile, Shape, ShapeRange
 
-Shape = tuple[int, ...]
 Progress = Callable[[int, int], None]
 
 _MIB = 1 << 20
@@ -41,18 +40,6 @@ _HARDWARE = {
 # TensorRT keeps the first logger that it is given for the life of the process. Errors are taken
 # from the parser and the recorder, so only its own faults are left to print.
 _LOGGER = trt.Logger(trt.Logger.INTERNAL_ERROR)
-
-
-@dataclass(frozen=True)
-class ShapeRange:
-    """Shapes of one input in one optimisation profile, all axes, fixed ones included."""
-
-    min: Shape
-    opt: Shape
-    max: Shape
-
-
-Profile = Mapping[str, ShapeRange]  # input name -> its shapes
 
 
 @dataclass(frozen=True)

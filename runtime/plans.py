@@ -9,16 +9,21 @@ Source: NVIDIA TensorRT documentation, "Engine Compatibility".
 
 from __future__ import annotations
 
+import importlib
 import json
 import platform
+import re
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from runtime import gpu
 from runtime.bundle import Bundle
-from runtime.errors import BundleError, EngineError
+from runtime.engines import BACKENDS
+from runtime.errors import BackendError, BundleError, EngineError, UsageError
 
 # precision -> the variant that is the plan of it, and the ONNX variant that it is built from
 PLANS: dict[str, tuple[str, str]] = {
@@ -27,11 +32,13 @@ PLANS: dict[str, tuple[str, str]] = {
     "bf16": ("bf16-plan", "bf16"),
     "int8": ("int8-plan", "int8"),
 }
+PLAN_VARIANTS = frozenset(plan for plan, _ in PLANS.values())
 # under this key of the manifest's provenance: graph -> variant -> PlanOrigin
 PROVENANCE = "plans"
 
 # axis name -> (min, opt, max) of a free axis
 AxisRanges = dict[str, tuple[int, int, int]]
+Shape = tuple[int, ...]
 
 _AMPERE = (8, 0)
 
@@ -85,6 +92,44 @@ class PlanConfig(_Part):
         return [*words, *(flag for flag, wanted in flags.items() if wanted)]
 
 
+def parse_profile(text: str) -> AxisRanges:
+    """``batch=1:8:32,height=64:256:512`` -> ranges.
+
+    Raises:
+        UsageError: not of that form, or sizes that do not rise from 1.
+    """
+    ranges: AxisRanges = {}
+    for part in text.split(","):
+        found = re.fullmatch(r"\s*(\w+)=(\d+):(\d+):(\d+)\s*", part)
+        if found is None:
+            raise UsageError(
+                f"a profile is written AXIS=MIN:OPT:MAX,..., got {text!r}",
+                fix="for example --profile batch=1:8:32",
+            )
+        low, usual, high = (int(size) for size in found.groups()[1:])
+        if not 1 <= low <= usual <= high:
+            raise UsageError(
+                f"a profile needs 1 <= MIN <= OPT <= MAX, got {part!r}",
+                fix="OPT is the size to be fast at",
+            )
+        if found[1] in ranges:
+            raise UsageError(f"profile {text!r} names axis '{found[1]}' twice")
+        ranges[found[1]] = (low, usual, high)
+    return ranges
+
+
+@dataclass(frozen=True)
+class ShapeRange:
+    """Shapes of one input in one optimisation profile, all axes, fixed ones included."""
+
+    min: Shape
+    opt: Shape
+    max: Shape
+
+
+Profile = Mapping[str, ShapeRange]  # input name -> its shapes
+
+
 class Machine(_Part):
     """What decides whether a plan runs; the GPU's fields are empty where there is none."""
 
@@ -112,8 +157,17 @@ class PlanOrigin(_Part):
     config: PlanConfig
 
 
-def this_machine(tensorrt: str) -> Machine:
-    """Describe this machine, with the version of TensorRT that is imported here."""
+def this_machine() -> Machine:
+    """Describe this machine, with the TensorRT that is imported here.
+
+    Raises:
+        BackendError: TensorRT is not here, or not all of it.
+    """
+    row = BACKENDS["tensorrt"]
+    try:
+        tensorrt = str(importlib.import_module(row.package).__version__)
+    except ImportError as error:  # its libraries are looked for when it is imported
+        raise BackendError(f"TensorRT cannot be loaded: {error}", fix=row.install) from error
     found = gpu.find()
     where = f"{sys.platform}-{platform.machine()}"
     if found is None:
@@ -144,12 +198,14 @@ def origin_of(bundle: Bundle, graph: str, variant: str) -> PlanOrigin:
         ) from error
 
 
-def check_origin(bundle: Bundle, graph: str, variant: str, here: Machine) -> PlanOrigin:
+def check_origin(
+    bundle: Bundle, graph: str, variant: str, here: Machine | None = None
+) -> PlanOrigin:
     """Refuse a plan that was built elsewhere, or from another graph than the bundle's.
 
     Args:
         variant: e.g. ``int8-plan``.
-        here: this machine.
+        here: the machine that is to run it; this one where not given.
 
     Returns:
         What it was built on and how.
@@ -157,9 +213,11 @@ def check_origin(bundle: Bundle, graph: str, variant: str, here: Machine) -> Pla
     Raises:
         BundleError: see ``origin_of``.
         EngineError: it does not belong here; the fix is the command that builds it anew.
+        BackendError: see ``this_machine``.
     """
     origin = origin_of(bundle, graph, variant)
-    if reason := _source_changed(bundle, graph, origin) or why_not(origin, here):
+    reason = _source_changed(bundle, graph, origin) or why_not(origin, here or this_machine())
+    if reason:
         raise EngineError(
             f"'{variant}' of graph '{graph}' cannot be loaded here: {reason}",
             fix=f"build it here: {rebuild_command(bundle, variant, origin)}",
