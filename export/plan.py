@@ -269,9 +269,8 @@ def _build(builder: Any, network: Any, settings: Any, monitor: _Monitor) -> byte
     The build runs in a thread of its own, so that an interrupt reaches the one that waits.
     """
     with ThreadPoolExecutor(1, thread_name_prefix="plan") as pool:
-        future = pool.submit(builder.build_serialized_network, network, settings)
         try:
-            plan = future.result()
+            plan = pool.submit(builder.build_serialized_network, network, settings).result()
         except BaseException:  # leaving the block waits for the thread
             monitor.stop.set()
             raise
