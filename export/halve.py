@@ -102,7 +102,8 @@ class _Halver:
         self._view = GraphView(model.graph)
         self._keep_float = keep_float
         self._rotary = set(_rotary(self._view))
-        self._half: set[str] = set()  # tensors that are written in 16 bits
+        self._half: set[str] = set()  # tensors whose own type is the 16-bit one
+        self._computed: set[str] = set()  # those, and outputs, which have a 16-bit twin
         self._nodes: list[onnx.NodeProto] = []
         self._casts: dict[str, str] = {}  # tensor -> its twin in the other type
         self._constants: list[onnx.TensorProto] = []
@@ -129,6 +130,7 @@ class _Halver:
         self._nodes.append(node)
         if not half:
             return
+        self._computed.update(original.output)
         for i, name in enumerate(original.output):
             if name in self._view.outputs:  # the border stays float32
                 node.output[i] = self._casts[name] = f"{name}.{self._kind}"
@@ -147,7 +149,7 @@ class _Halver:
             return False
         if node.op_type in _WEIGHTED:
             return True
-        return node.op_type in _FOLLOWERS and all(name in self._half for name in live)
+        return node.op_type in _FOLLOWERS and self._computed.issuperset(live)
 
     def _values(self, node: onnx.NodeProto) -> list[str]:
         """What a node computes with: its float inputs, but for those that say how."""
