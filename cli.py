@@ -83,6 +83,7 @@ def plan_options(command: Callable[..., None]) -> Callable[..., None]:
     @click.option("--workspace", type=click.IntRange(min=1), help="MiB of GPU memory [all].")
     @click.option("--optimization", type=click.IntRange(0, 5), default=3, show_default=True)
     @click.option("--no-tf32", is_flag=True, help="Keep all bits of float32 products.")
+    @click.option("--terse", is_flag=True, help="Leave what layers are like out of the plan.")
     @click.option("--version-compatible", is_flag=True, help="Also for later TensorRTs.")
     @click.option(
         "--hardware-compatible",
@@ -102,6 +103,7 @@ def plan_options(command: Callable[..., None]) -> Callable[..., None]:
         workspace: int | None,
         optimization: int,
         no_tf32: bool,
+        terse: bool,
         version_compatible: bool,
         hardware: Literal["none", "same-compute-capability", "ampere-plus"],
         weight_streaming: bool,
@@ -115,6 +117,7 @@ def plan_options(command: Callable[..., None]) -> Callable[..., None]:
             workspace_mib=workspace,
             optimization_level=optimization,
             tf32=not no_tf32,
+            detailed=not terse,
             version_compatible=version_compatible,
             hardware=hardware,
             weight_streaming=weight_streaming,

@@ -13,6 +13,7 @@ import importlib
 import json
 import platform
 import re
+import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -86,6 +87,7 @@ class PlanConfig(_Part):
             words += ["--hardware-compatible", self.hardware]
         flags = {
             "--no-tf32": not self.tf32,
+            "--terse": not self.detailed,
             "--version-compatible": self.version_compatible,
             "--weight-streaming": self.weight_streaming,
         }
@@ -228,8 +230,9 @@ def check_origin(
 def rebuild_command(bundle: Bundle, variant: str, origin: PlanOrigin) -> str:
     """The command that builds a plan of the bundle anew, in place."""
     precision = next(name for name, (plan, _) in PLANS.items() if plan == variant)
-    words = ["cli.py export", str(bundle.root), "--out", str(bundle.root), "--exist-ok"]
-    return " ".join([*words, "--plan", precision, *origin.config.arguments()])
+    root = str(bundle.root)
+    words = ["cli.py", "export", root, "--out", root, "--exist-ok", "--plan", precision]
+    return shlex.join([*words, *origin.config.arguments()])
 
 
 def _source_changed(bundle: Bundle, graph: str, origin: PlanOrigin) -> str | None:
