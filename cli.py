@@ -30,7 +30,7 @@ OUT = click.option("--out", type=PATH, required=True, help="Folder to write.")
 EXIST_OK = click.option("--exist-ok", is_flag=True, help="Replace what --out already holds.")
 BACKEND = click.option(
     "--backend",
-    type=click.Choice(["auto", "ort", "openvino", "tensorrt"]),
+    type=click.Choice(["auto", "ort", "openvino", "tensorrt", "ort-cuda", "ort-tensorrt"]),
     default="auto",
     show_default=True,
     help="What runs the graphs; one that is not installed is an error.",

@@ -28,6 +28,7 @@ import tensorrt as trt
 
 from runtime.engines import cuda
 from runtime.errors import EngineError, InputError
+from runtime.plans import ShapeRange
 from runtime.tensors import Array, DeviceArray, Feeds, TensorSpec, check_feeds
 
 Shapes = dict[str, tuple[int, ...]]
@@ -151,11 +152,11 @@ class _Loaded:
             for index in range(self.engine.num_optimization_profiles)
         ]
 
-    def _range(self, name: str, profile: int) -> _ShapeRange:
+    def _range(self, name: str, profile: int) -> ShapeRange:
         if not any(isinstance(axis, str) for axis in self.inputs[name].shape):
             fixed = tuple(self.engine.get_tensor_shape(name))
-            return _ShapeRange(fixed, fixed, fixed)
-        return _ShapeRange(*map(tuple, self.engine.get_tensor_profile_shape(name, profile)))
+            return ShapeRange(fixed, fixed, fixed)
+        return ShapeRange(*map(tuple, self.engine.get_tensor_profile_shape(name, profile)))
 
     def profile_for(self, shapes: Shapes) -> int:
         """The first profile that these shapes are within.
@@ -164,7 +165,7 @@ class _Loaded:
             InputError: there is none; the ranges are named.
         """
         for index, ranges in enumerate(self.profiles):
-            if all(ranges[name].holds(shape) for name, shape in shapes.items()):
+            if all(_holds(ranges[name], shape) for name, shape in shapes.items()):
                 return index
         known = "; ".join(
             ", ".join(f"{name} {found.min} to {found.max}" for name, found in ranges.items())
@@ -414,18 +415,6 @@ class _Replay:
     outputs: Shapes
 
 
-@dataclass(frozen=True)
-class _ShapeRange:
-    """Shapes of one input in one profile."""
-
-    min: tuple[int, ...]
-    opt: tuple[int, ...]
-    max: tuple[int, ...]
-
-    def holds(self, shape: tuple[int, ...]) -> bool:
-        return all(a <= b <= c for a, b, c in zip(self.min, shape, self.max, strict=True))
-
-
 class _Recorder(trt.IErrorRecorder):  # type: ignore[misc]  # the bindings are not typed
     """Keeps what TensorRT reports, in order; called from any thread."""
 
@@ -493,6 +482,10 @@ def _tensors(engine: Any) -> tuple[dict[str, TensorSpec], dict[str, TensorSpec]]
             shape=tuple(f"axis{i}" if axis < 0 else int(axis) for i, axis in shape),
         )
     return specs[trt.TensorIOMode.INPUT], specs[trt.TensorIOMode.OUTPUT]
+
+
+def _holds(found: ShapeRange, shape: tuple[int, ...]) -> bool:
+    return all(a <= b <= c for a, b, c in zip(found.min, shape, found.max, strict=True))
 
 
 def _shape_of(feed: Array | DeviceArray) -> tuple[int, ...]:

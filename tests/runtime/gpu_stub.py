@@ -21,6 +21,7 @@ import threading
 import types
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum, IntEnum
+from functools import partial
 from importlib.machinery import ModuleSpec
 from typing import Any
 
@@ -51,6 +52,8 @@ class Gpu:
         self.events: dict[int, tuple[_Stream, int] | None] = {}
         self.graphs: dict[int, list[Callable[[], None]]] = {}
         self.capture_fails = False
+        self.lacking = ""  # a provider of ONNX Runtime's that does not start
+        self.ops_on_cpu: Sequence[str] = ()  # operators that ONNX Runtime puts there
         self.context = threading.local()
         self._next = 0x7000
         self.new_stream(1)  # the legacy default stream
@@ -84,26 +87,28 @@ class Gpu:
 
     def at(self, address: int, num_bytes: int) -> Array:
         """The bytes at an address, which must be alive."""
-        for begin, (_, size) in self.memory.items():
+        for begin, (_, size) in list(self.memory.items()):
             if begin <= address and address + num_bytes <= begin + size:
                 content = (ctypes.c_uint8 * num_bytes).from_address(address)
                 return np.ctypeslib.as_array(content)
         raise CudaError(f"illegal address {address:#x}, {num_bytes} bytes")
 
     def drain(self) -> None:
-        for stream in self.streams.values():
+        for stream in list(self.streams.values()):
             stream.run()
 
     def install(self, version: str, monkeypatch: pytest.MonkeyPatch) -> Any:
         """Put ``tensorrt`` of a version and ``pycuda`` in the place of the real ones.
 
+        ONNX Runtime gets sessions that pretend to run on the GPU.
+
         Returns:
-            ``runtime.engines.trt``, imported anew on top of them.
+            ``runtime.engines.trt``, imported anew on top of them, as ``cuda`` and ``ort_gpu`` are.
         """
         for name, module in {**_pycuda(self), "tensorrt": _tensorrt(self, version)}.items():
             module.__spec__ = ModuleSpec(name, None)
             monkeypatch.setitem(sys.modules, name, module)
-        for name in ("cuda", "trt"):
+        for name in ("cuda", "ort_gpu", "trt"):
             spec = importlib.util.find_spec(f"runtime.engines.{name}")
             assert spec is not None and spec.loader is not None
             module = importlib.util.module_from_spec(spec)
@@ -112,6 +117,10 @@ class Gpu:
             spec.loader.exec_module(module)
         trt: Any = module
         monkeypatch.setattr(trt.cuda, "_library", lambda: DriverLibrary(self))
+        sessions = types.SimpleNamespace(
+            SessionOptions=ort.SessionOptions, InferenceSession=partial(Session, self)
+        )
+        monkeypatch.setattr(sys.modules["runtime.engines.ort_gpu"], "ort", sessions)
         return trt
 
 
@@ -239,6 +248,10 @@ def _pycuda(gpu: Gpu) -> dict[str, Any]:
         gpu.log("memcpy_dtod_async", int(dest), src, size, stream.handle)
         queue(stream, lambda: np.copyto(gpu.at(int(dest), size), gpu.at(src, size)))
 
+    def memcpy_htod(dest: int, src: Array) -> None:
+        gpu.check_current()
+        np.copyto(gpu.at(dest, src.nbytes), as_bytes(src))
+
     def memcpy_dtoh(dest: Array, src: int) -> None:
         gpu.check_current()
         np.copyto(as_bytes(dest), gpu.at(src, dest.nbytes))
@@ -250,7 +263,7 @@ def _pycuda(gpu: Gpu) -> dict[str, Any]:
     driver.init = lambda flags=0: gpu.log("init")
     for kind in (Device, Context, Stream):
         setattr(driver, kind.__name__, kind)
-    copies = (memcpy_dtoh, memcpy_htod_async, memcpy_dtoh_async, memcpy_dtod_async)
+    copies = (memcpy_dtoh, memcpy_htod, memcpy_htod_async, memcpy_dtoh_async, memcpy_dtod_async)
     for function in (mem_alloc, pagelocked_empty, *copies):
         setattr(driver, function.__name__, function)
     package: Any = types.ModuleType("pycuda")
@@ -349,6 +362,107 @@ class DriverLibrary:
     def cuGetErrorString(self, code: int, text: Any) -> int:
         text._obj.value = f"error {code} of the stand-in".encode()
         return 0
+
+
+# --- ONNX Runtime --------------------------------------------------------------------------------
+
+
+class Session:
+    """ONNX Runtime's session on the CPU, with the GPU's names on it."""
+
+    def __init__(
+        self,
+        gpu: Gpu,
+        model: bytes | str,
+        options: ort.SessionOptions,
+        providers: Sequence[tuple[str, dict[str, str]]],
+    ) -> None:
+        self._gpu = gpu
+        self._session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        self._provider = providers[0][0]
+        self._names = [name for name, _ in providers if name != gpu.lacking]
+        gpu.log("Session", *providers)
+        self.get_inputs = self._session.get_inputs
+        self.get_outputs = self._session.get_outputs
+
+    def get_providers(self) -> list[str]:
+        return [*self._names, "CPUExecutionProvider"]
+
+    def get_provider_graph_assignment_info(self) -> list[Any]:
+        parts = self._session.get_provider_graph_assignment_info()
+        nodes = [node for part in parts for node in part.get_nodes()]
+        on_cpu = [node for node in nodes if node.op_type in self._gpu.ops_on_cpu]
+        on_gpu = [node for node in nodes if node not in on_cpu]
+        assigned = {"CPUExecutionProvider": on_cpu, self._provider: on_gpu}
+        return [
+            types.SimpleNamespace(ep_name=name, get_nodes=partial(list, part))
+            for name, part in assigned.items()
+        ]
+
+    def io_binding(self) -> _Binding:
+        return _Binding(self._gpu, self._session)
+
+    def run_with_iobinding(self, binding: _Binding) -> None:
+        binding.run()
+
+
+class _Binding:
+    def __init__(self, gpu: Gpu, session: ort.InferenceSession) -> None:
+        self._gpu = gpu
+        self._session = session
+        self._feeds: dict[str, Array] = {}
+        self._outputs: dict[str, str] = {}
+        self._values: list[_Value] = []
+
+    def bind_cpu_input(self, name: str, arr_on_cpu: Array) -> None:
+        self._feeds[name] = arr_on_cpu
+
+    def bind_input(
+        self,
+        name: str,
+        device_type: str,
+        device_id: int,
+        element_type: Any,
+        shape: tuple[int, ...],
+        buffer_ptr: int,
+    ) -> None:
+        assert (device_type, device_id) == ("cuda", 0)
+        dtype = np.dtype(element_type)
+        content = self._gpu.at(buffer_ptr, int(np.prod(shape)) * dtype.itemsize)
+        self._feeds[name] = content.view(dtype).reshape(shape)
+
+    def bind_output(self, name: str, device_type: str = "cpu") -> None:
+        self._outputs[name] = device_type
+
+    def run(self) -> None:
+        found = self._session.run(list(self._outputs), self._feeds)
+        devices = self._outputs.values()
+        self._values = [_Value(self._gpu, a, to) for a, to in zip(found, devices, strict=True)]
+
+    def synchronize_outputs(self) -> None:
+        self._gpu.log("synchronize_outputs")
+
+    def get_outputs(self) -> list[_Value]:
+        return self._values
+
+
+class _Value:
+    """``OrtValue``."""
+
+    def __init__(self, gpu: Gpu, content: Array, device: str) -> None:
+        self._content = content
+        if device == "cuda":
+            self._address = gpu.allocate(content.nbytes)
+            gpu.at(self._address, content.nbytes)[:] = content.reshape(-1).view(np.uint8)
+
+    def shape(self) -> list[int]:
+        return list(self._content.shape)
+
+    def data_ptr(self) -> int:
+        return self._address
+
+    def numpy(self) -> Array:
+        return self._content
 
 
 # --- TensorRT ------------------------------------------------------------------------------------
