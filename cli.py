@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import closing
 from functools import partial, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -19,6 +19,7 @@ from runtime.errors import BackendError, EngineworksError, UsageError
 
 if TYPE_CHECKING:
     from runtime.bench import Row
+    from runtime.plans import PlanConfig
     from runtime.systems import System
 
     OpenBundle = Callable[[Path], closing[System]]
@@ -30,14 +31,14 @@ OUT = click.option("--out", type=PATH, required=True, help="Folder to write.")
 EXIST_OK = click.option("--exist-ok", is_flag=True, help="Replace what --out already holds.")
 BACKEND = click.option(
     "--backend",
-    type=click.Choice(["auto", "ort", "openvino", "tensorrt"]),
+    type=click.Choice(["auto", "ort", "openvino", "tensorrt", "ort-cuda", "ort-tensorrt"]),
     default="auto",
     show_default=True,
     help="What runs the graphs; one that is not installed is an error.",
 )
 PRECISION = click.option(
     "--precision",
-    type=click.Choice(["auto", "int8", "float", "bf16"]),
+    type=click.Choice(["auto", "int8", "float", "fp16", "bf16"]),
     default="auto",
     show_default=True,
     help="auto takes what the bundle's verdict ships.",
@@ -93,6 +94,67 @@ def prompt_options(command: Callable[..., None]) -> Callable[..., None]:
         command(*arguments, prepare=prepare, **options)
 
     return with_prompt
+
+
+def plan_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Adds the options of plans; the command gets ``plans``, ``plan`` and ``timing_cache``."""
+
+    @click.option("--plan", "names", default="", metavar="LIST", help="float,fp16,bf16,int8.")
+    @click.option(
+        "--profile",
+        "profiles",
+        multiple=True,
+        metavar="AXIS=MIN:OPT:MAX,...",
+        help="Sizes of the free axes; may be given several times [batch=1:8:32].",
+    )
+    @click.option("--workspace", type=click.IntRange(min=1), help="MiB of GPU memory [all].")
+    @click.option("--optimization", type=click.IntRange(0, 5), default=3, show_default=True)
+    @click.option("--no-tf32", is_flag=True, help="Keep all bits of float32 products.")
+    @click.option("--terse", is_flag=True, help="Leave what layers are like out of the plan.")
+    @click.option("--version-compatible", is_flag=True, help="Also for later TensorRTs.")
+    @click.option(
+        "--hardware-compatible",
+        "hardware",
+        type=click.Choice(["none", "same-compute-capability", "ampere-plus"]),
+        default="none",
+        show_default=True,
+        help="Also for other GPUs.",
+    )
+    @click.option("--weight-streaming", is_flag=True, help="Weights may stay in host memory.")
+    @click.option("--timing-cache", type=PATH, help="Folder that keeps timings of kernels.")
+    @wraps(command)
+    def with_plans(
+        *arguments: Any,
+        names: str,
+        profiles: tuple[str, ...],
+        workspace: int | None,
+        optimization: int,
+        no_tf32: bool,
+        terse: bool,
+        version_compatible: bool,
+        hardware: Literal["none", "same-compute-capability", "ampere-plus"],
+        weight_streaming: bool,
+        timing_cache: Path | None,
+        **options: Any,
+    ) -> None:
+        from runtime.plans import PlanConfig, parse_profile
+
+        plan = PlanConfig(
+            profiles=tuple(parse_profile(profile) for profile in profiles),
+            workspace_mib=workspace,
+            optimization_level=optimization,
+            tf32=not no_tf32,
+            detailed=not terse,
+            version_compatible=version_compatible,
+            hardware=hardware,
+            weight_streaming=weight_streaming,
+        )
+        plans = _names(names)
+        if not plans and (plan != PlanConfig() or timing_cache):
+            raise UsageError("options of plans have no meaning without --plan", fix="add --plan")
+        command(*arguments, plans=plans, plan=plan, timing_cache=timing_cache, **options)
+
+    return with_plans
 
 
 class Cli(click.Group):
@@ -196,6 +258,8 @@ def train(
 @click.option("--fail-on-drop", is_flag=True, help="Exit 1 where the gate fails.")
 @click.option("--sensitivity", is_flag=True, help="Cost of each node; worst back to float.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the choice of samples.")
+@click.option("--half", default="", metavar="LIST", help="Mixed 16-bit graphs: fp16,bf16.")
+@plan_options
 @THREADS
 @click.pass_context
 def export(
@@ -213,11 +277,16 @@ def export(
     fail_on_drop: bool,
     sensitivity: bool,
     seed: int,
+    half: str,
+    plans: tuple[str, ...],
+    plan: PlanConfig,
+    timing_cache: Path | None,
     threads: int | None,
 ) -> None:
-    """Turn a training RUN into a bundle, or a float BUNDLE into one with INT8.
+    """Turn a training RUN into a bundle; a BUNDLE into one with INT8, 16 bits or plans.
 
-    With --refs its objects are what the bundle looks for where nothing else is asked for.
+    Plans are TensorRT's, and only for the machine that builds them. With --refs its objects are
+    what the bundle looks for where nothing else is asked for.
     """
     import tempfile
 
@@ -225,7 +294,11 @@ def export(
 
     if int8 and samples is None:
         raise UsageError("--int8 needs sample images", fix="pass --samples DIR")
-    given = {"--samples": samples, "--eval": evaluation, "--fail-on-drop": fail_on_drop}
+    halves = _names(half)
+    deployed = bool(halves or plans)
+    given = {"--eval": evaluation, "--fail-on-drop": fail_on_drop}
+    if not deployed:
+        given["--samples"] = samples
     if not int8 and (unused := [name for name, value in given.items() if value]):
         raise UsageError(f"{', '.join(unused)} has no meaning without --int8", fix="add --int8")
     if not source.is_dir():
@@ -240,12 +313,13 @@ def export(
             _need("torch", "train")
             from export.trace import trace
 
-            target = out if refs is None and not int8 else Path(scratch) / "float"
+            unchanged = refs is None and not int8 and not deployed
+            target = out if unchanged else Path(scratch) / "float"
             floats = trace(source, target, exist_ok=exist_ok)
         if refs is not None:
             from runtime.systems.refdet import bring_references
 
-            target = Path(scratch) / "prompted" if int8 else out
+            target = Path(scratch) / "prompted" if int8 or deployed else out
             floats = bring_references(floats, refs, target, exist_ok=exist_ok)
         if int8:
             from export.build import BuildConfig, build
@@ -261,9 +335,32 @@ def export(
                 fail_on_drop=fail_on_drop,
                 threads=threads,
             )
-            build(floats, out, config, exist_ok=exist_ok, say=say)
-        elif from_bundle and refs is None:
-            raise UsageError("a bundle is exported already", fix="add --int8 --samples DIR")
+            target = Path(scratch) / "int8" if deployed else out
+            floats = build(floats, target, config, exist_ok=exist_ok, say=say)
+        if deployed:
+            from export.deploy import DeployConfig, deploy
+
+            with _Progress(context) as progress:
+                deploy(
+                    floats,
+                    out,
+                    DeployConfig(
+                        halves=halves,
+                        plans=plans,
+                        plan=plan,
+                        timing_cache=timing_cache,
+                        samples=samples,
+                        threads=threads,
+                    ),
+                    exist_ok=exist_ok,
+                    say=say,
+                    progress=progress,
+                )
+        elif from_bundle and not int8 and refs is None:
+            raise UsageError(
+                "a bundle is exported already",
+                fix="add --int8 --samples DIR, --half fp16 or --plan float",
+            )
     _print_parity(bundles.load_manifest(out).reports)
     click.echo(out)
 
@@ -573,6 +670,11 @@ def add(
     click.echo(f"{count} rows added, {out}")
 
 
+def _names(text: str) -> tuple[str, ...]:
+    """``a,b`` -> names, each once."""
+    return tuple(dict.fromkeys(filter(None, text.split(","))))
+
+
 def _need(package: str, extra: str) -> None:
     import importlib.util
 
@@ -638,6 +740,8 @@ def _print_table(title: str, header: tuple[str, ...], rows: list[tuple[str, ...]
 def _print_parity(reports: dict[str, Any]) -> None:
     """How far each stage is from the one before, per graph output."""
     stages = {"torch to ONNX": reports.get("parity", {}).get("torch-float", {})}
+    for kind, graphs in reports.get("parity_half", {}).items():
+        stages[f"float to {kind}"] = graphs
     for backend, graphs in reports.get("parity_int8", {}).items():
         stages[f"float to INT8, {backend}"] = graphs
     rows = [

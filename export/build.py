@@ -15,14 +15,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 
 from calibration import calibrate, ranges
-from calibration.samples import Sample, choose
+from calibration.samples import choose
 from calibration.table import Table
 from export.legality import check_legal
-from export.parity import Parity, compare
+from export.parity import Feeds, Parity, compare, outputs, record
 from export.quantize import KeepFloat, activations, quantize, to_unsigned
 from export.sensitivity import NodeCost, sensitivity
 from runtime import bench
@@ -30,9 +29,8 @@ from runtime.bundle import Bundle, Manifest, check_out, read, write
 from runtime.engines import BACKENDS, Engine
 from runtime.engines.ort import OrtEngine
 from runtime.errors import BackendError, DatasetError, ExportError, GateError, UsageError
+from runtime.plans import PROVENANCE
 from runtime.systems import open_engines, open_system, reader_of
-from runtime.tensors import Array, TensorSpec
-from runtime.tensors import Feeds as EngineFeeds
 
 # what `--method auto` tries; the one whose INT8 outputs lie nearest to the float ones is taken
 _CANDIDATES: tuple[tuple[str, float], ...] = (
@@ -57,10 +55,10 @@ _REPORTS = (
     "speed",
     "verdict",
     "sensitivity",
+    "parity_half",
 )
 
 Say = Callable[[str], None]
-Feeds = Mapping[str, Sequence[Mapping[str, Array]]]
 
 
 @dataclass(frozen=True)
@@ -125,7 +123,8 @@ def build(
     tensors = {name: activations(model, keep[name]) for name, model in floats.items()}
     say(f"calibrating on {len(samples)} images, {sum(map(len, tensors.values()))} tensors")
     histograms = calibrate.measure(bundle, samples, tensors, threads=config.threads)
-    feeds = _record(bundle, samples[:_PARITY_SAMPLES], config.threads)
+    shown = [reader.read(sample.path) for sample in samples[:_PARITY_SAMPLES]]
+    feeds = record(bundle, shown, threads=config.threads)
 
     table, errors = _choose_table(histograms, floats, keep, feeds, config, bundle, say)
     costs: dict[str, list[NodeCost]] = {}
@@ -189,39 +188,9 @@ def build(
     return built
 
 
-class _Recorder:
-    """An engine that remembers what it was fed."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self.backend = engine.backend
-        self.inputs: Mapping[str, TensorSpec] = engine.inputs
-        self.outputs: Mapping[str, TensorSpec] = engine.outputs
-        self.feeds: list[dict[str, Array]] = []
-
-    def run(self, feeds: EngineFeeds, *, stream: int | None = None) -> dict[str, Array]:
-        self.feeds.append({name: np.array(feed) for name, feed in feeds.items()})
-        return self._engine.run(feeds, stream=stream)
-
-    def close(self) -> None:
-        self._engine.close()
-
-
 def describe_verdict(verdict: Mapping[str, Any]) -> list[str]:
     """The verdict as lines of text."""
     return [f"verdict: ship {verdict['ship']}", *(f"  {reason}" for reason in verdict["reasons"])]
-
-
-def _record(bundle: Bundle, samples: Sequence[Sample], threads: int | None) -> Feeds:
-    """What the deployed system feeds its graphs, one sample at a time."""
-    engines = open_engines(bundle, "ort", "float", threads=threads)
-    recorders = {name: _Recorder(engine) for name, engine in engines.items()}
-    with closing(
-        open_system(bundle, backend="ort", precision="float", engines=recorders, threads=threads)
-    ) as system:
-        for sample in samples:
-            system.infer([system.reader.read(sample.path)])
-    return {name: recorder.feeds for name, recorder in recorders.items()}
 
 
 def _choose_table(
@@ -237,7 +206,7 @@ def _choose_table(
     if config.method != "auto":
         return histograms.table(config.method, percentile=config.percentile), {}
     with _opened(bundle, "ort", "float", config.threads) as engines:
-        want = {name: _outputs(engine, feeds[name]) for name, engine in engines.items()}
+        want = {name: outputs(engine, feeds[name]) for name, engine in engines.items()}
     errors: dict[str, float] = {}
     tables: dict[str, Table] = {}
     for method, percentile in _CANDIDATES:
@@ -250,7 +219,7 @@ def _choose_table(
                 quantize(model, table.amax(name), keep[name], means=table.means(name))
             )
             with closing(OrtEngine(graph.SerializeToString(), threads=config.threads)) as engine:
-                found = compare(_outputs(engine, feeds[name]), want[name])
+                found = compare(outputs(engine, feeds[name]), want[name])
             worst = max(worst, *(1 - parity.cosine_worst1pct for parity in found.values()))
         errors[label] = worst
         say(f"  {label}: cosine of the worst 1 % of vectors {1 - worst:.4f}")
@@ -269,12 +238,6 @@ def _opened(
     finally:
         for engine in engines.values():
             engine.close()
-
-
-def _outputs(engine: Engine, feeds: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
-    """Outputs over several feeds, joined along the batch."""
-    answers = [engine.run(feed) for feed in feeds]
-    return {name: np.concatenate([answer[name] for answer in answers]) for name in engine.outputs}
 
 
 def _assemble(
@@ -312,6 +275,8 @@ def _assemble(
         update={
             "graphs": graphs,
             "assets": {**manifest.assets, "calibration": "calibration.json"},
+            # the plans are dropped with the graphs that they were built from
+            "provenance": {k: v for k, v in manifest.provenance.items() if k != PROVENANCE},
         }
     )
     write(folder / "bundle", changed, files)
@@ -397,7 +362,7 @@ def _parity(candidate: Bundle, feeds: Feeds, threads: int | None) -> dict[str, A
             report[backend] = {}
             for name in floats:
                 found: Mapping[str, Parity] = compare(
-                    _outputs(int8s[name], feeds[name]), _outputs(floats[name], feeds[name])
+                    outputs(int8s[name], feeds[name]), outputs(floats[name], feeds[name])
                 )
                 report[backend][name] = {k: v.model_dump() for k, v in found.items()}
     return report

@@ -1,18 +1,27 @@
 """Parity: do two engines answer the same to the same feeds? Torch-free.
 
+The feeds are those of the deployed system: ``record`` listens to it.
+
 The relative error of an output is |got - want|_max / |want|_max: errors of a tensor are measured
 against its largest value, because that is what the next layer adds them to.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from runtime.bundle import Bundle
+from runtime.engines import Engine
 from runtime.errors import ParityError
-from runtime.tensors import Array
+from runtime.systems import open_engines, open_system
+from runtime.tensors import Array, TensorSpec
+from runtime.tensors import Feeds as EngineFeeds
+
+Feeds = Mapping[str, Sequence[Mapping[str, Array]]]  # graph -> what it is fed, call by call
 
 
 class Parity(BaseModel):
@@ -101,3 +110,39 @@ def _cosines(a: Array, b: Array) -> Array:
     both_zero = (norms[0] == 0) & (norms[1] == 0)
     dots = np.einsum("nd,nd->n", a, b)
     return np.where(both_zero, 1.0, np.divide(dots, product, out=0 * dots, where=product > 0))
+
+
+class _Recorder:
+    """An engine that remembers what it was fed."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.backend = engine.backend
+        self.inputs: Mapping[str, TensorSpec] = engine.inputs
+        self.outputs: Mapping[str, TensorSpec] = engine.outputs
+        self.feeds: list[dict[str, Array]] = []
+
+    def run(self, feeds: EngineFeeds, *, stream: int | None = None) -> dict[str, Array]:
+        self.feeds.append({name: np.array(feed) for name, feed in feeds.items()})
+        return self._engine.run(feeds, stream=stream)
+
+    def close(self) -> None:
+        self._engine.close()
+
+
+def record(bundle: Bundle, images: Sequence[Array], *, threads: int | None = None) -> Feeds:
+    """What the deployed system feeds its graphs, one image at a time."""
+    engines = open_engines(bundle, "ort", "float", threads=threads)
+    recorders = {name: _Recorder(engine) for name, engine in engines.items()}
+    with closing(
+        open_system(bundle, backend="ort", precision="float", engines=recorders, threads=threads)
+    ) as system:
+        for image in images:
+            system.infer([image])
+    return {name: recorder.feeds for name, recorder in recorders.items()}
+
+
+def outputs(engine: Engine, feeds: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
+    """Outputs over several feeds, joined along the batch."""
+    answers = [engine.run(feed) for feed in feeds]
+    return {name: np.concatenate([answer[name] for answer in answers]) for name in engine.outputs}

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from runtime import gpu
 from runtime.errors import BackendError, UsageError
 from runtime.tensors import Array, Feeds, TensorSpec
 
@@ -52,20 +53,36 @@ class Backend:
         package: the import that must be there.
         install: the line that brings it.
         variants: precision -> names of graph variants in a bundle that serve it, best first.
+        entry: the function of the module, where it is not ``open_graph``.
+        also: further imports that must be there.
+        library: a file in the package's folder that must be there.
+        needs_gpu: whether a CUDA device must be there.
     """
 
     module: str
     package: str
     install: str
     variants: Mapping[str, tuple[str, ...]]
+    entry: str = "open_graph"
+    also: tuple[str, ...] = ()
+    library: str | None = None
+    needs_gpu: bool = False
 
     def why_not(self) -> str | None:
         """None where the backend can be used here, else the reason in words."""
-        if importlib.util.find_spec(self.package) is None:
-            return f"the package '{self.package}' is not installed"
-        if importlib.util.find_spec(self.module) is None:
-            return "this version of engineworks has no such backend yet"
+        for package in (self.package, *self.also):
+            if importlib.util.find_spec(package) is None:
+                return f"the package '{package}' is not installed"
+        if self.library and not (_folder(self.package) / self.library).is_file():
+            return f"the installed '{self.package}' is one without {Path(self.library).name}"
+        if self.needs_gpu and gpu.find() is None:
+            return "there is no CUDA driver, or no device"
         return None
+
+
+def _folder(package: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    return Path(spec.origin).parent if spec and spec.origin else Path()
 
 
 # Order is preference for ``auto``. Variant names are those of docs/bundle-format.md.
@@ -74,7 +91,14 @@ BACKENDS: dict[str, Backend] = {
         module="runtime.engines.trt",
         package="tensorrt",
         install='pip install "engineworks[gpu]"',
-        variants={"int8": ("int8-plan",), "float": ("float-plan",)},
+        variants={
+            "int8": ("int8-plan",),
+            "float": ("float-plan",),
+            "fp16": ("fp16-plan",),
+            "bf16": ("bf16-plan",),
+        },
+        also=("pycuda",),
+        needs_gpu=True,
     ),
     "openvino": Backend(
         module="runtime.engines.openvino",
@@ -86,7 +110,29 @@ BACKENDS: dict[str, Backend] = {
         module="runtime.engines.ort",
         package="onnxruntime",
         install='pip install "engineworks[cpu]"  (or [gpu])',
-        variants={"int8": ("int8-u8", "int8"), "float": ("float",)},
+        variants={"int8": ("int8-u8", "int8"), "float": ("float",), "fp16": ("fp16",)},
+    ),
+    # asked for by name: `auto` has met `ort` by then
+    "ort-cuda": Backend(
+        module="runtime.engines.ort_gpu",
+        package="onnxruntime",
+        install='pip install "engineworks[gpu]"',
+        # no kernels for Q/DQ: it would compute INT8 graphs in float32, and slower
+        variants={"float": ("float",), "fp16": ("fp16",)},
+        entry="open_cuda",
+        also=("pycuda",),
+        library="capi/libonnxruntime_providers_cuda.so",
+        needs_gpu=True,
+    ),
+    "ort-tensorrt": Backend(
+        module="runtime.engines.ort_gpu",
+        package="onnxruntime",
+        install='pip install "engineworks[gpu]"',
+        variants={"int8": ("int8",), "float": ("float",)},
+        entry="open_tensorrt",
+        also=("pycuda",),
+        library="capi/libonnxruntime_providers_tensorrt.so",
+        needs_gpu=True,
     ),
 }
 
@@ -117,8 +163,9 @@ def open_engine(
         model: an ONNX file (or a plan for ``tensorrt``) of the variant that fits the backend, or
             its bytes.
         backend: a name in ``BACKENDS``.
-        precision: ``float`` (float32 arithmetic), ``bf16`` (float graph, bfloat16 arithmetic where
-            the backend can) or ``int8`` (a Q/DQ graph, the rest in float32).
+        precision: ``float`` (float32 arithmetic), ``fp16`` (mixed graph: float16 with float32 where
+            it matters), ``bf16`` (bfloat16 arithmetic where the backend can, by a mixed graph or
+            by itself) or ``int8`` (a Q/DQ graph, the rest in float32).
         threads: number of CPU threads; None takes all cores that this process may use.
 
     Raises:
@@ -132,7 +179,11 @@ def open_engine(
             f"backend '{backend}' does not run precision '{precision}'",
             fix=f"choose one of {', '.join(row.variants)}, or another backend",
         )
-    engine: Engine = importlib.import_module(row.module).open_graph(
-        model, precision=precision, threads=threads
-    )
+    try:
+        entry = getattr(importlib.import_module(row.module), row.entry)
+    except ImportError as error:  # the package is there, a library that it loads is not
+        raise BackendError(f"backend '{backend}' cannot be loaded: {error}", fix=row.install) from (
+            error
+        )
+    engine: Engine = entry(model, precision=precision, threads=threads)
     return engine

@@ -57,8 +57,8 @@ class OrtEngine:
                 f"{error}",
                 fix="export the bundle again, or try --backend openvino",
             ) from error
-        self.inputs: Mapping[str, TensorSpec] = _specs(self._session.get_inputs())
-        self.outputs: Mapping[str, TensorSpec] = _specs(self._session.get_outputs())
+        self.inputs: Mapping[str, TensorSpec] = specs_of(self._session.get_inputs())
+        self.outputs: Mapping[str, TensorSpec] = specs_of(self._session.get_outputs())
         self._names = list(self.outputs)
 
     def run(self, feeds: Feeds, *, stream: int | None = None) -> dict[str, Array]:
@@ -77,7 +77,8 @@ class OrtEngine:
         self._session = None
 
 
-def _specs(values: list[ort.NodeArg]) -> dict[str, TensorSpec]:
+def specs_of(values: list[ort.NodeArg]) -> dict[str, TensorSpec]:
+    """What a session tells about its inputs or outputs."""
     return {
         value.name: TensorSpec(
             dtype=_DTYPES[value.type],

@@ -10,12 +10,13 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 from runtime.bundle import Bundle
 from runtime.engines import BACKENDS, Engine, check_backend, open_engine
 from runtime.errors import BackendError, BundleError, UsageError
+from runtime.plans import PLAN_VARIANTS, check_origin
 from runtime.references import SUFFIX, Prototypes, References, read_references
 from runtime.results import Detections
 from runtime.sources import Reader
 from runtime.tensors import Array
 
-PRECISIONS = ("auto", "int8", "float", "bf16")
+PRECISIONS = ("auto", "int8", "float", "fp16", "bf16")
 
 # name -> module with a class ``System``
 SYSTEMS: dict[str, str] = {
@@ -189,30 +190,44 @@ def choose(bundle: Bundle, backend: str = "auto", precision: str = "auto") -> tu
             return name, precision
     raise BundleError(
         f"bundle {bundle.root} has no '{precision}' graphs for backend {' or '.join(candidates)}",
-        fix="export with --int8 --samples DIR"
-        if precision == "int8"
-        else "choose another --precision or --backend",
+        fix=_missing_fix(bundle, backend, precision),
     )
 
 
+def _missing_fix(bundle: Bundle, backend: str, precision: str) -> str:
+    has_int8 = all("int8" in graph.variants for graph in bundle.manifest.graphs.values())
+    if precision == "int8" and not has_int8:
+        return "export with --int8 --samples DIR"
+    if backend == "tensorrt":
+        return f"build it here: cli.py export {bundle.root} --out OUT --plan {precision}"
+    if precision == "fp16":
+        return f"write it: cli.py export {bundle.root} --out OUT --half fp16"
+    return "choose another --precision or --backend"
+
+
 def _variant(variants: Mapping[str, str], backend: str, precision: str) -> str | None:
-    for variant in BACKENDS[backend].variants.get(precision, ()):
-        if variant in variants:
-            return variants[variant]
-    return None
+    """The best variant of a graph that a backend runs a precision from."""
+    known = BACKENDS[backend].variants.get(precision, ())
+    return next((variant for variant in known if variant in variants), None)
 
 
 def open_engines(
     bundle: Bundle, backend: str, precision: str, *, threads: int | None = None
 ) -> dict[str, Engine]:
-    """Open every graph of a bundle; ``backend`` and ``precision`` as ``choose`` resolved them."""
+    """Open every graph of a bundle; ``backend`` and ``precision`` as ``choose`` resolved them.
+
+    Raises:
+        BackendError, BundleError, EngineError: see ``open_engine`` and ``plans.check_origin``.
+    """
     engines: dict[str, Engine] = {}
     for name, graph in bundle.manifest.graphs.items():
-        file = _variant(graph.variants, backend, precision)
-        if file is None:
+        variant = _variant(graph.variants, backend, precision)
+        if variant is None:
             raise BundleError(f"graph '{name}' has no '{precision}' variant for '{backend}'")
+        if variant in PLAN_VARIANTS:
+            check_origin(bundle, name, variant)
         engines[name] = open_engine(
-            bundle.path(file), backend, precision=precision, threads=threads
+            bundle.path(graph.variants[variant]), backend, precision=precision, threads=threads
         )
     return engines
 

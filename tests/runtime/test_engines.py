@@ -3,32 +3,19 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
 
-from runtime.engines import BACKENDS, Engine, check_backend, open_engine
+from runtime.engines import BACKENDS, check_backend, open_engine
 from runtime.errors import BackendError, EngineError, InputError, UsageError
-from runtime.tensors import Array, TensorSpec
+from runtime.tensors import TensorSpec
 from runtime.threads import available_threads
+from tests.runtime.nets import ADD_ONE, SAME, conv_net, conv_net_in_float64, feeds, parse
 
 ROOT = Path(__file__).parents[2]
-
-ADD_ONE = """<ir_version: 9, opset_import: ["" : 18]>
-add_one (float[batch, 3] x, int64[batch] n) => (float[batch, 3] y, int64[batch] m)
-<float one = {1.0}, int64 two = {2}> { y = Add(x, one)  m = Add(n, two) }"""
-
-# names that a backend may lose when it merges tensors that are the same
-SAME = """<ir_version: 9, opset_import: ["" : 18]>
-same (float[batch, 3] x) => (float[batch, 3] y, float[batch, 3] z, float[batch, 3] w)
-{ y = Identity(x)  z = Relu(y)  w = Identity(z) }"""
 
 MANY_DTYPES = """<ir_version: 9, opset_import: ["" : 18]>
 dtypes (float[2] f, double[2] d, uint8[2] u, int8[2] i, int32[2] l, float16[2] h)
@@ -37,94 +24,12 @@ dtypes (float[2] f, double[2] d, uint8[2] u, int8[2] i, int32[2] l, float16[2] h
   g = Cast<to = 7>(l)  k = Cast<to = 1>(h) }"""
 
 
-def parse(text: str) -> bytes:
-    content: bytes = onnx.parser.parse_model(text).SerializeToString()
-    return content
-
-
-def conv_net() -> tuple[bytes, dict[str, Array]]:
-    """conv 3x3 -> relu -> conv 1x1 of stride 2, float32, any batch."""
-    rng = np.random.default_rng(0)
-    weights = {
-        "w0": rng.standard_normal((32, 3, 3, 3)).astype(np.float32),
-        "b0": rng.standard_normal(32).astype(np.float32),
-        "w1": rng.standard_normal((16, 32, 1, 1)).astype(np.float32),
-    }
-    graph = helper.make_graph(
-        [
-            helper.make_node("Conv", ["x", "w0", "b0"], ["a"], pads=[1, 1, 1, 1]),
-            helper.make_node("Relu", ["a"], ["r"]),
-            helper.make_node("Conv", ["r", "w1"], ["y"], strides=[2, 2]),
-        ],
-        "net",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 3, 10, 10])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 16, 5, 5])],
-        [numpy_helper.from_array(value, name) for name, value in weights.items()],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
-    return bytes(model.SerializeToString()), weights
-
-
-def conv_net_in_float64(x_BCHW: Array, weights: dict[str, Array]) -> Array:
-    x = np.pad(x_BCHW.astype(np.float64), ((0, 0), (0, 0), (1, 1), (1, 1)))
-    windows = np.lib.stride_tricks.sliding_window_view(x, (3, 3), axis=(2, 3))
-    hidden = np.einsum("bchwij,ocij->bohw", windows, weights["w0"].astype(np.float64))
-    hidden = np.maximum(hidden + weights["b0"][:, None, None], 0)
-    return np.asarray(np.einsum("bchw,oc->bohw", hidden, weights["w1"][:, :, 0, 0]))[..., ::2, ::2]
-
-
-class OnDevice:
-    """Looks like an array in CUDA memory."""
-
-    __cuda_array_interface__ = {  # noqa: RUF012
-        "shape": (2, 3),
-        "typestr": "<f4",
-        "data": (0, False),
-        "version": 3,
-    }
-
-
-def feeds(batch: int = 2) -> dict[str, Array]:
-    x = np.arange(3 * batch, dtype=np.float32).reshape(batch, 3)
-    return {"x": x, "n": np.arange(batch)}
-
-
 @pytest.fixture(params=["openvino", "ort"])
 def backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture
-def add_one(backend: str) -> Iterator[Engine]:
-    with closing(open_engine(parse(ADD_ONE), backend, threads=1)) as engine:
-        yield engine
-
-
 class TestAnOpenedGraph:
-    def test_says_what_it_takes_and_gives(self, add_one: Engine, backend: str) -> None:
-        assert add_one.backend == backend
-        for specs, names in ((add_one.inputs, ["x", "n"]), (add_one.outputs, ["y", "m"])):
-            assert list(specs) == names
-            matrix, vector = specs.values()
-            assert (matrix.dtype, vector.dtype) == ("float32", "int64")
-            assert isinstance(matrix.shape[0], str) and matrix.shape[1:] == (3,)
-            assert len(vector.shape) == 1 and isinstance(vector.shape[0], str)
-
-    def test_runs(self, add_one: Engine) -> None:
-        given = feeds()
-        got = add_one.run(given)
-        assert list(got) == ["y", "m"]
-        assert np.array_equal(got["y"], given["x"] + 1) and got["y"].dtype == np.float32
-        assert np.array_equal(got["m"], given["n"] + 2) and got["m"].dtype == np.int64
-
-    def test_takes_any_batch_one_after_the_other(self, add_one: Engine) -> None:
-        for batch in (2, 1, 7, 2):
-            assert np.array_equal(add_one.run(feeds(batch))["y"], feeds(batch)["x"] + 1)
-
-    def test_does_not_care_about_the_order_of_the_feeds(self, add_one: Engine) -> None:
-        turned = dict(reversed(feeds().items()))
-        assert np.array_equal(add_one.run(turned)["y"], feeds()["x"] + 1)
-
     def test_opens_from_a_file_too(self, backend: str, tmp_path: Path) -> None:
         path = tmp_path / "graph with a space.onnx"
         path.write_bytes(parse(ADD_ONE))
@@ -153,114 +58,6 @@ class TestAnOpenedGraph:
         assert all(array.tolist() == [1, 2] for array in got.values())
 
 
-class TestOutputs:
-    def test_belong_to_the_caller(self, add_one: Engine) -> None:
-        first = add_one.run(feeds())
-        kept = first["y"].copy()
-        add_one.run({"x": 100 * feeds()["x"], "n": feeds()["n"]})
-        assert np.array_equal(first["y"], kept)
-        first["y"][:] = -1  # writable
-        assert np.array_equal(add_one.run(feeds())["y"], kept)
-
-    def test_outlive_the_engine(self, backend: str) -> None:
-        engine = open_engine(parse(ADD_ONE), backend)
-        got = engine.run(feeds())["y"]
-        engine.close()
-        del engine
-        assert np.array_equal(got, feeds()["x"] + 1)
-
-    def test_share_no_memory_with_the_feeds_or_each_other(self, backend: str) -> None:
-        x = np.ones((1, 3), np.float32)
-        with closing(open_engine(parse(SAME), backend)) as engine:
-            got = engine.run({"x": x})
-        got["y"][:] = 5
-        got["z"][:] = 7
-        assert np.all(x == 1) and np.all(got["y"] == 5) and np.all(got["w"] == 1)
-
-
-class TestFeeds:
-    def test_need_not_be_contiguous(self, add_one: Engine) -> None:
-        x = np.arange(24, dtype=np.float32).reshape(3, 8)
-        for strided in (x.T[::2], x[::-1, 1:4], np.broadcast_to(x[:1, :3], (4, 3))):
-            n = np.arange(2 * len(strided))[::2]
-            got = add_one.run({"x": strided, "n": n})
-            assert np.array_equal(got["y"], strided + 1)
-            assert np.array_equal(got["m"], n + 2)
-
-    def test_may_be_read_only_and_stay_as_they_are(self, add_one: Engine) -> None:
-        given = feeds()
-        for array in given.values():
-            array.setflags(write=False)
-        assert np.array_equal(add_one.run(given)["y"], feeds()["x"] + 1)
-        assert np.array_equal(given["x"], feeds()["x"])
-
-    def test_of_another_shape_are_refused_with_both_shapes(self, add_one: Engine) -> None:
-        with pytest.raises(InputError, match=r"'x' has shape \(2, 4\).*\(\w+, 3\)") as caught:
-            add_one.run(feeds() | {"x": np.zeros((2, 4), np.float32)})
-        assert caught.value.fix
-
-    def test_of_another_rank_are_refused_with_both_shapes(self, add_one: Engine) -> None:
-        with pytest.raises(InputError, match=r"'x' has shape \(3,\).*\(\w+, 3\)"):
-            add_one.run(feeds() | {"x": np.zeros(3, np.float32)})
-
-    @pytest.mark.parametrize("dtype", ["float64", "float16", "uint8"])
-    def test_of_another_dtype_are_refused_with_both(self, add_one: Engine, dtype: str) -> None:
-        with pytest.raises(InputError, match=f"{dtype}.*float32"):
-            add_one.run(feeds() | {"x": np.zeros((2, 3), dtype)})
-
-    def test_that_are_missing_or_unknown_are_named(self, add_one: Engine) -> None:
-        with pytest.raises(InputError, match=r"missing \['n'\], unknown \['image'\]"):
-            add_one.run({"x": feeds()["x"], "image": feeds()["x"]})
-
-    def test_on_a_device_are_refused(self, add_one: Engine) -> None:
-        given: dict[str, Any] = feeds() | {"x": OnDevice()}
-        with pytest.raises(EngineError, match=r"\['x'\]") as caught:
-            add_one.run(given)
-        assert "tensorrt" in str(caught.value.fix)
-
-    def test_with_a_stream_are_refused(self, add_one: Engine) -> None:
-        with pytest.raises(EngineError, match="stream"):
-            add_one.run(feeds(), stream=0)
-
-    def test_that_the_graph_cannot_run_are_an_error_with_the_backends_words(
-        self, add_one: Engine
-    ) -> None:
-        # two axes that are free in the specs, but must agree
-        text = ADD_ONE.replace("m = Add(n, two)", "m = Add(n, n)").replace(
-            "y = Add(x, one)", "k = Cast<to = 1>(n)  s = Unsqueeze(k, two)  y = Add(x, s)"
-        )
-        text = text.replace("int64 two = {2}", "int64[1] two = {1}")
-        with closing(open_engine(parse(text), add_one.backend)) as engine:
-            with pytest.raises(EngineError, match=r"failed: \S"):
-                engine.run({"x": feeds(4)["x"], "n": feeds(3)["n"]})
-            # and the engine is still usable
-            assert engine.run(feeds())["y"].tolist() == [[0, 1, 2], [4, 5, 6]]
-
-
-class TestManyThreads:
-    def test_may_run_at_once(self, backend: str) -> None:
-        model, _ = conv_net()
-        rng = np.random.default_rng(1)
-        images = [rng.standard_normal((1 + i % 3, 3, 10, 10)).astype(np.float32) for i in range(24)]
-        with closing(open_engine(model, backend, threads=2)) as engine:
-            alone = [engine.run({"x": image})["y"] for image in images]
-            with ThreadPoolExecutor(4) as pool:
-                together = list(pool.map(lambda image: engine.run({"x": image})["y"], images * 4))
-        for got, want in zip(together, alone * 4, strict=True):
-            assert np.array_equal(got, want)
-
-
-class TestAClosedEngine:
-    def test_can_be_closed_again_but_not_run(self, backend: str) -> None:
-        engine = open_engine(parse(ADD_ONE), backend)
-        engine.run(feeds())
-        engine.close()
-        engine.close()
-        with pytest.raises(EngineError, match="closed") as caught:
-            engine.run(feeds())
-        assert caught.value.fix
-
-
 SIGNALS_AFTER_CLOSING = """
 import gc, os, signal, sys
 from pathlib import Path
@@ -285,15 +82,6 @@ def test_signals_are_handled_after_engines_were_closed(backend: str, tmp_path: P
 
 
 class TestFloatArithmetic:
-    def test_is_float32_on_every_backend(self, backend: str) -> None:
-        model, weights = conv_net()
-        x = np.random.default_rng(2).standard_normal((2, 3, 10, 10)).astype(np.float32)
-        with closing(open_engine(model, backend)) as engine:
-            got = engine.run({"x": x})["y"]
-        want = conv_net_in_float64(x, weights)
-        # sums of 27 and 32 float32 products: a few 1e-7 of the largest; bfloat16 would be 4e-3 off
-        np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
-
     def test_agrees_between_the_backends(self) -> None:
         model, _ = conv_net()
         x = np.random.default_rng(3).standard_normal((3, 3, 10, 10)).astype(np.float32)
@@ -369,24 +157,20 @@ class TestWhatCannotBeOpened:
 
 
 class TestTheTable:
-    @pytest.mark.skipif(
-        importlib.util.find_spec("runtime.engines.trt") is not None, reason="the backend is there"
-    )
-    def test_keeps_the_place_of_a_backend_that_is_yet_to_come(
-        self, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        find_spec = importlib.util.find_spec
-        monkeypatch.setattr(
-            importlib.util,
-            "find_spec",
-            lambda wanted: find_spec("numpy") if wanted == "tensorrt" else find_spec(wanted),
-        )
-        with pytest.raises(BackendError, match="no such backend yet"):
-            check_backend("tensorrt")
-
     def test_names_the_backends_that_are_usable_here(self, backend: str) -> None:
         assert check_backend(backend) is BACKENDS[backend]
         assert BACKENDS[backend].why_not() is None
+
+
+class OnDevice:
+    """Looks like an array in CUDA memory."""
+
+    __cuda_array_interface__ = {  # noqa: RUF012
+        "shape": (2, 3),
+        "typestr": "<f4",
+        "data": (0, False),
+        "version": 3,
+    }
 
 
 class TestASpec:

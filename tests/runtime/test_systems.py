@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import pytest
 
 from runtime.bundle import Bundle, GraphEntry, Manifest
-from runtime.engines import BACKENDS
+from runtime.engines import BACKENDS, Backend
 from runtime.errors import BackendError, BundleError, UsageError
 from runtime.preprocess import PreprocessSpec
 from runtime.systems import SYSTEMS, choose, open_engines, open_system, system_module
@@ -43,12 +42,9 @@ def usable(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Says which backends are there, whatever is installed."""
 
     def only(*names: str) -> None:
-        packages = {BACKENDS[name].package for name in names}
-        modules = {BACKENDS[name].module for name in names}
+        rows = [BACKENDS[name] for name in names]
         monkeypatch.setattr(
-            importlib.util,
-            "find_spec",
-            lambda wanted: object() if wanted in packages | modules else None,
+            Backend, "why_not", lambda row: None if row in rows else "it is not installed"
         )
 
     return only
