@@ -475,7 +475,7 @@ def evaluate(
 
 
 @main.command()
-@click.argument("bundle", type=PATH)
+@click.argument("bundle", type=PATH, required=False)
 @click.option("--run", type=FOLDER, help="Its training run: adds eager PyTorch rows.")
 @click.option("--eval", "evaluation", type=FOLDER, help="Labelled data: accuracy beside speed.")
 @click.option("--source", help="Images to time on [noise].")
@@ -485,10 +485,17 @@ def evaluate(
 @THREADS
 @click.option("--seconds", type=float, default=3.0, show_default=True, help="Per row.")
 @JSON
+@click.option(
+    "--compare",
+    nargs=2,
+    type=PATH,
+    metavar="A.json B.json",
+    help="Time nothing: set two such reports side by side.",
+)
 @click.pass_context
 def bench(
     context: click.Context,
-    bundle: Path,
+    bundle: Path | None,
     run: Path | None,
     evaluation: Path | None,
     source: str | None,
@@ -498,8 +505,17 @@ def bench(
     threads: int | None,
     seconds: float,
     json_file: Path | None,
+    compare: tuple[Path, Path] | None,
 ) -> None:
     """Time a BUNDLE on every backend and precision, against eager PyTorch with --run."""
+    if compare is not None:
+        from runtime.compare import compare as compare_reports
+        from runtime.compare import render as render_comparison
+
+        click.echo(render_comparison(compare_reports(*compare)))
+        return
+    if bundle is None:
+        raise UsageError("bench needs a bundle", fix="name one, or pass --compare A.json B.json")
     from runtime import contenders
     from runtime.bench import environment, render
     from runtime.bundle import read

@@ -24,6 +24,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from runtime import gpu
 from runtime.doctor import cpu_model, installed, int8_features
 from runtime.errors import InputError
 from runtime.tensors import Array
@@ -367,14 +368,15 @@ def environment(*, threads: int) -> dict[str, Any]:
     """Machine and versions: what a figure must be read with.
 
     Returns:
-        cpu, int8_features (instruction sets), cores, threads, memory_bytes, load (processes that
-        wanted to run, mean of the last minute), system, python, packages (installed ones with
-        versions), peak_rss_bytes.
+        cpu, int8_features (instruction sets), gpu (null where there is none), cores, threads,
+        memory_bytes, load (processes that wanted to run, mean of the last minute), system, python,
+        packages (installed ones with versions), peak_rss_bytes.
     """
     versions = {name: installed(name) for name in _PACKAGES}
     return {
         "cpu": cpu_model(),
         "int8_features": int8_features(),
+        "gpu": asdict(found) if (found := gpu.find()) else None,
         "cores": available_threads(),
         "threads": threads,
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),

@@ -1,6 +1,7 @@
 """What a benchmark compares: one bundle on every backend and precision, and eager PyTorch.
 
 Each contender is timed twice: its network alone, and the whole path from decoded images to results.
+On a GPU both include the copies to it and back, because that is what a caller waits for.
 All contenders of a batch size take turns in one run, so a slow spell of the machine hits all alike.
 """
 
@@ -99,7 +100,7 @@ def of_bundle(
         names = [name for name in BACKENDS if BACKENDS[name].why_not() is None]
     found = []
     for name in names:
-        for precision in ("float", "bf16", "int8"):
+        for precision in ("float", "fp16", "bf16", "int8"):
             if precision not in BACKENDS[name].variants:
                 continue
             try:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 import runtime
+from runtime import gpu
 from runtime.engines import BACKENDS
 from runtime.threads import available_threads
 
@@ -62,9 +63,10 @@ def examine() -> Iterator[Finding]:
     yield Finding("ok", f"engineworks {runtime.__version__}, Python {platform.python_version()}")
     yield Finding(
         "ok",
-        f"{cpu_model()}, {available_threads()} cores, INT8 instructions: "
+        f"{cpu_model()}, {available_threads()} cores, instructions for INT8 and bfloat16: "
         f"{', '.join(int8_features()) or 'none known'}",
     )
+    yield _gpu()
     for name, backend in BACKENDS.items():
         reason = backend.why_not()
         if reason is None:
@@ -87,6 +89,18 @@ def examine() -> Iterator[Finding]:
                 f"{first} and {second} are both installed; they overwrite each other's files",
                 f"pip uninstall -y {first} {second}, then install one of them",
             )
+
+
+def _gpu() -> Finding:
+    found = gpu.find()
+    if found is None:
+        return Finding("missing", "no CUDA device: there is no driver, or it sees none")
+    return Finding(
+        "ok",
+        f"{found.name}, compute capability {found.compute_capability}, "
+        f"{found.memory_bytes / 2**30:.0f} GiB, driver {found.driver or 'unknown'}, "
+        f"CUDA up to {found.cuda}",
+    )
 
 
 def _line(extra: str) -> str:

@@ -26,8 +26,8 @@ from collections.abc import Mapping
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
-from runtime.bank import Bank
-from runtime.engines import Engine, open_engine
+from runtime.bank import Bank, gpu_is_usable
+from runtime.engines import BACKENDS, Engine, open_engine
 from runtime.tensors import Array
 
 _BLOCK = 8  # rows that share one bound
@@ -53,15 +53,18 @@ class FastSearch:
         Args:
             bank: rows; not copied in float.
             k: neighbours per query; at most the bank's rows are returned.
-            backend: ``openvino`` or ``ort``: runs the INT8 product.
+            backend: ``openvino`` or ``ort``: runs the INT8 product. With a backend on the GPU it
+                is FAISS' flat search: on the GPU too where this FAISS can, else on the CPU.
             threads: None takes all cores that this process may use.
         """
-        self.bank = bank
+        on_gpu = BACKENDS[backend].needs_gpu
+        self.bank = bank.on_gpu() if on_gpu and gpu_is_usable() else bank
         self.k = min(k, len(bank))
         self.searched = self.repeated = 0
         self._blocks = self.k + _SPARE_BLOCKS
         self._engine: Engine | None = None
-        if len(bank) >= _BLOCK * _WORTHWHILE_BLOCKS * self._blocks:
+        worthwhile = len(bank) >= _BLOCK * _WORTHWHILE_BLOCKS * self._blocks
+        if worthwhile and not on_gpu:
             self._prepare(backend, threads)
 
     def _prepare(self, backend: str, threads: int | None) -> None:

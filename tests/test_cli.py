@@ -516,6 +516,9 @@ class TestEvalAndBench:
             for batch in (1, 2)
             for covers in ("network", "images to results")
         }
+        compared = cli("bench", "--compare", report, report)
+        assert compared.code == 0, compared.all
+        assert len([line for line in compared.out.splitlines() if "ort" in line]) == len(found)
         row = content["rows"][0]
         assert row["p50_ms"] <= row["p90_ms"] <= row["p95_ms"] <= row["p99_ms"]
         assert "image_auroc" in row["accuracy"]
@@ -523,6 +526,11 @@ class TestEvalAndBench:
         assert content["inputs"]["count"] == 8
         assert content["environment"]["threads"] == 1
         assert "p50 ms" in answer.out
+
+    def test_bench_compares_two_reports_or_needs_a_bundle(self, tmp_path: Path) -> None:
+        refused(cli("bench"), 2, "--compare A.json B.json")
+        (tmp_path / "A.json").write_text("{}")
+        refused(cli("bench", "--compare", tmp_path / "A.json", tmp_path / "B.json"), 1, "no report")
 
 
 class TestDoctor:

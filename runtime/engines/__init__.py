@@ -70,11 +70,13 @@ class Backend:
 
     def why_not(self) -> str | None:
         """None where the backend can be used here, else the reason in words."""
-        for package in (self.package, *self.also):
-            if importlib.util.find_spec(package) is None:
-                return f"the package '{package}' is not installed"
+        if importlib.util.find_spec(self.package) is None:
+            return f"the package '{self.package}' is not installed"
         if self.library and not (_folder(self.package) / self.library).is_file():
             return f"the installed '{self.package}' is one without {Path(self.library).name}"
+        for package in self.also:
+            if importlib.util.find_spec(package) is None:
+                return f"the package '{package}' is not installed"
         if self.needs_gpu and gpu.find() is None:
             return "there is no CUDA driver, or no device"
         return None
@@ -155,7 +157,12 @@ def check_backend(name: str) -> Backend:
 
 
 def open_engine(
-    model: Path | bytes, backend: str, *, precision: str = "float", threads: int | None = None
+    model: Path | bytes,
+    backend: str,
+    *,
+    precision: str = "float",
+    threads: int | None = None,
+    host_code: bool = False,
 ) -> Engine:
     """Load one graph with one backend.
 
@@ -167,6 +174,8 @@ def open_engine(
             it matters), ``bf16`` (bfloat16 arithmetic where the backend can, by a mixed graph or
             by itself) or ``int8`` (a Q/DQ graph, the rest in float32).
         threads: number of CPU threads; None takes all cores that this process may use.
+        host_code: let a plan for ``tensorrt`` bring program code of its own, as version-compatible
+            plans do. Only for plans that you built yourself.
 
     Raises:
         UsageError: no such backend, or it does not offer that precision.
@@ -185,5 +194,6 @@ def open_engine(
         raise BackendError(f"backend '{backend}' cannot be loaded: {error}", fix=row.install) from (
             error
         )
-    engine: Engine = entry(model, precision=precision, threads=threads)
+    options = {"host_code": True} if host_code else {}
+    engine: Engine = entry(model, precision=precision, threads=threads, **options)
     return engine

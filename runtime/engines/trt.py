@@ -495,6 +495,8 @@ def _shape_of(feed: Array | DeviceArray) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def open_graph(model: Path | bytes, *, precision: str, threads: int | None) -> TrtEngine:
+def open_graph(
+    model: Path | bytes, *, precision: str, threads: int | None, host_code: bool = False
+) -> TrtEngine:
     """Backend table's entry; the plan already is of the precision asked for."""
-    return TrtEngine(model)
+    return TrtEngine(model, host_code=host_code)

@@ -224,10 +224,15 @@ def open_engines(
         variant = _variant(graph.variants, backend, precision)
         if variant is None:
             raise BundleError(f"graph '{name}' has no '{precision}' variant for '{backend}'")
+        host_code = False
         if variant in PLAN_VARIANTS:
-            check_origin(bundle, name, variant)
+            host_code = check_origin(bundle, name, variant).config.version_compatible
         engines[name] = open_engine(
-            bundle.path(graph.variants[variant]), backend, precision=precision, threads=threads
+            bundle.path(graph.variants[variant]),
+            backend,
+            precision=precision,
+            threads=threads,
+            host_code=host_code,
         )
     return engines
 

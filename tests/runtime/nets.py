@@ -8,6 +8,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from runtime.tensors import Array
 
+# smallest, usual and largest size of a free axis in a plan
+PROFILE = (1, 2, 16)
+
 ADD_ONE = """<ir_version: 9, opset_import: ["" : 18]>
 add_one (float[batch, 3] x, int64[batch] n) => (float[batch, 3] y, int64[batch] m)
 <float one = {1.0}, int64 two = {2}> { y = Add(x, one)  m = Add(n, two) }"""
@@ -58,3 +61,23 @@ def feeds(batch: int = 2) -> dict[str, Array]:
     """Inputs of ADD_ONE."""
     x = np.arange(3 * batch, dtype=np.float32).reshape(batch, 3)
     return {"x": x, "n": np.arange(batch)}
+
+
+def ranges(model: bytes) -> dict[str, list[tuple[int, ...]]]:
+    """Profile for a graph: input -> its smallest, usual and largest shape."""
+    return {
+        value.name: [
+            tuple(axis.dim_value or size for axis in value.type.tensor_type.shape.dim)
+            for size in PROFILE
+        ]
+        for value in onnx.load_from_string(model).graph.input
+    }
+
+
+def as_plan(model: bytes) -> bytes:
+    """Built by the TensorRT that is installed, for the GPU that is here."""
+    from export.plan import build_plan
+    from runtime.plans import PlanConfig, ShapeRange
+
+    profile = {name: ShapeRange(*shapes) for name, shapes in ranges(model).items()}
+    return build_plan(model, PlanConfig(tf32=False), [profile]).data

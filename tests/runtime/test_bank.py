@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import faiss
 import numpy as np
@@ -218,3 +220,78 @@ class TestTheFile:
         faiss.write_index(faiss.IndexFlatL2(4), str(tmp_path / "bank.faiss"))
         with pytest.raises(BankError, match="rows"):
             Bank.load(tmp_path / "bank.faiss")
+
+
+class HalfGpu:
+    """FAISS' functions for GPUs, on the CPU; rows are rounded to float16 where that is asked."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.halves: list[bool] = []
+        self.widths: list[int] = []
+        monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1)
+        for name, stand_in in (
+            ("StandardGpuResources", object),
+            ("GpuClonerOptions", SimpleNamespace),
+            ("index_cpu_to_gpu", self._clone),
+        ):
+            monkeypatch.setattr(faiss, name, stand_in, raising=False)
+
+    def _clone(self, resources: object, device: int, index: Any, options: Any) -> HalfGpu:
+        assert device == 0
+        self.halves.append(options.useFloat16)
+        rows = index.reconstruct_n(0, index.ntotal)
+        self._index = faiss.IndexFlatL2(rows.shape[1])
+        self._index.add(rows.astype(np.float16).astype(np.float32) if options.useFloat16 else rows)
+        return self
+
+    def search(self, queries: Array, k: int) -> Any:
+        self.widths.append(k)
+        return self._index.search(queries, k)
+
+
+class TestOnTheGpu:
+    @pytest.mark.parametrize("half", [False, True])
+    @pytest.mark.parametrize("num_queries", [1, 300])
+    def test_finds_what_the_cpu_finds(
+        self, monkeypatch: pytest.MonkeyPatch, half: bool, num_queries: int
+    ) -> None:
+        gpu = HalfGpu(monkeypatch)
+        rows, queries = 5 + normal(900, 48), 5 + normal(num_queries, 48, seed=1)
+        bank = Bank(rows)
+        distances, indices = bank.on_gpu(half=half).search(queries, 5)
+        # candidates may come in another order, distances are measured alike
+        assert np.array_equal(distances, bank.search(queries, 5)[0])
+        assert_nearest((distances, indices), queries, rows, 5)
+        assert gpu.halves == [half] and gpu.widths == [5 + 32]
+
+    def test_gives_all_rows_where_more_are_asked_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        HalfGpu(monkeypatch)
+        rows, queries = normal(12, 8), normal(40, 8, seed=1)
+        assert_nearest(Bank(rows).on_gpu().search(queries, 50), queries, rows, 12)
+
+    def test_leaves_the_bank_as_it_was(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        gpu = HalfGpu(monkeypatch)
+        bank = Bank(normal(50, 8))
+        bank.on_gpu(half=True).save(tmp_path / "bank.faiss")
+        bank.search(normal(40, 8), 2)
+        assert gpu.widths == []
+        assert np.array_equal(Bank.load(tmp_path / "bank.faiss").rows_MD, bank.rows_MD)
+
+    def test_is_refused_where_faiss_has_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(faiss, "get_num_gpus", lambda: 0)
+        with pytest.raises(BankError, match="no GPU") as caught:
+            Bank(normal(50, 8)).on_gpu()
+        assert "[gpu]" in str(caught.value.fix)
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("half", [False, True])
+    def test_finds_on_a_real_one_what_the_cpu_finds(self, half: bool) -> None:
+        if not faiss.get_num_gpus():
+            pytest.skip("this FAISS sees no GPU")
+        rows, queries = 5 + normal(9000, 384), 5 + normal(1000, 384, seed=1)
+        bank = Bank(rows)
+        got, want = bank.on_gpu(half=half).search(queries, 9), bank.search(queries, 9)
+        # a row that is missed is at most the rounding of a product farther: 1e-3 of it
+        np.testing.assert_allclose(got[0], want[0], rtol=1e-3)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime import doctor, threads
+from runtime import doctor, gpu, threads
 from runtime.doctor import Finding, examine
 
 BASE = doctor._PACKAGES["base"]
@@ -19,14 +19,16 @@ Install = Callable[[Collection[str]], list[Finding]]
 @pytest.fixture
 def examined_with(monkeypatch: pytest.MonkeyPatch) -> Install:
     """What the doctor finds where exactly these distributions are installed."""
-    modules = {"tensorrt": "tensorrt", "openvino": "openvino", "onnxruntime": "onnxruntime"}
+    modules = {"tensorrt", "pycuda", "openvino", "onnxruntime"}
 
     def examined(packages: Collection[str]) -> list[Finding]:
         monkeypatch.setattr(doctor, "installed", lambda name: "1.0" if name in packages else None)
         real = importlib.util.find_spec
 
         def find_spec(name: str) -> object:
-            return real(name) if name not in modules or name in packages else None
+            if name not in modules:
+                return real(name)
+            return (real(name) or object()) if name in packages else None
 
         monkeypatch.setattr(importlib.util, "find_spec", find_spec)
         return list(examine())
@@ -89,11 +91,48 @@ class TestTheDoctor:
         assert problems[0].fix is not None
         assert "pip uninstall" in problems[0].fix
 
-    def test_knows_a_backend_that_this_version_lacks(self, examined_with: Install) -> None:
-        found = examined_with([*BASE, *CPU, "tensorrt"])
+    @pytest.mark.parametrize(
+        ("have", "reason"),
+        [
+            ([], "'tensorrt' is not installed"),
+            (["tensorrt"], "'pycuda' is not installed"),
+            (["tensorrt", "pycuda"], "no CUDA driver, or no device"),
+        ],
+    )
+    def test_says_what_a_backend_on_the_gpu_lacks(
+        self,
+        examined_with: Install,
+        monkeypatch: pytest.MonkeyPatch,
+        have: list[str],
+        reason: str,
+    ) -> None:
+        monkeypatch.setattr(gpu, "find", lambda: None)
+        (line,) = [
+            f for f in examined_with([*BASE, *have]) if f.text.startswith("backend tensorrt")
+        ]
+        assert line.level == "missing" and reason in line.text
+        assert line.fix is not None and "[gpu]" in line.fix
 
-        (line,) = [f for f in found if f.text.startswith("backend tensorrt")]
-        assert line.level in ("ok", "missing")
+    def test_says_that_onnxruntime_is_the_one_for_cpus(self, examined_with: Install) -> None:
+        found = examined_with([*BASE, *CPU, "pycuda"])
+        (line,) = [f for f in found if f.text.startswith("backend ort-cuda")]
+        assert "without libonnxruntime_providers_cuda.so" in line.text
+
+    def test_describes_the_gpu(
+        self, examined_with: Install, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        h200 = gpu.Gpu("NVIDIA H200", "9.0", "580.65.06", "13.0", 140 * 2**30)
+        monkeypatch.setattr(gpu, "find", lambda: h200)
+        found = examined_with([*BASE, "tensorrt", "pycuda"])
+        assert (
+            "NVIDIA H200, compute capability 9.0, 140 GiB, driver 580.65.06, CUDA up to 13.0"
+            in [finding.text for finding in found if finding.level == "ok"]
+        )
+        assert [f.level for f in found if f.text.startswith("backend tensorrt")] == ["ok"]
+
+        monkeypatch.setattr(gpu, "find", lambda: None)
+        levels = [f.level for f in examined_with(BASE) if "no CUDA device" in f.text]
+        assert levels == ["missing"]
 
 
 class TestTheProcessor:

@@ -13,41 +13,27 @@ from contextlib import closing
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 
 from runtime.engines import BACKENDS, Engine, open_engine
 from runtime.errors import EngineError, EngineworksError, InputError
 from runtime.tensors import Array
 from tests.runtime.gpu_stub import Gpu, plan
-from tests.runtime.nets import ADD_ONE, SAME, conv_net, conv_net_in_float64, feeds, parse
+from tests.runtime.nets import (
+    ADD_ONE,
+    SAME,
+    as_plan,
+    conv_net,
+    conv_net_in_float64,
+    feeds,
+    parse,
+    ranges,
+)
 
 GPU = [name for name, row in BACKENDS.items() if row.needs_gpu]
 VERSIONS = ("10.13.3.9", "11.4.0.106")
-# smallest, usual and largest size of a free axis
-PROFILE = (1, 2, 16)
 
 Open = Callable[[bytes], Engine]
-
-
-def ranges(model: bytes) -> dict[str, list[tuple[int, ...]]]:
-    """Profile for a graph: input -> its smallest, usual and largest shape."""
-    return {
-        value.name: [
-            tuple(axis.dim_value or size for axis in value.type.tensor_type.shape.dim)
-            for size in PROFILE
-        ]
-        for value in onnx.load_from_string(model).graph.input
-    }
-
-
-def as_plan(model: bytes) -> bytes:
-    """Built by the TensorRT that is installed, for the GPU that is here."""
-    from export.plan import build_plan
-    from runtime.plans import PlanConfig, ShapeRange
-
-    profile = {name: ShapeRange(*shapes) for name, shapes in ranges(model).items()}
-    return build_plan(model, PlanConfig(tf32=False), [profile]).data
 
 
 @pytest.fixture(
@@ -138,6 +124,16 @@ class TestAnOpenedGraph:
     def test_takes_any_batch_one_after_the_other(self, add_one: Engine) -> None:
         for batch in (2, 1, 7, 2):
             assert np.array_equal(add_one.run(feeds(batch))["y"], feeds(batch)["x"] + 1)
+
+    def test_answers_to_what_it_is_fed_however_often_a_shape_comes_again(
+        self, add_one: Engine
+    ) -> None:
+        """From the third time on, a GPU replays what it did the second time."""
+        for turn in range(6):
+            given = {"x": feeds()["x"] * turn, "n": feeds()["n"] + turn}
+            got = add_one.run(given)
+            assert np.array_equal(got["y"], given["x"] + 1)
+            assert np.array_equal(got["m"], given["n"] + 2)
 
     def test_does_not_care_about_the_order_of_the_feeds(self, add_one: Engine) -> None:
         turned = dict(reversed(feeds().items()))

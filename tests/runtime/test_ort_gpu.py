@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import closing
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -110,7 +111,7 @@ class TestDeviceFeeds:
             if told:
                 given[name].__cuda_array_interface__ |= {"version": 3, "stream": producer.handle}
             flat = array.reshape(-1).view(np.uint8)
-            producer.add(lambda at=address, flat=flat: np.copyto(gpu.at(at, flat.size), flat))
+            producer.add(partial(np.copyto, gpu.at(address, flat.size), flat))
         got: dict[str, Any] = engine.run(given)
         assert np.array_equal(got["y"].numpy(), feeds()["x"] + 1)
         assert bool(gpu.named("Context.synchronize")) is not told

@@ -294,6 +294,22 @@ class TestTheCounters:
             assert search.repeated < 0.2 * search.searched
 
 
+class TestWithABackendOnTheGpu:
+    def test_is_the_flat_search_where_faiss_has_none(self) -> None:
+        bank, queries = Bank(rows_of(normal, 1100, 0)), rows_of(normal, 50, 1)
+        with closing(FastSearch(bank, K, backend="tensorrt")) as search:
+            got = search.search(queries)
+        for ours, theirs in zip(got, bank.search(queries, K), strict=True):
+            assert np.array_equal(ours, theirs)
+
+    def test_is_faiss_on_the_gpu_where_it_has_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        bank, twin = Bank(rows_of(normal, 1100, 0)), Bank(rows_of(normal, 1100, 0))
+        monkeypatch.setattr(search_module, "gpu_is_usable", lambda: True)
+        monkeypatch.setattr(Bank, "on_gpu", lambda self: twin)
+        assert FastSearch(bank, K, backend="ort-cuda").bank is twin
+        assert FastSearch(bank, K, backend="openvino").bank is bank
+
+
 class TestWhatDoesNotFit:
     @pytest.mark.parametrize("count", [100, 1100])
     def test_queries_of_another_width_are_refused(self, count: int, backend: str) -> None:

@@ -151,7 +151,7 @@ class TestOpening:
         opened: list[tuple[Path, str, str, int | None]] = []
         monkeypatch.setattr(
             "runtime.systems.open_engine",
-            lambda model, backend, *, precision, threads: opened.append(
+            lambda model, backend, *, precision, threads, host_code: opened.append(
                 (model, backend, precision, threads)
             ),
         )

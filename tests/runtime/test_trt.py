@@ -433,8 +433,10 @@ class TestThePlan:
             trt.TrtEngine(plan(DOUBLE, [UP_TO_4]), host_code=allowed).close()
         assert gpu.named("deserialize") == [("deserialize", False), ("deserialize", True)]
 
-    def test_opens_by_the_table(self, trt: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_opens_by_the_table(self, gpu: Gpu, trt: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("runtime.engines.Backend.why_not", lambda row: None)
+        open_engine(plan(DOUBLE, [UP_TO_4]), "tensorrt", host_code=True).close()
+        assert gpu.named("deserialize") == [("deserialize", True)]
         with closing(open_engine(plan(DOUBLE, [UP_TO_4]), "tensorrt")) as engine:
             assert engine.backend == "tensorrt"
             assert np.array_equal(engine.run({"x": rows(2)})["y"], 2 * rows(2))
