@@ -5,17 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from export.quantize import KeepFloat
 from export.systems import Contents, Recipe, Source, read_json
+from runtime.preprocess import PreprocessSpec, apply
+from runtime.references import load_references
 from runtime.systems.refdet import Params
 from training.run import open_run
 from training.systems.refdet.config import TaskConfig
 from training.systems.refdet.eager import trained_net
 from training.systems.refdet.model import Detect, Encode, prototype_widths
 
+_REFERENCES = "references.npz"
 _DRAWS = 8  # examples that the clearest is taken of
 
 
@@ -28,29 +30,34 @@ def graphs(run: Path) -> dict[str, Source]:
     """
     opened = open_run(run)
     assert isinstance(opened.config, TaskConfig)
+    config = opened.config
     model = trained_net(opened)
-    detect = Detect(model, opened.config.num_candidates).eval()
+    encode, detect = Encode(model).eval(), Detect(model, config.num_candidates).eval()
+    references = load_references(run / _REFERENCES)
+    pictures = [picture for found in references.values() for picture in found]
     generator = torch.Generator().manual_seed(0)
 
-    def images(batch: int, size: tuple[int, int]) -> Tensor:
-        return torch.randn(batch, 3, *size, generator=generator)
+    def shaken(spec: PreprocessSpec, num: int) -> Tensor:
+        """References as network input, with noise; to mere noise a detector is blind."""
+        chosen = torch.randint(len(pictures), (num,), generator=generator).tolist()
+        images = torch.from_numpy(apply(spec, [pictures[i] for i in chosen]))
+        return images + 0.2 * torch.randn(images.shape, generator=generator)
 
-    def prototypes(objects: int) -> Tensor:
-        rows_NP = torch.randn(objects, sum(model.detector.widths), generator=generator)
-        parts = torch.split(rows_NP, list(model.detector.widths), dim=1)
-        return torch.cat([F.normalize(part, dim=1) for part in parts], dim=1)
-
+    @torch.no_grad()
     def clearest(num_frames: int, num_objects: int) -> tuple[Tensor, Tensor]:
-        drawn = [(images(num_frames, frames), prototypes(num_objects)) for _ in range(_DRAWS)]
+        drawn = [
+            (shaken(config.preprocess, num_frames), encode(shaken(spec, num_objects)))
+            for _ in range(_DRAWS)
+        ]
         return max(drawn, key=lambda example: _clearance(detect, *example))
 
-    references, frames = opened.config.reference_preprocess.size, opened.config.preprocess.size
+    spec = config.reference_preprocess
     return {
         "encode": Source(
-            module=Encode(model).eval(),
+            module=encode,
             inputs=("images",),
             outputs=("prototypes",),
-            examples=((images(2, references),), (images(1, references),)),
+            examples=((shaken(spec, 2),), (shaken(spec, 1),)),
             free={"images": {0: "batch"}},
         ),
         "detect": Source(
@@ -63,7 +70,6 @@ def graphs(run: Path) -> dict[str, Source]:
     }
 
 
-@torch.no_grad()
 def _clearance(detect: Detect, frames_BCHW: Tensor, prototypes_NP: Tensor) -> float:
     """By how much the logit of the last candidate exceeds that of the first anchor left out.
 
@@ -88,7 +94,7 @@ def contents(run: Path) -> Contents:
         preprocess=opened.config.preprocess,
         params=params.model_dump(mode="json"),
         thresholds={},
-        assets={"references": run / "references.npz"},
+        assets={"references": run / _REFERENCES},
         labels=tuple(read_json(run, "labels")),
     )
 

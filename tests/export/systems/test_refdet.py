@@ -14,13 +14,20 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from export.quantize import quantizable
+from calibration.observe import Observer
+from calibration.ranges import amax
+from export import build, passes
+from export.legality import check_legal
+from export.parity import compare
+from export.quantize import activations, quantizable, quantize, to_unsigned
+from export.systems import Source
 from export.systems.refdet import RECIPE
-from export.trace import trace
+from export.trace import to_onnx, trace
 from runtime import images
 from runtime.bundle import Bundle, read
+from runtime.engines.ort import OrtEngine
 from runtime.errors import RunError
-from runtime.preprocess import apply
+from runtime.preprocess import PreprocessSpec, apply
 from runtime.references import average, load_references
 from runtime.systems import open_engines
 from runtime.systems.refdet import Params, System
@@ -29,7 +36,8 @@ from runtime.testing import write_scenes
 from training.config import load_config
 from training.run import Run, open_run
 from training.systems.refdet import eager
-from training.systems.refdet.model import Detect, Encode
+from training.systems.refdet.config import DetectorConfig, EncoderConfig
+from training.systems.refdet.model import Detect, Encode, RefDet
 from training.train import train
 
 pytestmark = pytest.mark.train
@@ -192,6 +200,68 @@ class TestTheBundle:
         (tmp_path / "run" / "labels.json").unlink()
         with pytest.raises(RunError, match=r"labels\.json cannot be read"):
             trace(tmp_path / "run", tmp_path / "bundle")
+
+
+class TestInt8:
+    def test_is_legal_and_close_to_float(
+        self,
+        bundle: Bundle,
+        data: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr(build, "_SPEED_SECONDS", 0.1)
+        config = build.BuildConfig(
+            samples=data / "images", num_samples=8, method="minmax", threads=1
+        )
+
+        made = build.build(bundle, tmp_path / "int8", config, say=lambda _line: None)
+
+        for graph in made.manifest.graphs.values():
+            assert set(graph.variants) == {"float", "int8", "int8-u8"}
+        for backend in made.manifest.reports["parity_int8"].values():
+            assert backend["encode"]["prototypes"]["cosine"] > 0.995  # what INT8 is allowed
+
+    @pytest.mark.data
+    @pytest.mark.slow
+    def test_of_a_trained_convolutional_encoder_keeps_the_prototypes(
+        self, shared: Path, tmp_path: Path
+    ) -> None:
+        weights = "data/weights/mobilenetv2_100_imagenet_from_int8_samepad.safetensors"
+        encoder = EncoderConfig(
+            name="mobilenetv2_100", weights=str(shared / weights), args={"pad_type": "same"}
+        )
+        model = RefDet(encoder, DetectorConfig(), 0).eval()
+        half = (0.5, 0.5, 0.5)  # how this net was trained
+        spec = PreprocessSpec(size=(224, 224), resize="crop", mean=half, std=half)
+        paths = sorted((shared / "data/flower17/test").rglob("*.jpg"))
+        step = len(paths) // 40
+        batches = [
+            apply(spec, [images.read(path) for path in paths[i :: 5 * step][:8]])
+            for i in range(0, 5 * step, step)
+        ]
+        example = (torch.from_numpy(batches[0][:2]),)
+        source = Source(
+            Encode(model).eval(), ("images",), ("prototypes",), (example,), {"images": {0: "batch"}}
+        )
+        graph = passes.prepare(to_onnx(source))
+        onnx.save(graph, tmp_path / "encode.onnx")
+        observer = Observer(
+            tmp_path / "encode.onnx", activations(graph, RECIPE.keep_float), threads=1
+        )
+        for batch in batches[:-1]:
+            observer.observe({"images": batch})
+        ranges = {name: amax(each, "mse") for name, each in observer.histograms.items()}
+        means = {name: each.mean.ravel() for name, each in observer.means.items()}
+        int8 = quantize(graph, ranges, RECIPE.keep_float, means=means)
+        check_legal(int8)
+
+        answers = []
+        for each in (graph, to_unsigned(int8)):
+            with closing(OrtEngine(each.SerializeToString(), threads=1)) as engine:
+                answers.append(engine.run({"images": batches[-1]}))
+        want, got = answers
+        assert compare(got, want)["prototypes"].cosine > 0.995  # what INT8 is allowed
 
 
 class TestTheRival:

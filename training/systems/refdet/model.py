@@ -273,7 +273,8 @@ class Detect(nn.Module):
         num = min(self.num_candidates, logits_BA.shape[1])
         places_BM = logits_BA.topk(num, dim=1).indices.sort(dim=1).values
         boxes_BM4 = boxes_BA4.gather(1, places_BM[..., None].expand(-1, -1, 4))
-        scores_BM = logits_BA.gather(1, places_BM).sigmoid()
+        # ONNX Runtime's own sigmoid is exact to 1e-7 of 1, not of a small score
+        scores_BM = 1 / (1 + (-logits_BA.gather(1, places_BM)).exp())
         return boxes_BM4, scores_BM, classes_BA.gather(1, places_BM)
 
     def anchors(self, frames_BCHW: Tensor, prototypes_NP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
