@@ -333,6 +333,13 @@ class _Station:
         if capture:  # a graph is bound to its context: what that does later would change it
             context = self._lane.context(self._profile)
         outputs = self._set_shapes(context, shapes)
+        if too_large := [
+            n for n, s in outputs.items() if self._bytes(n, s) > self._buffers[n].size
+        ]:
+            raise EngineError(
+                f"outputs {too_large} are larger than those of the profile's largest inputs",
+                fix="feed arrays in device memory, or build the plan with a profile for this shape",
+            )
         self._enqueue(context, addresses)  # outside of the capture: the first run sets things up
         self._remember(key, self._capture(context, addresses, outputs) if capture else None)
         return outputs
@@ -402,6 +409,7 @@ class _Buffer:
     """Device memory of one tensor and the pinned host memory beside it."""
 
     def __init__(self, device: cuda.Device, num_bytes: int) -> None:
+        self.size = num_bytes
         self.device = device.allocate(num_bytes)
         self.host = device.pinned(num_bytes)
 

@@ -395,6 +395,19 @@ class TestWhatIsRefused:
         ):
             engine.run({"x": rows(2)})
 
+    def test_are_outputs_that_grow_while_the_inputs_shrink(self, gpu: Gpu, trt: Any) -> None:
+        """Their buffers were made for the largest inputs."""
+        shrinking = onnx.parser.parse_model(
+            '<ir_version: 9, opset_import: ["" : 18]> n (float[batch, 3] x) => (float[rest] y)'
+            "<int64[1] ten = {10}, int64[1] first = {0}> { s = Shape(x)  b = Gather(s, first)"
+            "  r = Sub(ten, b)  y = ConstantOfShape(r) }"
+        ).SerializeToString()
+        with closing(trt.TrtEngine(plan(shrinking, [UP_TO_4]))) as engine:
+            assert engine.run({"x": rows(4)})["y"].shape == (6,)
+            with pytest.raises(EngineError, match=r"\['y'\] are larger"):
+                engine.run({"x": rows(2)})
+            assert len(gpu.named("execute_async_v3")) == 1
+
     def test_a_run_that_fails_tells_tensorrts_reason_once(self, trt: Any) -> None:
         content = plan(DOUBLE, [UP_TO_4]).replace(b"{", b'{"fails": true, ', 1)
         with closing(trt.TrtEngine(content)) as engine:
