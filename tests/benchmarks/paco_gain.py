@@ -51,7 +51,12 @@ ARMS = {
         "loss.soc_normalise=false",
         "loss.saliency=0.1",
     ],
-    "ours": ["loss.warmup_epochs=1", "loss.matching_warmup_epochs=1"],
+    "ours": [
+        "loss.pac=0.6",  # weighed on a split of the training pictures
+        "loss.soc=0.2",
+        "loss.warmup_epochs=1",
+        "loss.matching_warmup_epochs=1",
+    ],
 }
 
 
