@@ -42,7 +42,7 @@ demo_paco := --profile --set backbone.weights=$(WEIGHTS) --set backbone.name=res
 	--set train.epochs=12 --set train.batch_size=16 \
 	--set train.optimizer.lr=2e-3 --set train.optimizer.warmup_epochs=1 --set loss.warmup_epochs=2
 
-demo_refdet := --profile --config training/systems/refdet/small.yaml
+demo_refdet := --profile --config small
 samples_refdet := demo/refdet/data/images/train
 pictures_refdet := demo/refdet/data/images/test
 infer_refdet := --refs demo/refdet/data/wanted

@@ -199,7 +199,11 @@ def sample(system: str, out: Path, seed: int) -> None:
 @click.argument("system")
 @click.option("--data", type=FOLDER, required=True, help="Folder of training data.")
 @click.option("--out", type=PATH, help="Run folder [runs/SYSTEM/trainN].")
-@click.option("--config", type=PATH, help="YAML file over the system's defaults.")
+@click.option(
+    "--config",
+    type=PATH,
+    help="YAML file over the system's defaults, or the name of a shipped one.",
+)
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting.")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out.")
 @click.option("--profile", is_flag=True, help="Print where the time of a step went.")

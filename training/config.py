@@ -160,7 +160,8 @@ def load_config(
 
     Args:
         system: a name in ``training.systems.TASKS``.
-        file: YAML with any part of the tree, e.g. the config.yaml of an earlier run.
+        file: YAML with any part of the tree, e.g. the config.yaml of an earlier run; or the bare
+            name of one that comes with the system, e.g. ``small`` of refdet.
         overrides: ``key=value`` each, with dots into the tree; values are YAML, e.g.
             ``backbone.stages=[1, 2]``.
 
@@ -172,7 +173,7 @@ def load_config(
     default = resources.files(package).joinpath("default.yaml").read_text(encoding="utf-8")
     merged = _parse(default, f"default.yaml of '{system}'")
     if file is not None:
-        merged = _merge(merged, _parse(read_text(file), str(file)))
+        merged = _merge(merged, _parse(_read_over(package, file), str(file)))
     for override in overrides:
         merged = _merge(merged, _parse_override(override))
     if merged["system"] != system:
@@ -181,6 +182,25 @@ def load_config(
             fix=f"give a configuration of '{system}', or train '{merged['system']}'",
         )
     return validate(schema_of(system), merged)
+
+
+def _read_over(package: str, file: Path) -> str:
+    """Text of a configuration that goes over the default one: a file's, or a shipped one's."""
+    if file.suffix or len(file.parts) > 1 or file.exists():
+        return read_text(file)
+    folder = resources.files(package)
+    shipped = {
+        Path(entry.name).stem: entry for entry in folder.iterdir() if entry.name.endswith(".yaml")
+    }
+    del shipped["default"]
+    if file.name not in shipped:
+        raise ConfigError(
+            f"there is no configuration '{file}'",
+            fix=f"give a YAML file, or one of {', '.join(sorted(shipped))}"
+            if shipped
+            else "give a YAML file; this system comes with default.yaml alone",
+        )
+    return shipped[file.name].read_text(encoding="utf-8")
 
 
 def schema_of(system: str) -> type[SystemConfig]:

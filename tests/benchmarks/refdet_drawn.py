@@ -20,8 +20,6 @@ from typing import Any
 
 import click
 
-CONFIG = Path("training/systems/refdet/small.yaml")
-
 
 def call(*arguments: str | Path) -> float:
     """Run a command of the command line; its seconds."""
@@ -40,7 +38,7 @@ def one(root: Path, seed: int, overrides: tuple[str, ...]) -> dict[str, float]:
     sets = [part for setting in settings for part in ("--set", setting)]
     run, bundle = root / "run", root / "bundle"
     seconds = call(
-        *("train", "refdet", "--config", CONFIG, "--data", data, "--out", run, "--exist-ok", *sets)
+        *("train", "refdet", "--config", "small", "--data", data, "--out", run, "--exist-ok", *sets)
     )
     call("export", run, "--out", bundle, "--exist-ok")
     call("eval", bundle, "--data", data, "--json", record)

@@ -126,6 +126,33 @@ class TestOfNoising:
         with pytest.raises(ConfigError, match=r"none\.yaml"):
             load_config("noising", tmp_path / "none.yaml")
 
+    def test_takes_the_name_of_one_that_comes_with_the_system(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        shipped = load_config("refdet", Path("small"))
+        assert shipped != load_config("refdet")
+        # a file of that name goes first
+        Path("small").write_text("train: {epochs: 3}")
+        assert load_config("refdet", Path("small")) == load_config(
+            "refdet", None, ["train.epochs=3"]
+        )
+
+    @pytest.mark.parametrize(
+        ("system", "name", "suggests"),
+        [
+            ("refdet", "smal", "small"),
+            ("noising", "small", "default"),
+            ("refdet", "default", "small"),
+        ],
+    )
+    def test_refuses_a_name_that_no_configuration_has(
+        self, system: str, name: str, suggests: str
+    ) -> None:
+        with pytest.raises(ConfigError, match=f"no configuration '{name}'") as caught:
+            load_config(system, Path(name))
+        assert suggests in (caught.value.fix or "")
+
     def test_that_is_empty_changes_nothing(self, tmp_path: Path) -> None:
         (tmp_path / "empty.yaml").write_text("")
         assert load_config("noising", tmp_path / "empty.yaml") == load_config("noising")
