@@ -22,15 +22,17 @@ from calibration.samples import choose
 from calibration.table import Table
 from export.legality import check_legal
 from export.parity import Feeds, Parity, compare, outputs, record
+from export.passes import before_choice
 from export.quantize import KeepFloat, activations, quantize, to_unsigned
 from export.sensitivity import NodeCost, sensitivity
 from runtime import bench
 from runtime.bundle import Bundle, Manifest, check_out, read, write
-from runtime.engines import BACKENDS, Engine
+from runtime.engines import BACKENDS, Engine, open_engine
 from runtime.engines.ort import OrtEngine
 from runtime.errors import BackendError, DatasetError, ExportError, GateError, UsageError
 from runtime.plans import PROVENANCE
-from runtime.systems import open_engines, open_system, reader_of
+from runtime.systems import open_engines, open_system, reader_of, variant_of
+from runtime.tensors import Array
 
 # what `--method auto` tries; the one whose INT8 outputs lie nearest to the float ones is taken
 _CANDIDATES: tuple[tuple[str, float], ...] = (
@@ -132,7 +134,7 @@ def build(
         for name, model in floats.items():
             say(f"sensitivity of graph '{name}': one node at a time")
             costs[name] = sensitivity(
-                model,
+                before_choice(model),
                 table.amax(name),
                 feeds[name][:2],
                 keep[name],
@@ -205,8 +207,7 @@ def _choose_table(
     """The table of the method asked for, or of the one with the smallest output error."""
     if config.method != "auto":
         return histograms.table(config.method, percentile=config.percentile), {}
-    with _opened(bundle, "ort", "float", config.threads) as engines:
-        want = {name: outputs(engine, feeds[name]) for name, engine in engines.items()}
+    want = _compared(bundle, "ort", "float", feeds, config.threads)
     errors: dict[str, float] = {}
     tables: dict[str, Table] = {}
     for method, percentile in _CANDIDATES:
@@ -215,10 +216,10 @@ def _choose_table(
         worst = 0.0
         for name, model in floats.items():
             table = tables[label]
-            graph = to_unsigned(
-                quantize(model, table.amax(name), keep[name], means=table.means(name))
-            )
-            with closing(OrtEngine(graph.SerializeToString(), threads=config.threads)) as engine:
+            means = table.means(name)
+            graph = quantize(before_choice(model), table.amax(name), keep[name], means=means)
+            model_bytes = to_unsigned(graph).SerializeToString()
+            with closing(OrtEngine(model_bytes, threads=config.threads)) as engine:
                 found = compare(outputs(engine, feeds[name]), want[name])
             worst = max(worst, *(1 - parity.cosine_worst1pct for parity in found.values()))
         errors[label] = worst
@@ -355,22 +356,38 @@ def _parity(candidate: Bundle, feeds: Feeds, threads: int | None) -> dict[str, A
     """INT8 against float outputs of every graph, per backend."""
     report: dict[str, Any] = {}
     for backend in _int8_backends():
-        with (
-            _opened(candidate, backend, "float", threads) as floats,
-            _opened(candidate, backend, "int8", threads) as int8s,
-        ):
-            report[backend] = {}
-            for name in floats:
-                found: Mapping[str, Parity] = compare(
-                    outputs(int8s[name], feeds[name]), outputs(floats[name], feeds[name])
-                )
-                report[backend][name] = {k: v.model_dump() for k, v in found.items()}
+        got, want = (_compared(candidate, backend, p, feeds, threads) for p in ("int8", "float"))
+        report[backend] = {}
+        for name in want:
+            found: Mapping[str, Parity] = compare(got[name], want[name])
+            report[backend][name] = {k: v.model_dump() for k, v in found.items()}
     return report
 
 
+def _compared(
+    bundle: Bundle, backend: str, precision: str, feeds: Feeds, threads: int | None
+) -> dict[str, dict[str, Array]]:
+    """Per graph, what can be compared of its outputs; see ``passes.before_choice``."""
+    answers = {}
+    for name, graph in bundle.manifest.graphs.items():
+        variant = variant_of(graph.variants, backend, precision)
+        assert variant is not None  # float is in every bundle, INT8 was just written
+        model = before_choice(onnx.load(bundle.path(graph.variants[variant])))
+        with closing(
+            open_engine(model.SerializeToString(), backend, precision=precision, threads=threads)
+        ) as engine:
+            answers[name] = outputs(engine, feeds[name])
+    return answers
+
+
 def _speed(candidate: Bundle, feeds: Feeds, threads: int | None) -> dict[str, Any]:
-    """Float against INT8 network time on one sample, contenders taking turns, per backend."""
+    """Float against INT8 network time on one sample, contenders taking turns, per backend.
+
+    Of the graphs that every sample meets: what runs once, when a system is opened, is left out.
+    """
     report: dict[str, Any] = {}
+    most = max(map(len, feeds.values()))
+    every = [name for name, fed in feeds.items() if len(fed) == most]
     for backend in _int8_backends():
         with ExitStack() as stack:
             contenders = {}
@@ -378,8 +395,8 @@ def _speed(candidate: Bundle, feeds: Feeds, threads: int | None) -> dict[str, An
                 engines = stack.enter_context(_opened(candidate, backend, precision, threads))
 
                 def call(engines: Mapping[str, Engine] = engines) -> None:
-                    for name, engine in engines.items():
-                        engine.run(feeds[name][0])
+                    for name in every:
+                        engines[name].run(feeds[name][0])
 
                 contenders[precision] = call
             timings = bench.interleave(contenders, max_seconds=_SPEED_SECONDS)

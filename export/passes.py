@@ -316,6 +316,44 @@ def name_nodes(model: onnx.ModelProto) -> onnx.ModelProto:
     return result
 
 
+def before_choice(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The graph with what its outputs are chosen from, under the outputs' names.
+
+    An output that picks entries of a tensor by computed indices (the best candidates of a detector)
+    says little about an error: the least of them swaps rows. Such an output becomes the tensor that
+    it picks from, without what is done to each entry afterwards; whole numbers are left out, since
+    what they count is nowhere defined but at the choice. Other outputs stay as they are.
+    """
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    graph = result.graph
+    view = GraphView(model.graph)
+    whole = (onnx.TensorProto.INT32, onnx.TensorProto.INT64)
+    for value in list(graph.output):
+        choice = _choice(value.name, view)
+        if choice is None:
+            continue
+        graph.output.remove(value)
+        if value.type.tensor_type.elem_type in whole:
+            continue
+        kind = value.type.tensor_type.elem_type
+        graph.output.append(helper.make_tensor_value_info(value.name, kind, None))
+        for node in graph.node:  # the name is free for another tensor
+            _replace(node.output, [f"{n}.chosen" if n == value.name else n for n in node.output])
+            _replace(node.input, [f"{n}.chosen" if n == value.name else n for n in node.input])
+        graph.node.append(helper.make_node("Identity", [choice.input[0]], [value.name]))
+    return result
+
+
+def _choice(name: str, view: GraphView) -> onnx.NodeProto | None:
+    """The node that picks by computed indices and has nothing behind it that joins tensors."""
+    node = view.producer.get(name)
+    while node is not None and node.op_type != "GatherElements":
+        inputs = [n for n in node.input if n in view.producer]
+        node = view.producer[inputs[0]] if len(inputs) == 1 else None
+    return node if node is not None and node.input[1] in view.producer else None
+
+
 def _replace(field: object, values: Iterable[object]) -> None:
     """Assign to a repeated protobuf field, which has no assignment of its own."""
     new = list(values)

@@ -1,4 +1,4 @@
-"""Ranges -> Q/DQ pairs: the one canonical INT8 graph, and its dialect for ONNX Runtime on x86.
+"""Ranges -> Q/DQ pairs: the one canonical INT8 graph, and its dialect for x86.
 
 Canonical: everything is int8, symmetric, with explicit zero point 0. Weights of Conv,
 ConvTranspose, Gemm and MatMul are int8 initializers behind a DequantizeLinear, one scale per output
@@ -359,11 +359,12 @@ def _activation_pair(
 
 
 def to_unsigned(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The same numbers in unsigned activations, for ONNX Runtime on x86.
+    """The same numbers in unsigned activations, for x86.
 
-    Its kernels there are fast for uint8 activations times int8 weights only, and only where
-    QuantizeLinear directly follows the node. Three exact rewrites bring the canonical graph there;
-    the scales, the weights and every dequantized value stay what they are (saturation included):
+    ONNX Runtime's kernels there are fast for uint8 activations times int8 weights only, and only
+    where QuantizeLinear directly follows the node; OpenVINO's joins of int8 tensors are wrong.
+    Three exact rewrites bring the canonical graph there; the scales, the weights and every
+    dequantized value stay what they are (saturation included):
 
     - zero point 128: clip(round(x/s), -128, 127) + 128 = clip(round(x/s) + 128, 0, 255).
     - Rounding is monotone, so it commutes with Relu and with Clip(0, h): behind them the zero point

@@ -186,7 +186,7 @@ def choose(bundle: Bundle, backend: str = "auto", precision: str = "auto") -> tu
         if not candidates:
             raise BackendError("no backend is installed here", fix='pip install "engineworks[cpu]"')
     for name in candidates:
-        if all(_variant(graph.variants, name, precision) for graph in manifest.graphs.values()):
+        if all(variant_of(graph.variants, name, precision) for graph in manifest.graphs.values()):
             return name, precision
     raise BundleError(
         f"bundle {bundle.root} has no '{precision}' graphs for backend {' or '.join(candidates)}",
@@ -205,8 +205,8 @@ def _missing_fix(bundle: Bundle, backend: str, precision: str) -> str:
     return "choose another --precision or --backend"
 
 
-def _variant(variants: Mapping[str, str], backend: str, precision: str) -> str | None:
-    """The best variant of a graph that a backend runs a precision from."""
+def variant_of(variants: Mapping[str, str], backend: str, precision: str) -> str | None:
+    """The best variant of a graph that a backend runs a precision from, None where none is."""
     known = BACKENDS[backend].variants.get(precision, ())
     return next((variant for variant in known if variant in variants), None)
 
@@ -221,7 +221,7 @@ def open_engines(
     """
     engines: dict[str, Engine] = {}
     for name, graph in bundle.manifest.graphs.items():
-        variant = _variant(graph.variants, backend, precision)
+        variant = variant_of(graph.variants, backend, precision)
         if variant is None:
             raise BundleError(f"graph '{name}' has no '{precision}' variant for '{backend}'")
         host_code = False

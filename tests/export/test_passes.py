@@ -212,6 +212,49 @@ class TestNameNodes:
         assert named.graph.initializer == model.graph.initializer
 
 
+CANDIDATES = """<ir_version: 9, opset_import: ["" : 18]>
+g (float[1, 9] logits, float[1, 9] size)
+    => (float[1, 3] scores, int64[1, 3] places, int64[1, 3] kinds, float[1, 9] all)
+<int64[1] three = {3}> {
+    best, where = TopK<axis = 1>(logits, three)
+    places = Identity(where)
+    wide = Neg(size)
+    chosen = GatherElements<axis = 1>(wide, where)
+    scores = Sigmoid(chosen)
+    counted = Cast<to = 7>(wide)
+    kinds = GatherElements<axis = 1>(counted, where)
+    all = Mul(wide, logits)
+}"""
+
+
+class TestBeforeTheChoice:
+    def test_an_output_of_chosen_entries_becomes_what_they_are_chosen_from(self) -> None:
+        rng = np.random.default_rng(0)
+        feeds = {n: rng.normal(size=(1, 9)).astype(np.float32) for n in ("logits", "size")}
+        model = passes.infer_shapes(onnx.parser.parse_model(CANDIDATES))
+
+        got = run(passes.before_choice(model), feeds)
+
+        want = run(model, feeds)
+        np.testing.assert_array_equal(got["all"], want["all"])
+        np.testing.assert_array_equal(got["places"], want["places"])
+        np.testing.assert_array_equal(got["scores"], -feeds["size"])
+        assert set(got) == {"all", "places", "scores"}  # what the kinds count is not defined
+
+    def test_a_graph_that_chooses_nothing_stays_as_it_is(self) -> None:
+        model = passes.prepare(residual_net(bn=True))
+
+        assert passes.before_choice(model) == model
+
+    def test_the_argument_is_not_changed(self) -> None:
+        model = passes.infer_shapes(onnx.parser.parse_model(CANDIDATES))
+        before = model.SerializeToString(deterministic=True)
+
+        passes.before_choice(model)
+
+        assert model.SerializeToString(deterministic=True) == before
+
+
 class TestAGraphThatThePassesDoNotTake:
     def test_an_old_opset_is_refused_with_the_way_out(self) -> None:
         model = onnx.parser.parse_model(

@@ -421,11 +421,34 @@ class TestTheUnsignedDialect:
             assert lost(want[name], unsigned[name]) < 1.25 * lost(want[name], signed[name]), name
 
 
+JOINED = """<ir_version: 9, opset_import: ["" : 18]>
+g (float[1, 8, 16, 16] x) => (float[1, 8, 16, 16] y) {
+    near = Conv<pads = [1, 1, 1, 1]>(x, near_weight)
+    near_gate = Sigmoid(near)
+    near_out = Mul(near, near_gate)
+    far = Conv<pads = [1, 1, 1, 1]>(near_out, far_weight)
+    far_gate = Sigmoid(far)
+    far_out = Mul(far, far_gate)
+    both = Concat<axis = 1>(near_out, far_out)
+    y = Conv(both, both_weight)
+}"""
+
+
 class TestOpenVino:
-    def test_runs_the_canonical_graph_with_no_more_loss_than_the_literal_one(
-        self, net: onnx.ModelProto, canonical: onnx.ModelProto, feeds: dict[str, np.ndarray]
+    @pytest.mark.parametrize("joined", [False, True], ids=["residual", "concat"])
+    def test_runs_the_unsigned_graph_with_no_more_loss_than_the_literal_one(
+        self, net: onnx.ModelProto, feeds: dict[str, np.ndarray], joined: bool
     ) -> None:
-        engine = OpenVinoEngine(canonical.SerializeToString(), precision="int8", threads=1)
+        if joined:  # values of unlike ranges side by side: of signed ones it makes a wrong sum
+            weights = {"near": (8, 8, 3, 3), "far": (8, 8, 3, 3), "both": (8, 16, 1, 1)}
+            scales = {"near": 0.1, "far": 2.0, "both": 0.3}
+            net = parse(
+                JOINED, **{f"{n}_weight": draw(*weights[n], scale=scales[n]) for n in weights}
+            )
+            feeds = {"x": draw(1, 8, 16, 16, seed=1)}
+        canonical = quantize(net, measured(net, feeds))
+        unsigned = to_unsigned(canonical).SerializeToString()
+        engine = OpenVinoEngine(unsigned, precision="int8", threads=1)
 
         want, literal, got = run(net, feeds), run(canonical, feeds), engine.run(feeds)
 
