@@ -341,7 +341,8 @@ def before_choice(model: onnx.ModelProto) -> onnx.ModelProto:
         for node in graph.node:  # the name is free for another tensor
             _replace(node.output, [f"{n}.chosen" if n == value.name else n for n in node.output])
             _replace(node.input, [f"{n}.chosen" if n == value.name else n for n in node.input])
-        graph.node.append(helper.make_node("Identity", [choice.input[0]], [value.name]))
+        name = f"{value.name}.before_choice"
+        graph.node.append(helper.make_node("Identity", [choice.input[0]], [value.name], name=name))
     return result
 
 
