@@ -26,6 +26,7 @@ from google.protobuf.message import DecodeError
 
 from export.legality import check_legal
 from runtime.bundle import write_atomic
+from runtime.engines.recorder import Recorder
 from runtime.errors import BackendError, ExportError
 from runtime.plans import Machine, PlanConfig, Profile, Shape, ShapeRange
 
@@ -84,7 +85,7 @@ def build_plan(
         BackendError: TensorRT cannot start.
     """
     _check_onnx(model)
-    recorder = _Recorder()
+    recorder = Recorder()
     monitor = _Monitor(progress or (lambda _done, _of: None), stop or threading.Event())
     start = time.perf_counter()
     # every object of TensorRT dies in there; one that outlived the recorder would still call it
@@ -100,7 +101,7 @@ def _compile(
     config: PlanConfig,
     profiles: Sequence[Profile],
     timing_cache: Path | None,
-    recorder: _Recorder,
+    recorder: Recorder,
     monitor: _Monitor,
 ) -> tuple[bytes | None, int]:
     """The plan, or None where TensorRT gave none, and the number of layers."""
@@ -277,54 +278,17 @@ def _build(builder: Any, network: Any, settings: Any, monitor: _Monitor) -> byte
     return None if plan is None else bytes(memoryview(plan))
 
 
-def _failure(recorder: _Recorder, monitor: _Monitor) -> BaseException:
+def _failure(recorder: Recorder, monitor: _Monitor) -> BaseException:
     if monitor.error is not None:
         return monitor.error
     if monitor.stop.is_set():
         return ExportError(f"the build was cancelled in phase '{monitor.phase}'")
-    reasons = "\n  ".join(recorder.texts()) or "it gave no reason"
+    reasons = "\n  ".join(recorder.take()) or "it gave no reason"
     return ExportError(
         f"TensorRT {trt.__version__} cannot build the graph, in phase '{monitor.phase}':\n"
         f"  {reasons}",
         fix="the reason names a layer or a limit: change the model, or raise --workspace",
     )
-
-
-class _Recorder(trt.IErrorRecorder):  # type: ignore[misc]  # the bindings are not typed
-    """Keeps what TensorRT reports, in order; called from its threads."""
-
-    def __init__(self) -> None:
-        trt.IErrorRecorder.__init__(self)
-        self._lock = threading.Lock()
-        self._errors: list[tuple[Any, str]] = []
-
-    def texts(self) -> list[str]:
-        with self._lock:
-            return [f"{code}: {text}" for code, text in self._errors]
-
-    def num_errors(self) -> int:
-        return len(self._errors)
-
-    # C++ looks the count up under this name, Python's base class has it under the other
-    get_num_errors = num_errors
-
-    def get_error_code(self, index: int) -> Any:
-        return self._errors[index][0]
-
-    def get_error_desc(self, index: int) -> str:
-        return self._errors[index][1]
-
-    def has_overflowed(self) -> bool:
-        return False
-
-    def clear(self) -> None:
-        with self._lock:
-            self._errors.clear()
-
-    def report_error(self, code: Any, text: str) -> bool:
-        with self._lock:
-            self._errors.append((code, text))
-        return False  # not fatal: the build's own answer decides
 
 
 @dataclass

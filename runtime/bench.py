@@ -55,16 +55,25 @@ Clock = Callable[[], float]
 
 
 @dataclass(frozen=True)
+class DeviceTime:
+    """A contender returns it where the device timed the call: that counts, not the wall clock."""
+
+    ms: float
+
+
+@dataclass(frozen=True)
 class Turn:
     """Calls of one contender in a row.
 
     Attributes:
         samples_ms: time of each call.
         foreign_cores: CPU time that other processes used meanwhile, over the time passed.
+        joules: that the GPU used meanwhile; None where nothing counts them.
     """
 
     samples_ms: tuple[float, ...]
     foreign_cores: float
+    joules: float | None = None
 
     @property
     def quiet(self) -> bool:
@@ -84,6 +93,7 @@ class Timing:
         spread: median absolute deviation over the median.
         drift: median of the second half over that of the first, minus 1.
         verdict: ``stable``, or what speaks against it.
+        joules_per_call: that the GPU used, idle power included; None where nothing counts them.
     """
 
     turns: tuple[Turn, ...]
@@ -150,6 +160,12 @@ class Timing:
             doubts.append(f"drift {self.drift:+.0%}")
         return ", ".join(doubts) or "stable"
 
+    @property
+    def joules_per_call(self) -> float | None:
+        counting = [turn for turn in self.turns if self.counts(turn)]
+        joules = [turn.joules for turn in counting if turn.joules is not None]
+        return sum(joules) / self.num_runs if len(joules) == len(counting) else None
+
     def to_json(self) -> dict[str, Any]:
         """Figures without the samples."""
         return {
@@ -197,6 +213,11 @@ class Row:
     def images_per_second(self) -> float:
         return 1000 * self.batch / self.timing.p50_ms
 
+    @property
+    def joules_per_image(self) -> float | None:
+        joules = self.timing.joules_per_call
+        return None if joules is None else joules / self.batch
+
     def to_json(self) -> dict[str, Any]:
         """Everything but the single samples."""
         return {
@@ -208,6 +229,7 @@ class Row:
             "accuracy": None if self.accuracy is None else dict(self.accuracy),
             **self.timing.to_json(),
             "images_per_second": self.images_per_second,
+            "joules_per_image": self.joules_per_image,
         }
 
 
@@ -243,6 +265,7 @@ def interleave(
     max_runs: int = _MAX_RUNS,
     clock: Clock = time.perf_counter,
     foreign_seconds: Clock | None = None,
+    joules: Clock | None = None,
 ) -> dict[str, Timing]:
     """Time functions that take turns, so that what disturbs one disturbs all.
 
@@ -257,11 +280,13 @@ def interleave(
         max_runs: begin no further round after so many calls of each.
         clock: seconds.
         foreign_seconds: seconds that other processes have computed; None reads /proc.
+        joules: that the GPU has used; None asks it, where there is one.
 
     Returns:
         name -> timing; the n-th turns of all contenders belong together.
     """
     foreign = foreign_seconds or ForeignLoad().seconds
+    meter = joules or gpu.energy()
     for call in contenders.values():
         for _ in range(warmup):
             call()
@@ -270,7 +295,7 @@ def interleave(
     begin, rounds = clock(), 0
     while True:
         for name, call in contenders.items():
-            turn = _turn(call, max_runs, clock, foreign)
+            turn = _turn(call, max_runs, clock, foreign, meter)
             turns[name].append(turn)
             runs[name] += len(turn.samples_ms)
         rounds += 1
@@ -280,15 +305,24 @@ def interleave(
             return {name: Timing(tuple(taken)) for name, taken in turns.items()}
 
 
-def _turn(call: Callable[[], object], max_runs: int, clock: Clock, foreign: Clock) -> Turn:
+def _turn(
+    call: Callable[[], object],
+    max_runs: int,
+    clock: Clock,
+    foreign: Clock,
+    meter: Clock | None,
+) -> Turn:
     call()
     samples: list[float] = []
+    used = meter() if meter else 0.0
     begin, busy = clock(), foreign()
     while len(samples) < max_runs and (len(samples) < _TURN_RUNS or clock() - begin < _TURN_S):
         start = clock()
-        call()
-        samples.append(1000 * (clock() - start))
-    return Turn(tuple(samples), (foreign() - busy) / (clock() - begin))
+        result = call()
+        elapsed_ms = 1000 * (clock() - start)
+        samples.append(result.ms if isinstance(result, DeviceTime) else elapsed_ms)
+    load = (foreign() - busy) / (clock() - begin)
+    return Turn(tuple(samples), load, meter() - used if meter else None)
 
 
 def ratio(slow: Timing, fast: Timing, *, seed: int = 0, rounds: int = 2000) -> Ratio:
@@ -336,13 +370,15 @@ def render(rows: Sequence[Row]) -> str:
     """The rows as text tables, one per kind; speed-ups are against the first row of each."""
     times = ("p50 ms", *(f"p{q}" for q in _PERCENTILES[1:]))
     metrics = list(dict.fromkeys(key for row in rows for key in row.accuracy or ()))
+    energy = any(row.joules_per_image is not None for row in rows)
     shown = [name for name in metrics if name.endswith(("auroc", "aupro", "top1", "map50"))]
     out = StringIO()
     console = Console(file=out, width=170)
     for group in _groups(rows):
         first = group[0]
         table = Table(
-            *("what", "precision", *times, "images/s", "speed-up (95 %)", "verdict", *shown),
+            *("what", "precision", *times, "images/s", *["J/image"] * energy),
+            *("speed-up (95 %)", "verdict", *shown),
             title=f"{first.covers}, batch {first.batch}, {first.threads} threads",
             title_justify="left",
         )
@@ -354,6 +390,7 @@ def render(rows: Sequence[Row]) -> str:
                 row.precision,
                 *(f"{row.timing.percentile(q):.2f}" for q in _PERCENTILES),
                 f"{row.images_per_second:.1f}",
+                *[f"{row.joules_per_image or 0.0:.4f}"] * energy,
                 "1"
                 if row is first
                 else f"{faster.median:.2f} ({faster.low:.2f} to {faster.high:.2f})",

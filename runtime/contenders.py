@@ -1,14 +1,15 @@
 """What a benchmark compares: one bundle on every backend and precision, and eager PyTorch.
 
 Each contender is timed twice: its network alone, and the whole path from decoded images to results.
-On a GPU both include the copies to it and back, because that is what a caller waits for.
+On a GPU both include the copies to it and back, because that is what a caller waits for; its
+network is timed once more by CUDA events, from tensors that are there to tensors that stay there.
 All contenders of a batch size take turns in one run, so a slow spell of the machine hits all alike.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +28,7 @@ from runtime.systems import Promptable, System, choose, open_system, reader_of
 from runtime.tensors import Array
 
 NETWORK = "network"
+ON_GPU = "network on the GPU"
 PATH = "images to results"
 
 Say = Callable[[str], None]
@@ -44,6 +46,8 @@ class Contender:
         path: from B images (H, W, 3) uint8 RGB to B results.
         evaluate: the task's metrics on a folder, or None where that is not offered.
         close: releases what it holds.
+        on_gpu: from a prepared batch to a call that runs the graphs on its copy on the GPU and
+            gives the GPU's own time; None where there is none.
     """
 
     name: str
@@ -52,6 +56,7 @@ class Contender:
     path: Callable[[Sequence[Array]], object]
     evaluate: Callable[[Path], dict[str, float]] | None
     close: Callable[[], None]
+    on_gpu: Callable[[Array], Callable[[], bench.DeviceTime]] | None = None
 
     @property
     def label(self) -> str:
@@ -109,9 +114,16 @@ def of_bundle(
                 continue  # the bundle was exported without that precision
             system = open_system(bundle, backend=name, precision=precision, threads=threads)
             prepare(system)
-            network = partial(_run, system)
             found.append(
-                Contender(name, precision, network, system.infer, system.evaluate, system.close)
+                Contender(
+                    name=name,
+                    precision=precision,
+                    network=partial(_run, system),
+                    path=system.infer,
+                    evaluate=system.evaluate,
+                    close=system.close,
+                    on_gpu=partial(_on_gpu, system) if BACKENDS[name].needs_gpu else None,
+                )
             )
     if not found:
         raise BundleError(
@@ -121,14 +133,31 @@ def of_bundle(
     return found
 
 
-def _run(system: System, batch: Array) -> object:
-    """The graphs that run for every batch."""
+def _feeds(system: System, batch: Array) -> Mapping[str, Mapping[str, Array]]:
+    """What the graphs that run for every batch are fed."""
     if isinstance(system, Promptable):
-        feeds = system.feeds(batch)
-    else:
-        engines = system.engines.items()
-        feeds = {name: dict.fromkeys(engine.inputs, batch) for name, engine in engines}
-    return [system.engines[name].run(feed) for name, feed in feeds.items()]
+        return system.feeds(batch)
+    engines = system.engines.items()
+    return {name: dict.fromkeys(engine.inputs, batch) for name, engine in engines}
+
+
+def _run(system: System, batch: Array) -> object:
+    return [system.engines[name].run(feed) for name, feed in _feeds(system, batch).items()]
+
+
+def _on_gpu(system: System, batch: Array) -> Callable[[], bench.DeviceTime]:
+    from runtime.engines import cuda  # needs pycuda
+
+    stopwatch = cuda.Stopwatch()
+    feeds = {
+        graph: {name: cuda.upload(array) for name, array in feed.items()}
+        for graph, feed in _feeds(system, batch).items()
+    }
+
+    def work(stream: int) -> object:
+        return [system.engines[graph].run(feed, stream=stream) for graph, feed in feeds.items()]
+
+    return lambda: bench.DeviceTime(stopwatch.time(work))
 
 
 def measure(
@@ -169,14 +198,18 @@ def measure(
         for size in batches:
             batch = [samples[i % len(samples)] for i in range(size)]
             prepared = apply(bundle.manifest.preprocess, batch)
-            for covers in (NETWORK, PATH):
-                say(f"batch {size}, {covers}: {len(found)} contenders take turns")
-                calls: dict[str, Callable[[], object]] = {
-                    contender.label: partial(contender.network, prepared)
-                    if covers == NETWORK
-                    else partial(contender.path, batch)
-                    for contender in found
-                }
+            for covers in (NETWORK, ON_GPU, PATH):
+                calls: dict[str, Callable[[], object]] = {}
+                for contender in found:
+                    if covers == NETWORK:
+                        calls[contender.label] = partial(contender.network, prepared)
+                    elif covers == PATH:
+                        calls[contender.label] = partial(contender.path, batch)
+                    elif contender.on_gpu is not None:
+                        calls[contender.label] = contender.on_gpu(prepared)
+                if not calls:
+                    continue
+                say(f"batch {size}, {covers}: {len(calls)} contenders take turns")
                 timings = bench.interleave(calls, max_seconds=seconds * len(calls))
                 rows += [
                     bench.Row(
@@ -189,6 +222,7 @@ def measure(
                         accuracy=accuracy.get(contender.label),
                     )
                     for contender in found
+                    if contender.label in calls
                 ]
         return rows
 

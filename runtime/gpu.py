@@ -1,14 +1,15 @@
-"""Which GPU is here: asked of the driver itself, without a package and without a CUDA context.
+"""Which GPU is here and what it has used: asked of the driver, without package or CUDA context.
 
 Written from NVIDIA's reference manuals; never run on a machine with a GPU.
 
 Source: CUDA Driver API, "Device Management" and "Version Management"; NVML API Reference,
-"System Queries".
+"System Queries" and "Device Queries".
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass
 
 _CUDA, _NVML = "libcuda.so.1", "libnvidia-ml.so.1"
@@ -59,6 +60,35 @@ def find() -> Gpu | None:
         cuda=f"{version.value // 1000}.{version.value % 1000 // 10}",
         memory_bytes=memory.value,
     )
+
+
+def energy() -> Callable[[], float] | None:
+    """A meter: joules that the device has used, whoever made it work, idle power included.
+
+    Counted by the device itself since its driver was loaded (Volta and later), in steps of a few
+    tens of milliseconds.
+
+    Returns:
+        The meter; None where there is no device, or it does not count.
+    """
+    cuda, nvml = _library(_CUDA), _library(_NVML)
+    device, handle = ctypes.c_int(), ctypes.c_void_p()
+    bus = ctypes.create_string_buffer(_TEXT_BYTES)
+    if cuda is None or nvml is None or cuda.cuInit(0) or cuda.cuDeviceGet(ctypes.byref(device), 0):
+        return None
+    # the two libraries number devices differently: the place on the bus says which one is meant
+    if cuda.cuDeviceGetPCIBusId(bus, _TEXT_BYTES, device) or nvml.nvmlInit_v2():
+        return None
+    if nvml.nvmlDeviceGetHandleByPciBusId_v2(bus, ctypes.byref(handle)):
+        return None
+    count = ctypes.c_ulonglong()
+
+    def joules() -> float:
+        nvml.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(count))
+        return count.value / 1000
+
+    failed = nvml.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(count))
+    return None if failed else joules
 
 
 def _driver() -> str:

@@ -31,9 +31,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tensorrt(monkeypatch: pytest.MonkeyPatch) -> Any:
     fake = trt_stub.tensorrt("11.4.0.106", inputs={"images": (-1, 3, 64, 64)})
     monkeypatch.setitem(sys.modules, "tensorrt", fake)
-    sys.modules.pop("export.plan", None)
+    trt_stub.forget()
     yield fake
-    sys.modules.pop("export.plan", None)
+    trt_stub.forget()
 
 
 def test_half_adds_graphs_and_shows_how_near_they_are(tiny: Path, tmp_path: Path) -> None:

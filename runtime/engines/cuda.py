@@ -162,6 +162,32 @@ class Stream:
         del self._stream
 
 
+class Stopwatch:
+    """Milliseconds that work takes on the device, by events; on a stream of its own."""
+
+    def __init__(self) -> None:
+        with device().active():
+            self._stream = driver.Stream(_NON_BLOCKING)
+            self._begin, self._end = driver.Event(), driver.Event()
+
+    def time(self, work: Callable[[int], object]) -> float:
+        """From when the device comes to what ``work`` queues until that is done.
+
+        Where the host is slower at queueing than the device at working, this includes the waiting.
+
+        Args:
+            work: queues on the stream whose handle it is given; what it returns is kept meanwhile.
+        """
+        with device().active():
+            self._begin.record(self._stream)
+            # kept until the end: freeing results waits for the device
+            results = work(int(self._stream.handle))
+            self._end.record(self._stream)
+            self._end.synchronize()
+            del results
+            return float(self._end.time_since(self._begin))
+
+
 class Graph:
     """Queued work that can be launched again: with the same addresses, without its overhead.
 
@@ -223,6 +249,15 @@ class DeviceTensor:
             if host.nbytes:
                 driver.memcpy_dtoh(host, self.address)
         return host
+
+
+def upload(array: Array) -> DeviceTensor:
+    """A copy in device memory; complete when this returns."""
+    with device().active():
+        tensor = DeviceTensor(device(), array.shape, array.dtype.name)
+        if array.nbytes:
+            driver.memcpy_htod(tensor.address, np.ascontiguousarray(array))
+    return tensor
 
 
 def _free(on: Device, allocation: Any) -> None:

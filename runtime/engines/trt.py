@@ -27,6 +27,7 @@ import numpy as np
 import tensorrt as trt
 
 from runtime.engines import cuda
+from runtime.engines.recorder import Recorder
 from runtime.errors import EngineError, InputError
 from runtime.plans import ShapeRange
 from runtime.tensors import Array, DeviceArray, Feeds, TensorSpec, check_feeds
@@ -122,7 +123,7 @@ class _Loaded:
         self.device = cuda.device()
         self.graphs = graphs
         self.capture_failure: str | None = None
-        self.recorder = _Recorder()  # outlives all that reports to it
+        self.recorder = Recorder()  # outlives all that reports to it
         self.engine: Any = None
         self._runtime: Any = None
         self._lock = threading.Lock()
@@ -143,7 +144,7 @@ class _Loaded:
             self.engine = self._runtime.deserialize_cuda_engine(data)
         if self.engine is None:
             raise EngineError(
-                f"TensorRT {trt.__version__} cannot load {name}: {self.recorder.take()}",
+                f"TensorRT {trt.__version__} cannot load {name}: {self._reasons()}",
                 fix=_REBUILD,
             )
         self.inputs, self.outputs = _tensors(self.engine)
@@ -194,7 +195,10 @@ class _Loaded:
                     lane.close()
 
     def failure(self, what: str) -> EngineError:
-        return EngineError(f"TensorRT: {what} failed: {self.recorder.take() or 'no reason given'}")
+        return EngineError(f"TensorRT: {what} failed: {self._reasons()}")
+
+    def _reasons(self) -> str:
+        return "; ".join(self.recorder.take()) or "no reason given"
 
     def close(self) -> None:
         """Contexts before the engine, the engine before the runtime, the recorder last."""
@@ -421,45 +425,6 @@ class _Replay:
     context: Any
     graph: cuda.Graph
     outputs: Shapes
-
-
-class _Recorder(trt.IErrorRecorder):  # type: ignore[misc]  # the bindings are not typed
-    """Keeps what TensorRT reports, in order; called from any thread."""
-
-    def __init__(self) -> None:
-        trt.IErrorRecorder.__init__(self)
-        self._lock = threading.Lock()
-        self._errors: list[tuple[Any, str]] = []
-
-    def take(self) -> str:
-        """All reports since the last call."""
-        with self._lock:
-            errors, self._errors = self._errors, []
-        return "; ".join(f"{code}: {text}" for code, text in errors)
-
-    def num_errors(self) -> int:
-        return len(self._errors)
-
-    # C++ looks the count up under this name, Python's base class has it under the other
-    get_num_errors = num_errors
-
-    def get_error_code(self, index: int) -> Any:
-        return self._errors[index][0]
-
-    def get_error_desc(self, index: int) -> str:
-        return self._errors[index][1]
-
-    def has_overflowed(self) -> bool:
-        return False
-
-    def clear(self) -> None:
-        with self._lock:
-            self._errors.clear()
-
-    def report_error(self, code: Any, text: str) -> bool:
-        with self._lock:
-            self._errors.append((code, text))
-        return False  # not fatal: the call's own answer decides
 
 
 def _tensors(engine: Any) -> tuple[dict[str, TensorSpec], dict[str, TensorSpec]]:

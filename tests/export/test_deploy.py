@@ -58,12 +58,12 @@ def tensorrt(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
     def make(**options: Any) -> Any:
         fake = trt_stub.tensorrt(HERE.tensorrt, **{"inputs": INPUTS, **options})
         monkeypatch.setitem(sys.modules, "tensorrt", fake)
-        sys.modules.pop("export.plan", None)
+        trt_stub.forget()
         return fake
 
     monkeypatch.setattr(stage, "this_machine", lambda: HERE)
     yield make
-    sys.modules.pop("export.plan", None)
+    trt_stub.forget()
 
 
 @pytest.fixture(scope="module")
@@ -312,4 +312,4 @@ def test_a_builder_takes_every_graph_of_every_system_in_every_precision(
         for variant, source in PLANS.values():
             assert made.path(graph.variants[variant]).stat().st_size > 10_000
             assert origin_of(made, name, variant).source == source
-    sys.modules.pop("export.plan", None)
+    trt_stub.forget()

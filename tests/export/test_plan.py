@@ -45,6 +45,7 @@ BATCHES = [batches(1, 2, 4)]
 
 def load(monkeypatch: pytest.MonkeyPatch) -> Any:
     """``export.plan`` as it is with the ``tensorrt`` of the moment; gone after the test."""
+    trt_stub.forget()
     for name in ("plan", "deploy"):  # deploy imports it when it builds
         monkeypatch.delitem(sys.modules, f"export.{name}", raising=False)
         monkeypatch.delattr(export, name, raising=False)
@@ -68,7 +69,7 @@ def stub(monkeypatch: pytest.MonkeyPatch, version: str) -> Iterator[Callable[...
         return load(monkeypatch), fake
 
     yield make
-    sys.modules.pop("export.plan", None)
+    trt_stub.forget()
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +84,7 @@ def pure() -> Any:
         fake = trt_stub.tensorrt(VERSIONS[1], inputs=INPUTS)
         monkeypatch.setitem(sys.modules, "tensorrt", fake)
         module = load(monkeypatch)
-    sys.modules.pop("export.plan", None)
+    trt_stub.forget()
     return module
 
 
@@ -413,7 +414,7 @@ def real(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     if importlib.util.find_spec("tensorrt") is None:
         pytest.skip("there is no TensorRT here")
     yield load(monkeypatch)
-    sys.modules.pop("export.plan", None)
+    trt_stub.forget()
 
 
 def single(op_type: str, num_outputs: int, shape: list[int | str]) -> bytes:

@@ -9,6 +9,7 @@ Source: the signatures that pybind11 prints for the bindings of 10.13 and 11.4.
 
 from __future__ import annotations
 
+import sys
 import types
 from collections.abc import Callable, Sequence
 from enum import IntEnum
@@ -26,6 +27,12 @@ _FLAGS_11 = (
     *("DEBUG", "GPU_FALLBACK", "REFIT", "TF32", "SPARSE_WEIGHTS"),
     *("VERSION_COMPATIBLE", "WEIGHT_STREAMING"),
 )
+
+
+def forget() -> None:
+    """Modules that are made of a ``tensorrt`` are imported anew, of the one that is there then."""
+    for name in ("export.plan", "runtime.engines.recorder"):
+        sys.modules.pop(name, None)
 
 
 def tensorrt(

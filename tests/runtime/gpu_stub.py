@@ -108,7 +108,7 @@ class Gpu:
         for name, module in {**_pycuda(self), "tensorrt": _tensorrt(self, version)}.items():
             module.__spec__ = ModuleSpec(name, None)
             monkeypatch.setitem(sys.modules, name, module)
-        for name in ("cuda", "ort_gpu", "trt"):
+        for name in ("cuda", "recorder", "ort_gpu", "trt"):
             spec = importlib.util.find_spec(f"runtime.engines.{name}")
             assert spec is not None and spec.loader is not None
             module = importlib.util.module_from_spec(spec)
@@ -259,9 +259,33 @@ def _pycuda(gpu: Gpu) -> dict[str, Any]:
     class MemoryError(CudaError):  # noqa: A001  # pycuda's name
         pass
 
+    class Event:
+        """Its time is the number of pieces of work that its stream has done before."""
+
+        def __init__(self, flags: int = 0) -> None:
+            gpu.check_current()
+            self.place: int | None = None
+
+        def record(self, stream: Stream) -> None:
+            gpu.check_current()
+            self._stream = gpu.streams[stream.handle]
+            self._stream.add(self._note)
+
+        def _note(self) -> None:
+            self.place = self._stream.done
+
+        def synchronize(self) -> Event:
+            gpu.check_current()
+            self._stream.run()
+            return self
+
+        def time_since(self, other: Event) -> float:
+            assert self.place is not None and other.place is not None, "not recorded yet"
+            return float(self.place - other.place)
+
     driver.Error, driver.MemoryError = CudaError, MemoryError
     driver.init = lambda flags=0: gpu.log("init")
-    for kind in (Device, Context, Stream):
+    for kind in (Device, Context, Stream, Event):
         setattr(driver, kind.__name__, kind)
     copies = (memcpy_dtoh, memcpy_htod, memcpy_htod_async, memcpy_dtoh_async, memcpy_dtod_async)
     for function in (mem_alloc, pagelocked_empty, *copies):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from runtime.bench import (
+    DeviceTime,
     ForeignLoad,
     Row,
     Timing,
@@ -58,6 +59,43 @@ class Machine:
         return interleave(
             contenders, clock=self.clock, foreign_seconds=self.foreign_seconds, **options
         )
+
+
+class TestOnAGpu:
+    def test_counts_the_devices_own_time_where_a_contender_gives_it(self) -> None:
+        machine = Machine()
+        wall = machine.contender("a", 0.1)
+
+        def call() -> DeviceTime:
+            wall()
+            return DeviceTime(2.5)
+
+        assert set(machine.measure({"a": call})["a"].samples_ms) == {2.5}
+
+    def test_shares_out_what_the_device_used_among_calls_and_images(self) -> None:
+        machine = Machine()
+        used = 0.0
+
+        def joules() -> float:
+            return used
+
+        def call() -> None:
+            nonlocal used
+            machine.now += 0.1
+            used += 3.0
+
+        found = machine.measure({"a": call}, joules=joules)["a"]
+        # the untimed call of each turn is not in it
+        assert found.joules_per_call == pytest.approx(3.0)
+        row = Row("a", "int8", 6, 1, "network", found)
+        assert row.joules_per_image == row.to_json()["joules_per_image"] == pytest.approx(0.5)
+        assert "J/image" in render([row])
+        assert "0.5000" in render([row])
+
+    def test_leaves_energy_out_where_nothing_counts_it(self) -> None:
+        row = Row("a", "int8", 6, 1, "network", timing([1.0] * 15))
+        assert row.to_json()["joules_per_image"] is None
+        assert "J/image" not in render([row])
 
 
 def timing(*turns: list[float], foreign: tuple[float, ...] = ()) -> Timing:

@@ -1,14 +1,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
 from runtime import contenders
-from runtime.bench import Timing, Turn
+from runtime.bench import DeviceTime, Timing, Turn
 from runtime.bundle import Bundle
 from runtime.contenders import Contender, describe_images, images_for, measure, of_bundle
 from runtime.errors import BackendError, BundleError, UsageError
@@ -147,6 +148,41 @@ class TestMeasuring:
         ]
         assert asked == [4.0] * 4, "seconds per row, for both contenders of a turn"
         assert all(row.accuracy is None for row in rows)
+
+    def test_times_what_is_on_a_gpu_once_more_without_the_copies(
+        self, tiny: Bundle, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        real, given = contenders.of_bundle, []
+
+        def on_gpu(prepared: np.ndarray) -> Callable[[], DeviceTime]:
+            given.append(prepared.shape)
+            return lambda: DeviceTime(0.25)
+
+        def with_gpu(*args: Any, **options: Any) -> list[contenders.Contender]:
+            first, *rest = real(*args, **options)
+            return [replace(first, on_gpu=on_gpu), *rest]
+
+        monkeypatch.setattr(contenders, "of_bundle", with_gpu)
+        rows = measure(
+            tiny,
+            images_for(tiny, None),
+            run=None,
+            backend="ort",
+            batches=[2],
+            threads=1,
+            seconds=0.0,
+            evaluation=None,
+            say=silent,
+        )
+
+        assert [(row.covers, row.precision) for row in rows] == [
+            ("network", "float"),
+            ("network", "int8"),
+            ("network on the GPU", "float"),
+            ("images to results", "float"),
+            ("images to results", "int8"),
+        ]
+        assert given == [(2, 3, 64, 64)]
 
     def test_puts_the_accuracy_beside_the_speed(self, tiny: Bundle, tmp_path: Path) -> None:
         parts = write_parts(tmp_path / "parts")

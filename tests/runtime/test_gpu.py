@@ -45,6 +45,12 @@ class Driver:
         size._obj.value = MEMORY
         return 0
 
+    def cuDeviceGetPCIBusId(self, text: Any, length: int, device: Any) -> int:
+        assert length == len(text)
+        assert device.value == 7
+        text.value = b"0000:1b:00.0"
+        return 0
+
     def cuDriverGetVersion(self, version: Any) -> int:
         version._obj.value = 12080
         return 0
@@ -53,9 +59,10 @@ class Driver:
 class Management:
     """The functions of libnvidia-ml that are called."""
 
-    def __init__(self, *, init: int = 0, version: int = 0) -> None:
-        self.init, self.version = init, version
+    def __init__(self, *, init: int = 0, version: int = 0, handle: int = 0, energy: int = 0):
+        self.init, self.version, self.handle, self.energy = init, version, handle, energy
         self.open = False
+        self.millijoules = 0
 
     def nvmlInit_v2(self) -> int:
         self.open = self.init == 0
@@ -65,6 +72,17 @@ class Management:
         assert length == len(text)
         text.value = b"580.65.06"
         return self.version
+
+    def nvmlDeviceGetHandleByPciBusId_v2(self, bus: Any, handle: Any) -> int:
+        assert bus.value == b"0000:1b:00.0"
+        handle._obj.value = 5
+        return self.handle
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle: Any, energy: Any) -> int:
+        assert self.open
+        assert handle.value == 5
+        energy._obj.value = self.millijoules
+        return self.energy
 
     def nvmlShutdown(self) -> int:
         self.open = False
@@ -111,6 +129,35 @@ def test_a_driver_that_does_not_tell_its_version_is_no_obstacle(
 
 def test_a_library_that_is_not_installed_is_none() -> None:
     assert gpu._library("libengineworks-has-no-such.so.1") is None
+
+
+def test_energy_is_counted_in_joules_on_the_device_of_this_process(
+    libraries: dict[str, Any],
+) -> None:
+    management = Management()
+    libraries.update({"libcuda.so.1": Driver(), "libnvidia-ml.so.1": management})
+    meter = gpu.energy()
+    assert meter is not None
+    management.millijoules = 2**40 + 250  # more than 32 bits hold
+    assert meter() == (2**40 + 250) / 1000
+
+
+@pytest.mark.parametrize(
+    ("driver", "management"),
+    [
+        (None, Management()),
+        (Driver(), None),
+        (Driver(init=100), Management()),
+        (Driver(), Management(init=9)),
+        (Driver(), Management(handle=6)),
+        (Driver(), Management(energy=3)),  # not supported by this device
+    ],
+)
+def test_energy_that_nobody_counts_is_none(
+    libraries: dict[str, Any], driver: Driver | None, management: Management | None
+) -> None:
+    libraries.update({"libcuda.so.1": driver, "libnvidia-ml.so.1": management})
+    assert gpu.energy() is None
 
 
 @pytest.mark.gpu

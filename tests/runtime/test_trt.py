@@ -7,12 +7,14 @@ import gc
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 
+from runtime import contenders
 from runtime.engines import open_engine
 from runtime.errors import BackendError, EngineError, InputError
 from runtime.tensors import Array
@@ -470,3 +472,45 @@ class TestTheCode:
             if "import pycuda" in path.read_text() or "from pycuda" in path.read_text()
         ]
         assert users == ["runtime/engines/cuda.py"]
+
+
+class TestTheStopwatch:
+    def test_times_the_work_alone_on_the_stream_that_it_is_queued_on(
+        self, gpu: Gpu, trt: Any, engine: Any
+    ) -> None:
+        feed, stopwatch = trt.cuda.upload(rows(2)), trt.cuda.Stopwatch()
+        kept = []
+
+        def work(stream: int) -> object:
+            kept.append(engine.run({"x": feed}, stream=stream))
+            return kept[-1]
+
+        assert [stopwatch.time(work) for _ in range(2)] == [stopwatch.time(work)] * 2
+        assert stopwatch.time(lambda _stream: None) < stopwatch.time(work)
+        for results in kept:
+            np.testing.assert_array_equal(results["y"].numpy(), 2 * rows(2))
+
+    def test_is_what_a_benchmark_times_the_graphs_of_a_system_with(
+        self, gpu: Gpu, trt: Any, engine: Any
+    ) -> None:
+        system: Any = SimpleNamespace(engines={"net": engine})
+        call = contenders._on_gpu(system, rows(2))
+        gpu.calls.clear()
+
+        assert call().ms == call().ms > 0
+        assert gpu.named("execute_async_v3")
+        # neither there nor back
+        assert not [call for call in gpu.calls if "htod" in call[0] or "dtoh" in call[0]]
+
+
+class TestAnUpload:
+    @pytest.mark.parametrize("batch", [0, 3])
+    def test_comes_back_as_it_was(self, trt: Any, batch: int) -> None:
+        array = rows(batch)
+        tensor = trt.cuda.upload(array)
+        assert tensor.__cuda_array_interface__["stream"] is None  # complete
+        np.testing.assert_array_equal(tensor.numpy(), array)
+
+    def test_takes_any_layout(self, trt: Any) -> None:
+        turned = rows(4).T
+        np.testing.assert_array_equal(trt.cuda.upload(turned).numpy(), turned)
