@@ -21,6 +21,7 @@ import onnx
 from calibration.samples import choose
 from export.halve import TYPES, HalfType, halve, num_half, rounded
 from export.parity import Feeds, Parity, compare, outputs, record
+from export.passes import before_choice
 from runtime.bundle import Bundle, GraphEntry, Manifest, check_out, sha256_file, write
 from runtime.contenders import images_for
 from runtime.engines import BACKENDS
@@ -210,7 +211,8 @@ def _compare_half(
     """
     answers = []
     for model in (rounded(mixed), exact):
-        with closing(OrtEngine(model.SerializeToString(), threads=threads)) as engine:
+        compared = before_choice(model).SerializeToString()
+        with closing(OrtEngine(compared, threads=threads)) as engine:
             answers.append(outputs(engine, feeds))
     return compare(*answers)
 
