@@ -18,7 +18,8 @@ def graphs(run: Path) -> dict[str, Source]:
     """``features``: images (batch, 3, H, W) -> features (batch, N, D), both float32."""
     opened = open_run(run)
     assert isinstance(opened.config, TaskConfig)
-    model, _ = build_model(opened.config, weights=False)
+    plain = opened.config.model_copy(update={"backbone": opened.config.backbone.plain()})
+    model, _ = build_model(plain, weights=False)
     model.load_state_dict(read_weights(opened.weights()))
     generator = torch.Generator().manual_seed(0)
     height, width = opened.config.preprocess.size
