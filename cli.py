@@ -248,12 +248,13 @@ def train(
     _need("torch", "train")
     from training.config import load_config
     from training.run import open_run
-    from training.train import train as train_run
 
     if resume and out is not None and not config and not overrides:
         merged = open_run(out).config
     else:
         merged = load_config(system, config, overrides)
+    from training.train import train as train_run  # torch takes seconds, a misspelt key needs none
+
     with _Progress(context) as progress:
         run = train_run(
             merged, data, out, resume=resume, exist_ok=exist_ok, profile=profile, progress=progress
@@ -333,12 +334,12 @@ def export(
     if not int8 and (unused := [name for name, value in given.items() if value]):
         raise UsageError(f"{', '.join(unused)} has no meaning without --int8", fix="add --int8")
     kind, _, backbone = str(source).partition(":")
-    if kind != "backbone":
-        if net:
-            options = ", ".join(f"--{name}" for name in net)
-            raise UsageError(f"{options} is for backbone:NAME alone", fix="leave it out")
-        if not source.is_dir():
-            raise UsageError(f"there is no run or bundle at {source}")
+    wanted = _backbone(backbone, net) if kind == "backbone" else None
+    if wanted is None and net:
+        options = ", ".join(f"--{name}" for name in net)
+        raise UsageError(f"{options} is for backbone:NAME alone", fix="leave it out")
+    if wanted is None and not source.is_dir():
+        raise UsageError(f"there is no run or bundle at {source}")
     from_bundle = (source / bundles.MANIFEST_NAME).is_file()
     say = _say(context)
     bundles.check_out(out, replace=exist_ok)
@@ -351,11 +352,10 @@ def export(
 
             unchanged = refs is None and not int8 and not deployed
             target = out if unchanged else Path(scratch) / "float"
-            if kind == "backbone":
-                wanted, size = _backbone(backbone, net)
-                floats = trace_backbone(wanted, target, size=size, exist_ok=exist_ok)
-            else:
+            if wanted is None:
                 floats = trace(source, target, exist_ok=exist_ok)
+            else:
+                floats = trace_backbone(wanted[0], target, size=wanted[1], exist_ok=exist_ok)
         if refs is not None:
             from runtime.systems.refdet import bring_references
 
