@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from runtime.bench import Row
     from runtime.plans import PlanConfig
     from runtime.systems import System
+    from training.config import BackboneConfig
 
     OpenBundle = Callable[[Path], closing[System]]
     Prepare = Callable[[System], None]
@@ -157,6 +158,29 @@ def plan_options(command: Callable[..., None]) -> Callable[..., None]:
     return with_plans
 
 
+def net_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Adds the options of ``backbone:NAME``; the command gets those that were given as ``net``."""
+
+    @click.option("--weights", metavar="WHERE", help="hub, none or FILE.safetensors [hub].")
+    @click.option("--stages", metavar="LIST", help="Maps, e.g. 2,3 [the last of the whole net].")
+    @click.option("--size", metavar="H,W", help="Of its images in pixels [its own].")
+    @click.option("--args", "arguments", metavar="YAML", help="Of timm, e.g. {pad_type: same}.")
+    @wraps(command)
+    def with_net(
+        *positional: Any,
+        weights: str | None,
+        stages: str | None,
+        size: str | None,
+        arguments: str | None,
+        **options: Any,
+    ) -> None:
+        net = {"weights": weights, "stages": stages, "size": size, "args": arguments}
+        given = {name: value for name, value in net.items() if value is not None}
+        command(*positional, net=given, **options)
+
+    return with_net
+
+
 class Cli(click.Group):
     """Turns errors raised on purpose into a message and their exit code."""
 
@@ -185,12 +209,12 @@ def sample(system: str, out: Path, seed: int) -> None:
     """Draw a small labelled data set for SYSTEM."""
     import importlib
 
-    from runtime.systems import system_module
+    from training.systems import system_package
 
-    system_module(system)  # refuses a misspelt name
+    package = system_package(system)  # refuses a misspelt name
     if out.exists() and any(out.iterdir()):
         raise UsageError(f"{out} is not empty", fix="choose another --out, or delete it")
-    draw = importlib.import_module(f"training.systems.{system}.sample")
+    draw = importlib.import_module(f"{package}.sample")
     draw.sample(out, seed=seed)
     click.echo(out)
 
@@ -224,12 +248,13 @@ def train(
     _need("torch", "train")
     from training.config import load_config
     from training.run import open_run
-    from training.train import train as train_run
 
     if resume and out is not None and not config and not overrides:
         merged = open_run(out).config
     else:
         merged = load_config(system, config, overrides)
+    from training.train import train as train_run  # torch takes seconds, a misspelt key needs none
+
     with _Progress(context) as progress:
         run = train_run(
             merged, data, out, resume=resume, exist_ok=exist_ok, profile=profile, progress=progress
@@ -263,6 +288,7 @@ def train(
 @click.option("--sensitivity", is_flag=True, help="Cost of each node; worst back to float.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the choice of samples.")
 @click.option("--half", default="", metavar="LIST", help="Mixed 16-bit graphs: fp16,bf16.")
+@net_options
 @plan_options
 @THREADS
 @click.pass_context
@@ -282,6 +308,7 @@ def export(
     sensitivity: bool,
     seed: int,
     half: str,
+    net: dict[str, str],
     plans: tuple[str, ...],
     plan: PlanConfig,
     timing_cache: Path | None,
@@ -289,6 +316,7 @@ def export(
 ) -> None:
     """Turn a training RUN into a bundle; a BUNDLE into one with INT8, 16 bits or plans.
 
+    backbone:NAME is a net of timm alone, for --set backbone.engine=BUNDLE and for embeddings.
     Plans are TensorRT's, and only for the machine that builds them. With --refs its objects are
     what the bundle looks for where nothing else is asked for.
     """
@@ -305,7 +333,12 @@ def export(
         given["--samples"] = samples
     if not int8 and (unused := [name for name, value in given.items() if value]):
         raise UsageError(f"{', '.join(unused)} has no meaning without --int8", fix="add --int8")
-    if not source.is_dir():
+    kind, _, backbone = str(source).partition(":")
+    wanted = _backbone(backbone, net) if kind == "backbone" else None
+    if wanted is None and net:
+        options = ", ".join(f"--{name}" for name in net)
+        raise UsageError(f"{options} is for backbone:NAME alone", fix="leave it out")
+    if wanted is None and not source.is_dir():
         raise UsageError(f"there is no run or bundle at {source}")
     from_bundle = (source / bundles.MANIFEST_NAME).is_file()
     say = _say(context)
@@ -315,11 +348,14 @@ def export(
             floats = bundles.read(source)
         else:
             _need("torch", "train")
-            from export.trace import trace
+            from export.trace import trace, trace_backbone
 
             unchanged = refs is None and not int8 and not deployed
             target = out if unchanged else Path(scratch) / "float"
-            floats = trace(source, target, exist_ok=exist_ok)
+            if wanted is None:
+                floats = trace(source, target, exist_ok=exist_ok)
+            else:
+                floats = trace_backbone(wanted[0], target, size=wanted[1], exist_ok=exist_ok)
         if refs is not None:
             from runtime.systems.refdet import bring_references
 
@@ -688,6 +724,30 @@ def add(
         exist_ok=exist_ok,
     )
     click.echo(f"{count} rows added, {out}")
+
+
+def _backbone(name: str, given: dict[str, str]) -> tuple[BackboneConfig, tuple[int, int] | None]:
+    """What ``backbone:NAME`` and its options mean: the net, and the size of its images."""
+    import yaml
+
+    from training.config import BackboneConfig, validate
+
+    tree: dict[str, Any] = {"name": name, **given}
+    size = None
+    try:
+        if "stages" in tree:
+            tree["stages"] = [int(stage) for stage in given["stages"].split(",")]
+        if text := tree.pop("size", None):
+            height, width = (int(side) for side in text.split(","))
+            size = height, width
+        if "args" in tree:
+            tree["args"] = yaml.safe_load(given["args"])
+    except (ValueError, yaml.YAMLError) as error:
+        raise UsageError(
+            f"--stages, --size or --args of {name} cannot be read: {error}",
+            fix="write e.g. --stages 2,3 --size 256,256 --args '{pad_type: same}'",
+        ) from error
+    return validate(BackboneConfig, tree), size
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -28,6 +28,7 @@ from runtime.engines import BACKENDS
 from runtime.engines.ort import OrtEngine
 from runtime.errors import BackendError, BundleError, ParityError, UsageError
 from runtime.plans import (
+    DEFAULT_BATCH,
     PLANS,
     PROVENANCE,
     AxisRanges,
@@ -42,8 +43,6 @@ from runtime.tensors import Array, TensorSpec
 
 # what a 16-bit graph must keep of every output's direction, on average over its rows
 MIN_COSINE = 0.999
-# of an axis ``batch`` that no profile names: smallest, the one to be fast at, largest
-DEFAULT_BATCH = (1, 8, 32)
 _PARITY_SAMPLES = 8
 
 Say = Callable[[str], None]

@@ -6,7 +6,7 @@ The only call of ``torch.onnx`` in the project. What leaves here has been compar
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import closing
 from importlib import metadata
 from pathlib import Path
@@ -17,12 +17,13 @@ import torch
 
 from export import passes
 from export.parity import Parity, check
-from export.systems import Source, recipe
+from export.systems import Source, backbone, recipe
 from runtime import bundle
 from runtime.bundle import Bundle, GraphEntry, Manifest
 from runtime.engines import open_engine
 from runtime.errors import ExportError, RunError
 from runtime.tensors import Array, TensorSpec
+from training.config import BackboneConfig
 from training.run import open_run
 from training.task import Progress
 
@@ -49,35 +50,74 @@ def trace(
         ParityError: ONNX Runtime answers otherwise than torch.
         BundleError: ``out`` is in the way.
     """
-    report: Progress = progress or (lambda what, done, of: None)
     opened = open_run(run)
     info = opened.info
     if info.status != "finished":
         raise RunError(f"run {run} is not finished", fix="finish it with `cli.py train --resume`")
-    rules = recipe(info.system)
-    contents = rules.contents(run)
-    sources = rules.graphs(run)
+    record = {"run": info.model_dump(mode="json", exclude={"results", "status"})}
+    return _write(info.system, run, out, record, progress=progress, exist_ok=exist_ok)
+
+
+def trace_backbone(
+    config: BackboneConfig,
+    out: Path,
+    *,
+    size: tuple[int, int] | None = None,
+    progress: Progress | None = None,
+    exist_ok: bool = False,
+) -> Bundle:
+    """Export a net alone, for ``backbone.engine`` and for embeddings.
+
+    Args:
+        size: (height, width) of its images in pixels; None: what it was trained with.
+        out, progress, exist_ok: as of ``trace``.
+
+    Raises:
+        ConfigError, WeightsError: see ``training.backbones.create``.
+        ExportError, ParityError, BundleError: as ``trace``.
+    """
     with tempfile.TemporaryDirectory(prefix="engineworks-") as folder:
+        record = {"backbone": backbone.prepare(Path(folder), config, size)}
+        name = backbone.NAME
+        return _write(name, Path(folder), out, record, progress=progress, exist_ok=exist_ok)
+
+
+def _write(
+    system: str,
+    folder: Path,
+    out: Path,
+    record: Mapping[str, Any],
+    *,
+    progress: Progress | None,
+    exist_ok: bool,
+) -> Bundle:
+    """Trace what the system's recipe finds in ``folder``, compare it with torch, write a bundle."""
+    report: Progress = progress or (lambda what, done, of: None)
+    rules = recipe(system)
+    contents = rules.contents(folder)
+    sources = rules.graphs(folder)
+    with tempfile.TemporaryDirectory(prefix="engineworks-") as scratch:
         files = {path.name: path for path in contents.assets.values()}
         entries: dict[str, GraphEntry] = {}
         parities: dict[str, Any] = {}
         for i, (name, source) in enumerate(sources.items()):
             report(f"tracing {name}", i, len(sources))
             model = passes.prepare(to_onnx(source))
-            path = Path(folder) / f"{name}.onnx"
+            path = Path(scratch) / f"{name}.onnx"
             onnx.save(model, path)
             worst = compare_with_torch(source, path, tolerance=rules.tolerance)
             parities[name] = {output: p.model_dump() for output, p in worst.items()}
             files[path.name] = path
+            keep = rules.keep_float if source.keep_float is None else source.keep_float
             entries[name] = GraphEntry(
                 inputs=_specs(model.graph.input),
                 outputs=_specs(model.graph.output),
                 variants={"float": path.name},
-                keep_float=rules.keep_float.model_dump(mode="json"),
+                keep_float=keep.model_dump(mode="json"),
             )
             report(f"tracing {name}", i + 1, len(sources))
         manifest = Manifest(
-            system=info.system,
+            system=system,
             graphs=entries,
             preprocess=contents.preprocess,
             labels=contents.labels,
@@ -86,7 +126,7 @@ def trace(
             assets={role: path.name for role, path in contents.assets.items()},
             gate=dict(rules.gate),
             provenance={
-                "run": info.model_dump(mode="json", exclude={"results", "status"}),
+                **record,
                 "versions": {package: metadata.version(package) for package in _PACKAGES},
             },
             reports={"parity": {"torch-float": parities}},

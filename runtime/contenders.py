@@ -184,10 +184,14 @@ def measure(
 
     Returns:
         Rows by batch size and what the clock covers, in the order of the contenders.
+
+    Raises:
+        UsageError: ``run``, and the bundle's system is not trained.
     """
     found: list[Contender] = []
     if run is not None:
-        eager = importlib.import_module(f"training.systems.{bundle.manifest.system}.eager")
+        package = importlib.import_module("training.systems").system_package(bundle.manifest.system)
+        eager = importlib.import_module(f"{package}.eager")
         found += eager.contenders(run, bundle, threads=threads, say=say)
     found += of_bundle(bundle, backend, threads, prepare)
     with ExitStack() as stack:

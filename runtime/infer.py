@@ -573,9 +573,14 @@ def _origin(item: _Item) -> dict[str, Any]:
 
 
 def _scalars(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The plain values of a record; nested names are joined by dots, lists left out."""
+    """The plain values of a record; nested names are joined by dots.
+
+    A list of numbers becomes numbered columns; other lists are left out.
+    """
     for key, value in record.items():
         if isinstance(value, Mapping):
             yield from _scalars(value, f"{prefix}{key}.")
+        elif isinstance(value, list) and all(isinstance(each, float) for each in value):
+            yield from ((f"{prefix}{key}.{i}", each) for i, each in enumerate(value))
         elif not isinstance(value, (list, tuple)):
             yield f"{prefix}{key}", value

@@ -26,6 +26,7 @@ AUPRO_LIMIT = 0.3
 TOP = 5
 ECE_BINS = 15
 RANKS = (30, 50, 150, 500)
+_ROWS_AT_ONCE = 1024  # of a matrix of similarities
 
 
 class _Curve:
@@ -313,6 +314,35 @@ class ClassificationMetrics:
             "ece": float(np.abs(self._gaps).sum() / total),
             "nll": self._nll / total,
         }
+
+
+def leave_one_out_top1(vectors_NF: Array, labels_N: Array) -> float:
+    """Share of pictures whose most similar other picture is of their class.
+
+    Of equally similar ones the first counts. A picture that is alone in its class is only there to
+    be taken for another.
+
+    Args:
+        vectors_NF: float, of length 1.
+        labels_N: class of each.
+
+    Raises:
+        InputError: no class has two pictures.
+    """
+    _, which_N, sizes = np.unique(labels_N, return_inverse=True, return_counts=True)
+    asked = np.flatnonzero(sizes[which_N] > 1)
+    if not len(asked):
+        raise InputError(
+            f"of {len(labels_N)} pictures no two are of one class",
+            fix="give at least two pictures of a class",
+        )
+    num_right = 0
+    for start in range(0, len(asked), _ROWS_AT_ONCE):
+        rows = asked[start : start + _ROWS_AT_ONCE]
+        similarity = vectors_NF[rows] @ vectors_NF.T
+        similarity[np.arange(len(rows)), rows] = -np.inf  # nobody is compared with itself
+        num_right += int((labels_N[similarity.argmax(axis=1)] == labels_N[rows]).sum())
+    return num_right / len(asked)
 
 
 class CandidateMetrics:

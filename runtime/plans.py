@@ -39,6 +39,8 @@ PROVENANCE = "plans"
 
 # axis name -> (min, opt, max) of a free axis
 AxisRanges = dict[str, tuple[int, int, int]]
+# of an axis ``batch`` that no profile names
+DEFAULT_BATCH = (1, 8, 32)
 Shape = tuple[int, ...]
 
 _AMPERE = (8, 0)

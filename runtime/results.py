@@ -80,6 +80,27 @@ class Classification:
         return ", ".join(f"{label} {probability:.2f}" for label, probability in self.top)
 
 
+@dataclass(frozen=True, eq=False)
+class Embedding:
+    """The answer of ``backbone`` for one image.
+
+    Attributes:
+        vector_F: (F,) float32 of length 1: what the net says of the image. The product of two is
+            their similarity, in [-1, 1].
+    """
+
+    vector_F: Array
+
+    def to_json(self) -> dict[str, Any]:
+        """All numbers of the vector, for one JSON line."""
+        return {"embedding": [round(value, 7) for value in self.vector_F.tolist()]}
+
+    def summary(self) -> str:
+        """One line for people."""
+        first = ", ".join(f"{value:+.3f}" for value in self.vector_F[:3].tolist())
+        return f"{len(self.vector_F)} numbers: {first}, ..."
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A place where a defect may be.

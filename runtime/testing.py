@@ -24,7 +24,7 @@ from runtime.engines import BACKENDS, open_engine
 from runtime.errors import BackendError, EngineError
 from runtime.preprocess import PlanesSpec, PreprocessSpec, apply
 from runtime.references import save_references
-from runtime.systems import noising, paco, refdet, stripe
+from runtime.systems import backbone, noising, paco, refdet, stripe
 from runtime.tensors import Array, Feeds, TensorSpec, check_feeds, check_host
 
 _STRIDE = 8  # pixels of the input per patch of the tiny graph
@@ -423,6 +423,33 @@ def write_tiny_paco_bundle(
         return write(folder, manifest, files)
 
 
+def write_tiny_backbone_bundle(
+    folder: Path, *, size: tuple[int, int] = (64, 64), int8: bool = False
+) -> Bundle:
+    """A ``backbone`` bundle whose vectors are alike for ``draw_flower``'s pictures of one colour.
+
+    It has no weights beside its graph, so that training cannot use it.
+
+    Args:
+        folder: to make.
+        size: (height, width) of the network input, multiples of 8.
+        int8: add the variants ``int8`` and ``int8-u8``, with fixed ranges.
+    """
+    zero_points = {"float": None, "int8": 0, "int8-u8": 128} if int8 else {"float": None}
+    graphs = {name: tiny_maps(size, zero_point=zero) for name, zero in zero_points.items()}
+    with tempfile.TemporaryDirectory() as scratch:
+        files, entry = _save_graph(backbone.GRAPH, graphs, Path(scratch))
+        manifest = Manifest(
+            system=backbone.NAME,
+            graphs={backbone.GRAPH: entry},
+            preprocess=PreprocessSpec(size=size),
+            params=backbone.Params(name="tiny").model_dump(mode="json"),
+            gate={"top1": 0.01},
+            provenance={"made_by": "runtime.testing"},
+        )
+        return write(folder, manifest, files)
+
+
 def write_tiny_stripe_bundle(
     folder: Path,
     *,
@@ -566,6 +593,24 @@ def tiny_features(
     net.add("Transpose", "transpose", [x], output="features", perm=[0, 2, 1])
     patches = size[0] // _STRIDE * (size[1] // _STRIDE)
     outputs = {"features": ("batch", patches, _WIDTH)}
+    return net.model({"images": ("batch", 3, *size)}, outputs)
+
+
+def tiny_maps(
+    size: tuple[int, int] = (64, 64), *, zero_point: int | None = None, seed: int = 0
+) -> onnx.ModelProto:
+    """Two convolutions with drawn weights, then a mean over 2 x 2.
+
+    Args:
+        size, zero_point, seed: see ``tiny_features``.
+
+    Returns:
+        images (batch, 3, H, W) float32 -> map (batch, 16, H / 8, W / 8) float32.
+    """
+    net = _Net(zero_point)
+    x = net.trunk(np.random.default_rng(seed))
+    net.add("AveragePool", "pool", [x], output="map", kernel_shape=[2, 2], strides=[2, 2])
+    outputs = {"map": ("batch", _WIDTH, size[0] // _STRIDE, size[1] // _STRIDE)}
     return net.model({"images": ("batch", 3, *size)}, outputs)
 
 

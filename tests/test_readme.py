@@ -109,21 +109,21 @@ class TestTheReadme:
 
 class TestTheMakefile:
     def test_has_every_target_that_the_readme_names(self) -> None:
-        from runtime.systems import SYSTEMS
+        from training.systems import TASKS
 
         makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
         targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
-        targets |= {f"demo-{system}" for system in SYSTEMS}
+        targets |= {f"demo-{system}" for system in TASKS}
         assert {"help", "demo", "test", "lint", "bench", "test-gpu"} <= targets
         assert set(re.findall(r"`make ([a-z-]+)`", README)) <= targets
 
     def test_demo_runs_every_system(self) -> None:
-        from runtime.systems import SYSTEMS
+        from training.systems import TASKS
 
         makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
         (listed,) = re.findall(r"^SYSTEMS := (.*)$", makefile, re.MULTILINE)
-        assert listed.split() == list(SYSTEMS)
-        for system in SYSTEMS:
+        assert listed.split() == list(TASKS)
+        for system in TASKS:
             assert f"demo_{system} :=" in makefile
 
 

@@ -9,20 +9,30 @@ from pathlib import Path
 
 import pytest
 
+from runtime.errors import UsageError
 from runtime.systems import SYSTEMS, system_module
 from training.config import SystemConfig, dump, load_config, parse
-from training.systems import TASKS, system_package
+from training.systems import TASKS, UNTRAINED, system_package
 
 ROOT = Path(__file__).parents[1]
 FILES = ("config.py", "data.py", "model.py", "task.py", "sample.py", "eager.py", "default.yaml")
 
 every_system = pytest.mark.parametrize("name", SYSTEMS)
+every_trained_one = pytest.mark.parametrize("name", TASKS)
 
 
 def test_the_tables_name_the_same_systems() -> None:
     from export.systems import RECIPES
 
-    assert set(SYSTEMS) == set(TASKS) == set(RECIPES)
+    assert set(SYSTEMS) == set(RECIPES) == {*TASKS, *UNTRAINED}
+    assert not {*TASKS} & {*UNTRAINED}
+
+
+@pytest.mark.parametrize("name", UNTRAINED)
+def test_what_is_not_trained_says_where_it_comes_from(name: str) -> None:
+    with pytest.raises(UsageError, match=f"'{name}' is not trained") as caught:
+        system_package(name)
+    assert f"cli.py export {name}:" in str(caught.value.fix)
 
 
 @every_system
@@ -35,6 +45,23 @@ class TestASystem:
         wanted = ["bundle", "engines", "backend", "precision", "threads"]
         assert list(inspect.signature(module.System).parameters) == wanted
 
+    @pytest.mark.train
+    def test_is_exported_with_a_gate_on_its_metrics(self, name: str) -> None:
+        from export.systems import recipe
+
+        found = recipe(name)
+        assert found.gate
+        assert all(0 <= drop < 0.1 for drop in found.gate.values())
+        assert 0 < found.tolerance <= 1e-3
+
+    def test_is_on_the_pages(self, name: str) -> None:
+        pages = ("README.md", "docs/design.md", "docs/bundle-format.md", "docs/benchmarks.md")
+        for page in pages:
+            assert f"`{name}`" in (ROOT / page).read_text(encoding="utf-8"), page
+
+
+@every_trained_one
+class TestASystemThatIsTrained:
     def test_has_the_same_files_for_training_as_every_other(self, name: str) -> None:
         package = resources.files(system_package(name))
         assert [file for file in FILES if not package.joinpath(file).is_file()] == []
@@ -57,20 +84,6 @@ class TestASystem:
             assert callable(getattr(task, method))
 
     @pytest.mark.train
-    def test_is_exported_with_a_gate_on_its_metrics(self, name: str) -> None:
-        from export.systems import recipe
-
-        found = recipe(name)
-        assert found.gate
-        assert all(0 <= drop < 0.1 for drop in found.gate.values())
-        assert 0 < found.tolerance <= 1e-3
-
-    @pytest.mark.train
     def test_has_an_eager_rival_for_the_benchmark(self, name: str) -> None:
         contenders = importlib.import_module(f"{system_package(name)}.eager").contenders
         assert list(inspect.signature(contenders).parameters) == ["run", "bundle", "threads", "say"]
-
-    def test_is_on_the_pages(self, name: str) -> None:
-        pages = ("README.md", "docs/design.md", "docs/bundle-format.md", "docs/benchmarks.md")
-        for page in pages:
-            assert f"`{name}`" in (ROOT / page).read_text(encoding="utf-8"), page

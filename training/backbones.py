@@ -21,7 +21,9 @@ from torch import Tensor, nn
 
 from runtime.bundle import sha256_file
 from runtime.errors import ConfigError, WeightsError
+from runtime.systems.backbone import WEIGHTS
 from training.config import BackboneConfig
+from training.features import EngineBackbone, FeatureCache, FeatureStore, read_backbone
 
 # where timm keeps the rest of a net inside its own feature wrappers
 _WRAPPERS = ("", "model.", "body.")
@@ -42,17 +44,28 @@ class Backbone:
     provenance: dict[str, str]
 
 
-def create(config: BackboneConfig, *, seed: int = 0, weights: bool = True) -> Backbone:
-    """Build a backbone.
+def create(
+    config: BackboneConfig,
+    *,
+    seed: int = 0,
+    weights: bool = True,
+    size: tuple[int, int] | None = None,
+) -> Backbone:
+    """Build a backbone; where ``config.engine`` names a bundle, one that an engine runs.
 
     Args:
         seed: of the random weights where ``config.weights`` is ``none``.
         weights: False builds the net alone, to load a checkpoint into it.
+        size: (height, width) of the images, for a net that is made for one size; None: the one
+            that it comes with.
 
     Raises:
-        ConfigError: timm has no such net, stage or argument.
+        ConfigError: timm has no such net, stage or argument, or the engine is of another one.
         WeightsError: the weights cannot be had, are corrupt or do not fit; names what is missing.
+        BundleError, BackendError, EngineError: the engine cannot be opened.
     """
+    if config.engine is not None:
+        return _by_engine(config, weights=weights, size=size)
     pretrained = weights and config.weights == "hub"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -79,11 +92,43 @@ def create(config: BackboneConfig, *, seed: int = 0, weights: bool = True) -> Ba
         provenance |= {"weights": path.name, "sha256": sha256_file(path)}
     if weights:
         provenance["tensors_sha256"] = tensors_sha256(net.state_dict())
+    model = getattr(net, "model", net)
+    if size is not None and hasattr(model, "set_input_size"):
+        model.set_input_size(img_size=size)
     return Backbone(
         net=net,
         channels=channels,
         provenance=provenance,
     )
+
+
+def _by_engine(config: BackboneConfig, *, weights: bool, size: tuple[int, int] | None) -> Backbone:
+    bundle = read_backbone(config, size)
+    eager = create(config.plain(), weights=False, size=bundle.manifest.preprocess.size)
+    if weights:
+        eager.net.load_state_dict(read_weights(bundle.asset(WEIGHTS)))
+    net = EngineBackbone(
+        eager.net, bundle, backend=config.engine_backend, precision=config.engine_precision
+    )
+    return Backbone(net=net, channels=eager.channels, provenance=net.provenance)
+
+
+def feature_cache(config: BackboneConfig, net: nn.Module, *, max_bytes: int) -> FeatureCache:
+    """A cache for what a frozen net says, on disk as well where the configuration names a folder.
+
+    Args:
+        net: computes the features; made by ``create``, or holds what was.
+        max_bytes: of memory.
+    """
+    if config.store is None:
+        return FeatureCache(max_bytes)
+
+    def name() -> str:
+        engines = [part.identity for part in net.modules() if isinstance(part, EngineBackbone)]
+        return f"{net}\n{tensors_sha256(net.state_dict())}\n{engines}"
+
+    store = FeatureStore(Path(config.store), config.store_bytes)
+    return FeatureCache(max_bytes, store=store, net=name)
 
 
 def _create(config: BackboneConfig, pretrained: bool) -> Any:
@@ -133,6 +178,10 @@ class LastMap(nn.Module):
 
     Args:
         frozen_norms: batch norms stay in eval mode, whatever mode the net is in.
+
+    Attributes:
+        channels: C.
+        has_token: whether the net has a class token.
     """
 
     def __init__(self, model: Any, *, frozen_norms: bool = False) -> None:
@@ -140,17 +189,23 @@ class LastMap(nn.Module):
         self.model = model
         self.frozen_norms = frozen_norms
         self.channels = int(model.num_features)
+        self.has_token = getattr(model, "cls_token", None) is not None
         self._remove_unused()
 
     def forward(self, images_BCHW: Tensor) -> list[Tensor]:
+        return [self.token_and_map(images_BCHW)[1]]
+
+    def token_and_map(self, images_BCHW: Tensor) -> tuple[Tensor | None, Tensor]:
+        """The class token (B, C) of a net that has one, and the map (B, C, h, w)."""
         features = self.model.forward_features(images_BCHW)
         if features.ndim == 3:  # tokens: the first ones stand for the whole image
             tokens_BNC = features[:, getattr(self.model, "num_prefix_tokens", 0) :]
             h, w = self._grid(images_BCHW, tokens_BNC.shape[1])
-            return [tokens_BNC.transpose(1, 2).unflatten(2, (h, w))]
+            token_BC = features[:, 0] if self.has_token else None
+            return token_BC, tokens_BNC.transpose(1, 2).unflatten(2, (h, w))
         if features.shape[1] != self.channels:  # some nets keep the channels last
             features = features.permute(0, 3, 1, 2)
-        return [features]
+        return None, features
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)

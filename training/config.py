@@ -102,6 +102,12 @@ class BackboneConfig(Config):
         frozen_norms: batch norms keep their statistics in training, only for a whole net: for small
             batches, and for weights whose norms were folded into the convolutions (another
             statistic would make another net of them).
+        engine: bundle of the same net, made by ``cli.py export backbone:NAME``, that runs in its
+            place, frozen; its weights are the bundle's, and ``weights`` is not read. null: PyTorch.
+        engine_backend, engine_precision: what runs the bundle; ``auto`` as at inference.
+        store: folder that keeps features of pictures across runs, where a system asks a frozen net
+            for the same ones again; null: none.
+        store_bytes: most of it.
     """
 
     name: str
@@ -112,6 +118,11 @@ class BackboneConfig(Config):
     channels_last: bool = False
     compile: bool = False
     frozen_norms: bool = False
+    engine: str | None = None
+    engine_backend: str = "auto"
+    engine_precision: Literal["auto", "int8", "float", "fp16", "bf16"] = "auto"
+    store: str | None = None
+    store_bytes: int = Field(default=2**32, ge=0)
 
     @field_validator("stages")
     @classmethod
@@ -124,7 +135,13 @@ class BackboneConfig(Config):
     def _whole(self) -> Self:
         if self.frozen_norms and self.stages is not None:
             raise ValueError("frozen_norms needs a whole net: stages must be null")
+        if self.engine is not None and (self.checkpointing or self.compile):
+            raise ValueError("an engine takes the place of checkpointing and compile")
         return self
+
+    def plain(self) -> Self:
+        """The same net without what made training faster or smaller: that cannot be traced."""
+        return self.model_copy(update={"engine": None, "compile": False, "checkpointing": False})
 
 
 class SystemConfig(Config):

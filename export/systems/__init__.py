@@ -20,11 +20,16 @@ from runtime.preprocess import PlanesSpec, PreprocessSpec
 
 # name -> module with a ``RECIPE``
 RECIPES: dict[str, str] = {
+    "backbone": "export.systems.backbone",
     "noising": "export.systems.noising",
     "paco": "export.systems.paco",
     "refdet": "export.systems.refdet",
     "stripe": "export.systems.stripe",
 }
+
+# What adds up over many layers, the residual stream, stays float. Attention's products, norms,
+# softmax and rotary embeddings have no constant weights: the quantizer leaves them alone.
+TRANSFORMER = KeepFloat(op_types=frozenset({"Add"}))
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,7 @@ class Source:
         examples: tuples of argument tensors; the first is traced, all are compared. A free axis
             is larger than 1 in the first.
         free: input name -> axis -> name of that axis, for axes that are not fixed.
+        keep_float: what INT8 leaves alone in this graph, where the recipe's rule is not for it.
     """
 
     module: Any
@@ -45,6 +51,7 @@ class Source:
     outputs: tuple[str, ...]
     examples: tuple[tuple[Any, ...], ...]
     free: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
+    keep_float: KeepFloat | None = None
 
 
 @dataclass(frozen=True)
@@ -67,8 +74,8 @@ class Recipe:
     """How a system is exported.
 
     Attributes:
-        graphs: run folder -> graph name -> source.
-        contents: run folder -> the rest of the bundle.
+        graphs: run folder (of ``backbone``: what it prepared) -> graph name -> source.
+        contents: the same folder -> the rest of the bundle.
         gate: metric -> by how much INT8 may be worse than float.
         keep_float: what INT8 leaves alone in every graph.
         tolerance: largest relative error of ONNX against torch, both in float32.

@@ -1,41 +1,54 @@
-"""``noising``: one graph, ``features``, and the memory bank beside it."""
+"""``noising``: the graph ``features`` and the memory bank beside it; or ``discriminate``, which is
+backbone and discriminator in one, and no bank.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from export.systems import Contents, Recipe, Source, read_json
 from runtime.bundle import Threshold
+from runtime.systems.noising import DISCRIMINATE, FEATURES
 from training.backbones import read_weights
 from training.run import open_run
 from training.systems.noising.config import TaskConfig
+from training.systems.noising.discriminator import DiscriminatorTraining
 from training.systems.noising.task import build_model
 
 
 def graphs(run: Path) -> dict[str, Source]:
-    """``features``: images (batch, 3, H, W) -> features (batch, N, D), both float32."""
+    """``features``: images (batch, 3, H, W) -> features (batch, N, D); or ``discriminate``: the
+    same images -> scores (batch, N). All float32.
+    """
     opened = open_run(run)
-    assert isinstance(opened.config, TaskConfig)
-    model, _ = build_model(opened.config, weights=False)
+    config = opened.config
+    assert isinstance(config, TaskConfig)
+    plain = config.model_copy(update={"backbone": config.backbone.plain()})
+    model, _ = build_model(plain, weights=False)
     model.load_state_dict(read_weights(opened.weights()))
     generator = torch.Generator().manual_seed(0)
-    height, width = opened.config.preprocess.size
+    height, width = config.preprocess.size
     examples = torch.randn(3, 3, height, width, generator=generator)
-    return {
-        "features": Source(
-            module=model,
+
+    def source(module: nn.Module, output: str) -> Source:
+        return Source(
+            module=module,
             inputs=("images",),
-            outputs=("features",),
+            outputs=(output,),
             examples=((examples[:2],), (examples[2:],)),
             free={"images": {0: "batch"}},
         )
-    }
+
+    if isinstance(model, DiscriminatorTraining):
+        return {DISCRIMINATE: source(model.judge().eval(), "scores")}
+    return {FEATURES: source(model, "features")}
 
 
 def contents(run: Path) -> Contents:
-    """Bank, statistics and thresholds that ``finish`` left in the run."""
+    """Statistics, thresholds and the bank, where there is one, that ``finish`` left in the run."""
     opened = open_run(run)
     assert isinstance(opened.config, TaskConfig)
     thresholds = {
@@ -46,7 +59,7 @@ def contents(run: Path) -> Contents:
         preprocess=opened.config.preprocess,
         params=read_json(run, "params"),
         thresholds=thresholds,
-        assets={"bank": run / "bank.faiss"},
+        assets={"bank": run / "bank.faiss"} if opened.config.judge == "bank" else {},
     )
 
 

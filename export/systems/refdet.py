@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from export.quantize import KeepFloat
-from export.systems import Contents, Recipe, Source, read_json
+from export.systems import TRANSFORMER, Contents, Recipe, Source, read_json
 from runtime.preprocess import PreprocessSpec, apply
 from runtime.references import load_references
 from runtime.systems.refdet import Params
@@ -99,12 +99,11 @@ def contents(run: Path) -> Contents:
     )
 
 
-# What adds up over many layers (the residual stream of a transformer above all) stays float, and so
-# does what little work the last layers are: projections of the prototype, gates, and whatever says
-# where, what and how sure. Attention's products, norms and the decoding have no weights: the
-# quantizer leaves them alone.
+# Beside what a transformer keeps, what little work the last layers are stays float: projections of
+# the prototype, gates, and whatever says where, what and how sure. The decoding has no weights: the
+# quantizer leaves it alone.
 _KEEP_FLOAT = KeepFloat(
-    op_types=frozenset({"Add"}),
+    op_types=TRANSFORMER.op_types,
     patterns=(
         r"encoder\.projections\..*",
         r"detector\.fusion\.gates\..*",

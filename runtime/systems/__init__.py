@@ -20,6 +20,7 @@ PRECISIONS = ("auto", "int8", "float", "fp16", "bf16")
 
 # name -> module with a class ``System``
 SYSTEMS: dict[str, str] = {
+    "backbone": "runtime.systems.backbone",
     "noising": "runtime.systems.noising",
     "paco": "runtime.systems.paco",
     "refdet": "runtime.systems.refdet",

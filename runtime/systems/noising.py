@@ -18,6 +18,9 @@ distances d_k (u_k = (x - m_k) / d_k is the direction away from row k):
 Each signal is standardised with its mean and spread over training patches that were searched
 without the rows of their own image, so a score depends on nothing but the image and the bundle.
 
+Or a trained *discriminator* stands in the place of the bank: one graph gives each patch a score,
+standardised over training images that it was not trained on. What a bundle holds decides.
+
 Source: "Propose Noising" (patch influence and noise proposal), with PatchCore's bank (Roth et al.,
 "Towards Total Recall in Industrial Anomaly Detection", 2022).
 """
@@ -30,7 +33,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
@@ -52,6 +55,8 @@ from runtime.tensors import Array
 
 NAME = "noising"
 SIGNALS = ("distance", "influence", "concentration", "response")
+FEATURES = "features"  # the graph of a bundle with a bank
+DISCRIMINATE = "discriminate"  # the graph of a bundle without one
 
 _TILE = 128  # patches whose neighbours fit into a core's cache together
 _EVALUATION_BATCH = 8
@@ -130,6 +135,26 @@ class Params(_Part):
     mean_distance: Statistics
     signals: dict[str, Statistics]
     score_std: float = Field(gt=0)
+
+
+class DiscriminatorParams(_Part):
+    """What the bundle of a discriminator says beyond its graph and preprocessing.
+
+    Attributes:
+        scores: of the graph's scores, over the patches of held-out training images.
+    """
+
+    grid: tuple[int, int]
+    smoothing: float
+    scores: Statistics
+
+    def standardise(self, scores_N: Array) -> Array:
+        """The graph's scores as standard deviations above a normal patch: (N,) float32."""
+        centred = scores_N - np.float32(self.scores.mean)
+        return np.asarray(centred / np.float32(self.scores.std), np.float32)
+
+
+AnyParams = TypeVar("AnyParams", Params, DiscriminatorParams)
 
 
 @dataclass(frozen=True)
@@ -340,11 +365,7 @@ def fit(
         BankError: features that are not finite.
     """
     num_images, num_patches, width = features_IND.shape
-    if num_images < 2:
-        raise InputError(
-            f"noising needs at least two normal images, got {num_images}",
-            fix="its statistics score each image against the others: add images",
-        )
+    _check_count(num_images)
     if num_patches != grid[0] * grid[1]:
         raise InputError(f"{num_patches} patches do not fit a grid of {grid}")
     rng = np.random.default_rng(seed)
@@ -360,7 +381,6 @@ def fit(
         (images, coreset(np.setdiff1d(everyone, images))[0])
         for images in _folds(num_images, config, rng)
     ]
-    num_held_out = sum(len(images) for images, _ in folds)
     # few or equal patches leave fewer rows: what every bank can answer is the system's K
     k = min(config.k, len(bank), *(len(others) for _, others in folds))
     found = [
@@ -396,18 +416,7 @@ def fit(
         signals=statistics,
         score_std=score_std,
     )
-    maps = [anomaly_map(s / score_std, grid, image_size, config.smoothing) for s in scores]
-    source = f"false-reject budget {config.false_reject} on {num_held_out} held-out training images"
-    thresholds = {
-        "image": Threshold(
-            value=false_reject_threshold(scores.max(axis=1) / score_std, config.false_reject),
-            source=source,
-        ),
-        "pixel": Threshold(
-            value=false_reject_threshold(np.array([m.max() for m in maps]), config.false_reject),
-            source=source + ", highest pixel of each",
-        ),
-    }
+    thresholds = _thresholds(scores / score_std, grid, image_size, config)
     report = {
         "num_images": num_images,
         "num_patches": num_images * num_patches,
@@ -416,6 +425,65 @@ def fit(
         "k": k,
     }
     return Fitted(bank=bank, params=params, thresholds=thresholds, report=report)
+
+
+def hold_out(num_images: int, config: FitConfig, *, seed: int) -> tuple[Array, Array]:
+    """Sorted indices of the images that a discriminator learns from, and of those it never sees.
+
+    Raises:
+        InputError: fewer than two images.
+    """
+    _check_count(num_images)
+    held_out = _folds(num_images, config, np.random.default_rng(seed))[0]
+    return np.setdiff1d(np.arange(num_images), held_out), held_out
+
+
+def calibrate(
+    scores_IN: Array, grid: tuple[int, int], image_size: tuple[int, int], config: FitConfig
+) -> tuple[DiscriminatorParams, dict[str, Threshold]]:
+    """Unit and thresholds of a discriminator from its scores of held-out normal images.
+
+    Args:
+        scores_IN: (I, N) float32, N = h * w patches of each image.
+        grid: (h, w).
+        image_size: (height, width) of the anomaly maps.
+
+    Raises:
+        InputError: a score that is not finite.
+    """
+    params = DiscriminatorParams(
+        grid=grid, smoothing=config.smoothing, scores=_statistics(scores_IN)
+    )
+    standardised = np.stack([params.standardise(scores_N) for scores_N in scores_IN])
+    return params, _thresholds(standardised, grid, image_size, config)
+
+
+def _thresholds(
+    scores_IN: Array, grid: tuple[int, int], image_size: tuple[int, int], config: FitConfig
+) -> dict[str, Threshold]:
+    """What at most the budget's share of held-out images reaches: by patch and by pixel."""
+    maps = [anomaly_map(scores_N, grid, image_size, config.smoothing) for scores_N in scores_IN]
+    source = (
+        f"false-reject budget {config.false_reject} on {len(scores_IN)} held-out training images"
+    )
+    return {
+        "image": Threshold(
+            value=false_reject_threshold(scores_IN.max(axis=1), config.false_reject),
+            source=source,
+        ),
+        "pixel": Threshold(
+            value=false_reject_threshold(np.array([m.max() for m in maps]), config.false_reject),
+            source=source + ", highest pixel of each",
+        ),
+    }
+
+
+def _check_count(num_images: int) -> None:
+    if num_images < 2:
+        raise InputError(
+            f"noising needs at least two normal images, got {num_images}",
+            fix="its statistics score each image against the others: add images",
+        )
 
 
 def _folds(num_images: int, config: FitConfig, rng: np.random.Generator) -> list[Array]:
@@ -525,72 +593,21 @@ def ablation(
 # --- the system ---------------------------------------------------------------------------------
 
 
-class System:
-    """An opened ``noising`` bundle; see ``runtime.systems.System``."""
+class _BankJudge:
+    """Patch scores from features and their nearest rows in the bank."""
 
-    reader = PICTURES
+    graph, output = FEATURES, "features"
 
-    def __init__(
-        self,
-        bundle: Bundle,
-        engines: Mapping[str, Engine],
-        *,
-        backend: str,
-        precision: str,
-        threads: int | None = None,
-    ) -> None:
-        manifest = bundle.manifest
-        try:
-            # through JSON: a tuple came back from the manifest as a list
-            self.params = Params.model_validate_json(json.dumps(manifest.params))
-        except ValidationError as error:
-            raise BundleError(
-                f"the parameters of bundle {bundle.root} are not those of '{NAME}': "
-                f"{error.errors()[0]['msg']}",
-                fix="export the bundle again",
-            ) from error
-        self.bundle = bundle
-        self.engines = engines
-        self.backend = backend
-        self.precision = precision
-        assert isinstance(manifest.preprocess, PreprocessSpec)
-        self.spec = manifest.preprocess
+    def __init__(self, bundle: Bundle, *, backend: str, threads: int | None) -> None:
+        self.params = _params(bundle, Params)
         self.bank = Bank.load(bundle.asset("bank"))
         self.search = FastSearch(self.bank, self.params.k, backend=backend, threads=threads)
         # the influence map is part of the answer even where its weight is 0
         self._names = [n for n in SIGNALS if self.params.weights[n] or n == "influence"]
 
-    def infer(self, images: Sequence[Array]) -> list[AnomalyMap]:
-        """Score images against the bank.
-
-        Args:
-            images: (H, W, 3) uint8 RGB each, of any sizes.
-
-        Returns:
-            One result per image; maps are at the network's input size.
-
-        Raises:
-            InputError: an image of another dtype or layout.
-            EngineError: the network's features are not finite.
-        """
-        if not images:
-            return []
-        batch = apply(self.spec, images)
-        features_BND = self.engines["features"].run({"images": batch})["features"]
-        return [self.score(features_ND) for features_ND in features_BND]
-
-    def score(self, features_ND: Array) -> AnomalyMap:
-        """Score one image's patch features: (N, D) float32.
-
-        Raises:
-            EngineError: features that are not finite.
-        """
-        params, thresholds = self.params, self.bundle.manifest.thresholds
-        if not np.isfinite(features_ND).all():  # no comparison with a threshold would notice
-            raise EngineError(
-                "the 'features' graph gave values that are not finite",
-                fix="run with --precision float, or export again",
-            )
+    def scores(self, features_ND: Array) -> tuple[Array, Array | None]:
+        """Of each patch, (N,): score and influence, in standard deviations."""
+        params = self.params
         distances, indices = self.search.search(features_ND)
         signals = patch_signals(
             self.bank,
@@ -604,13 +621,116 @@ class System:
         )
         scores = combine(signals, params.signals, params.weights) / np.float32(params.score_std)
         statistics = params.signals["influence"]
-        uneven = (signals["influence"] - statistics.mean) / statistics.std
+        return scores, (signals["influence"] - statistics.mean) / statistics.std
+
+    def close(self) -> None:
+        self.search.close()
+
+
+class _DiscriminatorJudge:
+    """Patch scores as the graph gives them, in a common unit."""
+
+    graph, output = DISCRIMINATE, "scores"
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.params = _params(bundle, DiscriminatorParams)
+
+    def scores(self, scores_N: Array) -> tuple[Array, Array | None]:
+        """Of each patch, (N,): score in standard deviations; there is no influence."""
+        return self.params.standardise(scores_N), None
+
+    def close(self) -> None:
+        pass
+
+
+def _params(bundle: Bundle, schema: type[AnyParams]) -> AnyParams:
+    """The bundle's parameters.
+
+    Raises:
+        BundleError: they are of another judge or version.
+    """
+    try:
+        # through JSON: a tuple came back from the manifest as a list
+        return schema.model_validate_json(json.dumps(bundle.manifest.params))
+    except ValidationError as error:
+        raise BundleError(
+            f"the parameters of bundle {bundle.root} are not those of '{NAME}': "
+            f"{error.errors()[0]['msg']}",
+            fix="export the bundle again",
+        ) from error
+
+
+class System:
+    """An opened ``noising`` bundle; see ``runtime.systems.System``.
+
+    Attributes:
+        judge: by a bank, or by a discriminator where the bundle has that graph.
+    """
+
+    reader = PICTURES
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        engines: Mapping[str, Engine],
+        *,
+        backend: str,
+        precision: str,
+        threads: int | None = None,
+    ) -> None:
+        manifest = bundle.manifest
+        self.bundle = bundle
+        self.engines = engines
+        self.backend = backend
+        self.precision = precision
+        assert isinstance(manifest.preprocess, PreprocessSpec)
+        self.spec = manifest.preprocess
+        self.judge = (
+            _DiscriminatorJudge(bundle)
+            if DISCRIMINATE in manifest.graphs
+            else _BankJudge(bundle, backend=backend, threads=threads)
+        )
+        self.params = self.judge.params
+
+    def infer(self, images: Sequence[Array]) -> list[AnomalyMap]:
+        """Score images.
+
+        Args:
+            images: (H, W, 3) uint8 RGB each, of any sizes.
+
+        Returns:
+            One result per image; maps are at the network's input size.
+
+        Raises:
+            InputError: an image of another dtype or layout.
+            EngineError: the network's answer is not finite.
+        """
+        if not images:
+            return []
+        batch = apply(self.spec, images)
+        answers = self.engines[self.judge.graph].run({"images": batch})[self.judge.output]
+        return [self.score(answer) for answer in answers]
+
+    def score(self, answer: Array) -> AnomalyMap:
+        """Score what the graph says of one image: features (N, D), or scores (N,), float32.
+
+        Raises:
+            EngineError: values that are not finite.
+        """
+        thresholds, size = self.bundle.manifest.thresholds, self.spec.size
+        if not np.isfinite(answer).all():  # no comparison with a threshold would notice
+            raise EngineError(
+                f"the '{self.judge.graph}' graph gave values that are not finite",
+                fix="run with --precision float, or export again",
+            )
+        scores, influence = self.judge.scores(answer)
+        grid, smoothing = self.params.grid, self.params.smoothing
         return AnomalyMap(
             score=float(scores.max()),
             threshold=thresholds["image"].value,
             pixel_threshold=thresholds["pixel"].value,
-            map_HW=anomaly_map(scores, params.grid, self.spec.size, params.smoothing),
-            influence_HW=anomaly_map(uneven, params.grid, self.spec.size, 0),
+            map_HW=anomaly_map(scores, grid, size, smoothing),
+            influence_HW=None if influence is None else anomaly_map(influence, grid, size, 0),
         )
 
     def draw(self, image: Array, result: AnomalyMap) -> Array:
@@ -660,7 +780,7 @@ class System:
 
     def close(self) -> None:
         """Release the engines; closing twice is allowed."""
-        self.search.close()
+        self.judge.close()
         for engine in self.engines.values():
             engine.close()
 
@@ -699,10 +819,15 @@ def extend(
 
     Raises:
         InputError: no pictures, or one that cannot be read.
-        BundleError: another system's bundle, or ``out`` exists.
+        BundleError: another system's bundle, one without a bank, or ``out`` exists.
     """
     if bundle.manifest.system != NAME:
         raise BundleError(f"bundle {bundle.root} holds '{bundle.manifest.system}', not '{NAME}'")
+    if DISCRIMINATE in bundle.manifest.graphs:
+        raise BundleError(
+            f"bundle {bundle.root} has no bank: a discriminator judges",
+            fix="train again with the new images, or with --set judge=bank",
+        )
     source = open_source(str(folder))
     if source.kind != "images":
         raise InputError(f"{folder} holds no pictures", fix="give a folder of normal pictures")

@@ -17,12 +17,19 @@ import click
 import onnx
 import tensorrt
 
-from export.deploy import DEFAULT_BATCH
 from export.halve import TYPES, halve
 from export.plan import build_plan
 from runtime.bundle import read
 from runtime.errors import EngineworksError
-from runtime.plans import PLANS, AxisRanges, PlanConfig, Profile, ShapeRange, parse_profile
+from runtime.plans import (
+    DEFAULT_BATCH,
+    PLANS,
+    AxisRanges,
+    PlanConfig,
+    Profile,
+    ShapeRange,
+    parse_profile,
+)
 
 
 @dataclass(frozen=True)

@@ -751,7 +751,7 @@ class TestTheSystem:
         (image,) = pictures(1, defective=True)
         batch = preprocess.apply(tiny.manifest.preprocess, [image])
         features = system.engines["features"].run({"images": batch})["features"][0]
-        params, rows = system.params, system.bank.rows_MD
+        params, rows = system.params, system.judge.bank.rows_MD
         scores, uneven = [], []
         for x in features:
             signals = plain_signals(x, plain_nearest(x, rows, params.k), params.mean_distance)
@@ -773,7 +773,7 @@ class TestTheSystem:
     ) -> None:
         monkeypatch.setattr(search_module, "_WORTHWHILE_BLOCKS", 2)
         with closing(open_noising(tiny, backend=system.backend, threads=1)) as fast:
-            assert fast.search._engine is not None and system.search._engine is None
+            assert fast.judge.search._engine is not None and system.judge.search._engine is None
             for one, other in zip(fast.infer(pictures(2)), system.infer(pictures(2)), strict=True):
                 # the same rows: only ties may be named in another order
                 np.testing.assert_allclose(one.map_HW, other.map_HW, rtol=1e-5, atol=1e-5)

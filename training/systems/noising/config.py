@@ -2,27 +2,81 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from runtime.preprocess import PreprocessSpec
 from runtime.systems.noising import FitConfig
-from training.config import BackboneConfig, SystemConfig
+from training.config import BackboneConfig, Config, SystemConfig
+
+
+class AugmentConfig(Config):
+    """How a normal picture is changed before the discriminator sees its patches.
+
+    Attributes:
+        flip: mirrored along each axis in half of the cases; for parts without an up and a left.
+        rotation: by up to so many degrees either way; corners are filled by reflection.
+        brightness: all values times 1 - b to 1 + b.
+    """
+
+    flip: bool = False
+    rotation: float = Field(default=0.0, ge=0, le=180)
+    brightness: float = Field(default=0.0, ge=0, lt=1)
+
+
+class DiscriminatorConfig(Config):
+    """A small net that tells normal patches from the same with proposed noise.
+
+    Attributes:
+        hidden: width of its one hidden layer.
+        steps: optimizer steps per epoch.
+        patches: normal patches per step; as many with noise join them.
+        reach: (shortest, longest) noise, drawn evenly in the logarithm; 1 is the root mean square
+            distance of normal patches to their neighbours.
+        neighbours: of a patch, for its influence and its distance.
+        rows: of the memory bank that noise is proposed with; it stays with the run.
+        searched: the bank is a coreset of so many patches.
+        adversary: learning rate of the noise's shares, relative to that of the net.
+        augment: null: the features of the pictures as they are, computed once. Else features of
+            ``train.batch_size`` changed pictures, computed anew in each step.
+    """
+
+    hidden: int = Field(default=256, ge=1)
+    steps: int = Field(default=400, ge=1)
+    patches: int = Field(default=512, ge=1)
+    reach: tuple[float, float] = (1.0, 4.0)
+    neighbours: int = Field(default=9, ge=1)
+    rows: int = Field(default=2048, ge=1)
+    searched: int = Field(default=16384, ge=1)
+    adversary: float = Field(default=10.0, ge=0)
+    augment: AugmentConfig | None = None
+
+    @model_validator(mode="after")
+    def _reaches(self) -> Self:
+        if not 0 < self.reach[0] <= self.reach[1]:
+            raise ValueError("reach must be (shortest, longest), both above 0")
+        return self
 
 
 class TaskConfig(SystemConfig):
-    """What a memory bank of normal patch features is made of.
+    """What judges patch features, and how it is made of normal ones.
 
     Attributes:
         backbone: the frozen net; only convolutional nets have the maps that this needs.
         preprocess: pixels to network input; must be what the backbone was trained with.
         width: feature width D after pooling along the channels; null keeps all channels.
-        fit: bank, signals and thresholds.
+        judge: ``bank``: the distance to a memory bank, and what belongs to it. ``discriminator``:
+            a trained net in its place, one graph with the backbone; the bundle has no bank.
+        fit: bank, signals and thresholds; of these the discriminator takes ``smoothing``,
+            ``folds``, ``statistics_images`` and ``false_reject``, and holds out one fold.
+        discriminator: read where it is the judge.
     """
 
     system: Literal["noising"] = "noising"
     backbone: BackboneConfig
     preprocess: PreprocessSpec
     width: int | None = Field(default=None, ge=1)
+    judge: Literal["bank", "discriminator"] = "bank"
     fit: FitConfig = FitConfig()
+    discriminator: DiscriminatorConfig = DiscriminatorConfig()

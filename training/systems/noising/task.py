@@ -1,10 +1,12 @@
-"""How ``noising`` is "trained": one pass over the normal images, then a bank and its statistics."""
+"""How ``noising`` is trained: by one pass over the normal images, then a bank and its statistics;
+or by a discriminator that learns on their features, computed once or, where the pictures are
+changed, in each step.
+"""
 
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -15,26 +17,39 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from runtime import datasets
+from runtime.bank import Bank
 from runtime.bundle import Threshold, write_atomic
-from runtime.errors import DatasetError
-from runtime.systems.noising import ablation, fit, target_mask
+from runtime.errors import DatasetError, RunError
+from runtime.metrics import AnomalyMetrics
+from runtime.systems.noising import (
+    DiscriminatorParams,
+    Params,
+    ablation,
+    anomaly_map,
+    calibrate,
+    fit,
+    hold_out,
+    target_mask,
+)
 from runtime.tensors import Array
 from training import backbones
-from training.data import fingerprint, loader
+from training.data import Samples, fingerprint, loader
+from training.profiler import section
 from training.run import Run
 from training.systems.noising.config import TaskConfig
-from training.systems.noising.data import Images
+from training.systems.noising.data import Augmented, Images, Patches
+from training.systems.noising.discriminator import PARTS, Discriminator, DiscriminatorTraining
 from training.systems.noising.model import PatchFeatures
 from training.task import Position, Progress
 
-_log = logging.getLogger(__name__)
 _FEATURES_NAME = "features.float32"
 
 
 def build_model(
     config: TaskConfig, *, weights: bool = True
-) -> tuple[PatchFeatures, dict[str, str]]:
-    """The frozen feature net and where its weights came from.
+) -> tuple[PatchFeatures | DiscriminatorTraining, dict[str, str]]:
+    """The frozen feature net, within what trains a discriminator where that is the judge; and
+    where its weights came from.
 
     Args:
         weights: False leaves random numbers, for a checkpoint to replace.
@@ -42,9 +57,16 @@ def build_model(
     Raises:
         ConfigError, WeightsError: from ``training.backbones``.
     """
-    backbone = backbones.create(config.backbone, seed=config.train.seed, weights=weights)
-    model = PatchFeatures(backbone.net, backbone.channels, config.width)
-    return model.requires_grad_(False).eval(), backbone.provenance
+    backbone = backbones.create(
+        config.backbone, seed=config.train.seed, weights=weights, size=config.preprocess.size
+    )
+    features = PatchFeatures(backbone.net, backbone.channels, config.width)
+    features.requires_grad_(False).eval()
+    if config.judge == "bank":
+        return features, backbone.provenance
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.train.seed)
+        return DiscriminatorTraining(features, config.discriminator), backbone.provenance
 
 
 class Task:
@@ -69,26 +91,76 @@ class Task:
         }
         self.model, provenance = build_model(config, weights=weights)
         self.provenance: dict[str, JsonValue] = {**provenance}
+        self.has_weights = weights
+        model = self.model
+        self.features = model.features if isinstance(model, DiscriminatorTraining) else model
         height, width = config.preprocess.size
-        self.grid = self.model.grid(height, width)
+        self.grid = self.features.grid(height, width)
         self.features_path = root / _FEATURES_NAME
 
     def loader(self) -> DataLoader[Any]:
-        return loader(
-            Images(self.samples, self.config.preprocess), self.config.train, shuffle=False
+        config, spec = self.config, self.config.preprocess
+        if not isinstance(self.model, DiscriminatorTraining):
+            return loader(Images(self.samples, spec), config.train, shuffle=False)
+        self._extract()
+        settings, seed = config.discriminator, config.train.seed
+        learned, _ = hold_out(len(self.samples), config.fit, seed=seed)
+        features_IND = self._features()
+        self.model.discriminator.fit(features_IND[learned])
+        self.model.proposal.fit(features_IND[learned], seed=seed)
+        batches: Samples = Patches(
+            features_IND, learned, steps=settings.steps, patches=settings.patches
         )
+        if settings.augment is not None:
+            batches = Augmented(
+                [self.samples[i] for i in learned],
+                spec,
+                settings.augment,
+                steps=settings.steps,
+                batch_size=config.train.batch_size,
+            )
+        return loader(batches, config.train, shuffle=False, batched=True)
+
+    def groups(self) -> list[tuple[list[nn.Parameter], float]]:
+        """The net, and the noise's shares that move against it."""
+        assert isinstance(self.model, DiscriminatorTraining)
+        return [
+            (list(self.model.discriminator.parameters()), 1.0),
+            (list(self.model.proposal.parameters()), self.config.discriminator.adversary),
+        ]
+
+    def pace(self, epoch: int) -> float:
+        return 1.0
 
     def step(self, model: nn.Module, batch: Any, position: Position) -> Mapping[str, Tensor]:
-        """Write the features of a batch to their place in the file; there is no loss."""
-        rows_BND = model(batch["images"]).float().cpu().numpy()
-        self._features()[batch["index"].cpu().numpy()] = rows_BND
-        return {}
+        """Losses of a discriminator. For a bank there are none: the features of the batch are
+        written to their place in the file.
+        """
+        if not isinstance(self.model, DiscriminatorTraining):
+            rows_BND = model(batch["images"]).float().cpu().numpy()
+            self._features()[batch["index"].cpu().numpy()] = rows_BND
+            return {}
+        if "rows" in batch:
+            rows_ND = batch["rows"]
+        else:
+            with torch.no_grad(), section("features"):
+                patches_ND = self.features(batch["images"]).float().flatten(0, 1)
+            chosen = torch.randperm(len(patches_ND))[: self.config.discriminator.patches]
+            rows_ND = patches_ND[chosen.to(patches_ND.device)]
+        with section("discriminator"):
+            return cast(Mapping[str, Tensor], model(rows_ND))
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        return {}  # nothing to judge before the bank is fitted
+        return {}  # the labelled images judge what is made of all epochs, in ``finish``
 
     def finish(self, run: Run, model: nn.Module, progress: Progress) -> dict[str, JsonValue]:
-        """Fit the bank, write it, and measure what each signal earns where labels are given."""
+        """Fit a bank, or scale what the discriminator says; judge it where labels are given."""
+        trained = isinstance(self.model, DiscriminatorTraining)
+        results = (self._finish_discriminator if trained else self._finish_bank)(run, progress)
+        self.features_path.unlink()
+        return results
+
+    def _finish_bank(self, run: Run, progress: Progress) -> dict[str, JsonValue]:
         size = self.config.preprocess.size
         fitted = fit(
             self._features(),
@@ -99,44 +171,136 @@ class Task:
             progress=lambda done, of: progress("coreset", done, of),
         )
         fitted.bank.save(run.root / "bank.faiss")
-        thresholds = dict(fitted.thresholds)
         results: dict[str, JsonValue] = {"fit": fitted.report}
+        shipped: Mapping[str, float] = {}
         if self.labelled:
-            judged = self._judged(model, progress)
+            judged = self._judged(progress)
             found = ablation(fitted.bank, fitted.params, size, judged)
             results["ablation"] = cast(JsonValue, found)
-            for name in fitted.thresholds:  # offered beside the budget's; none is taken by itself
-                if (best := found["shipped"].get(f"{name}_f1max_threshold")) is not None:
-                    source = f"largest F1 on {len(self.labelled)} labelled images"
-                    thresholds |= {f"{name}_f1max": Threshold(value=best, source=source)}
-        _write_json(run.root / "params.json", fitted.params.model_dump(mode="json"))
-        _write_json(
-            run.root / "thresholds.json",
-            {name: threshold.model_dump(mode="json") for name, threshold in thresholds.items()},
-        )
-        self.features_path.unlink()
+            shipped = found["shipped"]
+        self._write(run, fitted.params, fitted.thresholds, shipped)
         return results
 
-    def _features(self) -> np.memmap[Any, Any]:
-        """The file of all features (images, N, D): on disk, because they may outgrow memory."""
-        shape = (len(self.samples), self.grid[0] * self.grid[1], self.model.width)
-        mode: Literal["r+", "w+"] = "r+" if self.features_path.is_file() else "w+"
-        return np.memmap(self.features_path, np.float32, mode, shape=shape)
+    def _finish_discriminator(self, run: Run, progress: Progress) -> dict[str, JsonValue]:
+        """Unit and thresholds from the images that were held out; the metrics beside those of the
+        distance to the proposal's bank, which was there without any training.
+        """
+        assert isinstance(self.model, DiscriminatorTraining)
+        settings, size = self.config.fit, self.config.preprocess.size
+        discriminator, proposal = self.model.discriminator, self.model.proposal
+        learned, held_out = hold_out(len(self.samples), settings, seed=self.config.train.seed)
+        features_IND = self._features()
+        scores_IN = np.stack([self._scores(discriminator, features_IND[i]) for i in held_out])
+        params, thresholds = calibrate(scores_IN, self.grid, size, settings)
+        shares = zip(PARTS, proposal.shares_P.tolist(), strict=True)
+        results: dict[str, JsonValue] = {
+            "fit": {
+                "num_images": len(learned),
+                "num_held_out": len(held_out),
+                "bank_rows_of_proposal": len(proposal.bank_MD),
+            },
+            "shares of the noise": dict(shares),
+        }
+        metrics = {"discriminator": AnomalyMetrics(), "distance": AnomalyMetrics()}
+        bank = Bank(proposal.bank_MD.cpu().numpy())
+        for features_ND, label, mask in self._judged(progress):
+            scored = {
+                "discriminator": params.standardise(self._scores(discriminator, features_ND)),
+                "distance": bank.search(features_ND, 1)[0][:, 0],
+            }
+            for name, scores_N in scored.items():
+                map_HW = anomaly_map(scores_N, self.grid, size, settings.smoothing)
+                metrics[name].update(float(scores_N.max()), label, map_HW, mask)
+        found = (
+            {name: metric.compute() for name, metric in metrics.items()} if self.labelled else {}
+        )
+        if found:
+            results["judges"] = cast(JsonValue, found)
+        self._write(run, params, thresholds, found.get("discriminator", {}))
+        return results
 
-    def _judged(
-        self, model: nn.Module, progress: Progress
-    ) -> Iterator[tuple[Array, int, Array | None]]:
+    def _write(
+        self,
+        run: Run,
+        params: Params | DiscriminatorParams,
+        thresholds: Mapping[str, Threshold],
+        metrics: Mapping[str, float],
+    ) -> None:
+        """params.json and thresholds.json: the budget's, and beside them what the labelled images
+        would choose; none of those is taken by itself.
+        """
+        offered = {
+            f"{name}_f1max": Threshold(
+                value=metrics[f"{name}_f1max_threshold"],
+                source=f"largest F1 on {len(self.labelled)} labelled images",
+            )
+            for name in thresholds
+            if f"{name}_f1max_threshold" in metrics
+        }
+        _write_json(run.root / "params.json", params.model_dump(mode="json"))
+        _write_json(
+            run.root / "thresholds.json",
+            {n: t.model_dump(mode="json") for n, t in {**thresholds, **offered}.items()},
+        )
+
+    def _extract(self) -> None:
+        """The features of all training images as they are, computed once for all epochs.
+
+        Raises:
+            RunError: a resumed run has lost them; its checkpoint comes too late to make them anew.
+        """
+        if self.features_path.is_file():
+            return
+        if not self.has_weights:
+            raise RunError(
+                f"{self.features_path} is gone, which the run cannot go on without",
+                fix="train again into a new folder",
+            )
+        partial = self.features_path.with_suffix(".partial")
+        features_IND = self._features(partial, "w+")
+        with torch.no_grad(), section("features"):
+            for batch in self._batches(self.samples):
+                rows_BND = self.features(batch["images"].to(self._device)).float().cpu().numpy()
+                features_IND[batch["index"].numpy()] = rows_BND
+        features_IND.flush()
+        partial.rename(self.features_path)
+
+    def _features(
+        self, path: Path | None = None, mode: Literal["r+", "w+"] | None = None
+    ) -> np.memmap[Any, Any]:
+        """The file of all features (images, N, D): on disk, because they may outgrow memory."""
+        shape = (len(self.samples), self.grid[0] * self.grid[1], self.features.width)
+        path = path or self.features_path
+        mode = mode or ("r+" if path.is_file() else "w+")
+        return np.memmap(path, np.float32, mode, shape=shape)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.features.parameters()).device
+
+    @torch.no_grad()
+    def _scores(self, discriminator: Discriminator, features_ND: Array) -> Array:
+        """The discriminator's logits of an image's patches: (N,) float32."""
+        rows_ND = torch.from_numpy(np.ascontiguousarray(features_ND)).to(self._device)
+        return np.asarray(discriminator(rows_ND).cpu().numpy())
+
+    def _batches(self, samples: Sequence[datasets.MvtecSample]) -> DataLoader[Any]:
+        """All images of a list as at inference, in its order."""
+        return loader(
+            Images(list(samples), self.config.preprocess), self.config.train, shuffle=False
+        )
+
+    def _judged(self, progress: Progress) -> Iterator[tuple[Array, int, Array | None]]:
         """Features, label and mask of each test image."""
         spec = self.config.preprocess
-        device = next(model.parameters()).device
         images = Images(self.labelled, spec)
         rng = np.random.default_rng(0)
         for i, sample in enumerate(self.labelled):
-            images_BCHW = images.get(i, rng)["images"][None].to(device)
+            images_BCHW = images.get(i, rng)["images"][None].to(self._device)
             with torch.no_grad():
-                features_ND = model(images_BCHW)[0].float().cpu().numpy()
+                features_ND = self.features(images_BCHW)[0].float().cpu().numpy()
             yield features_ND, sample.label, target_mask(sample, spec)
-            progress("ablation", i + 1, len(self.labelled))
+            progress("judged images", i + 1, len(self.labelled))
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -69,9 +69,7 @@ def trained_net(run: Run) -> Paco:
     assert isinstance(run.config, TaskConfig)
     weights = read_weights(run.weights())
     own = {n.removeprefix(_NET): tensor for n, tensor in weights.items() if n.startswith(_NET)}
-    # how training was made faster or smaller is of no use here, and cannot be traced
-    plain = run.config.backbone.model_copy(update={"compile": False, "checkpointing": False})
-    config = run.config.model_copy(update={"backbone": plain})
+    config = run.config.model_copy(update={"backbone": run.config.backbone.plain()})
     net = build_model(config, len(own["classifier.weight"]), weights=False)[0].net
     net.load_state_dict(own)
     return net.eval()

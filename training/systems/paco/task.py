@@ -17,12 +17,13 @@ from torch.utils.data import DataLoader
 
 from runtime import datasets, draw, images
 from runtime.bundle import write_atomic
-from runtime.errors import DatasetError
+from runtime.errors import ConfigError, DatasetError
 from runtime.metrics import ClassificationMetrics
 from runtime.preprocess import place
 from runtime.tensors import Array
 from training import backbones
 from training.data import Samples, fingerprint, loader, preprocess
+from training.features import FeatureCache
 from training.run import Run
 from training.systems.paco.config import TaskConfig
 from training.systems.paco.data import Pictures, Views
@@ -73,9 +74,17 @@ def build_model(
         weights: False leaves random numbers, for a checkpoint to replace.
 
     Raises:
-        ConfigError, WeightsError: from ``training.backbones``.
+        ConfigError, WeightsError: from ``training.backbones``; or the whole net is to learn while
+            an engine runs the backbone.
     """
-    backbone = backbones.create(config.backbone, seed=config.train.seed, weights=weights)
+    if config.backbone.engine is not None and not config.frozen:
+        raise ConfigError(
+            "a backbone that an engine runs cannot learn, and frozen is false",
+            fix="set frozen to true, or backbone.engine to null",
+        )
+    backbone = backbones.create(
+        config.backbone, seed=config.train.seed, weights=weights, size=config.preprocess.size
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
         net = Paco(backbone.net, backbone.channels[0], num_classes)
@@ -123,6 +132,11 @@ class Task:
         )
         self.provenance: dict[str, JsonValue] = {**provenance}
         self._embeddings: dict[str, Array] = {}
+        self.cache: FeatureCache | None = None
+        if config.frozen and config.backbone.store is not None:  # nothing is asked for twice here
+            self.cache = backbones.feature_cache(
+                config.backbone, self.model.net.backbone, max_bytes=0
+            )
 
     def loader(self) -> DataLoader[Any]:
         settings = self.config.train
@@ -207,11 +221,22 @@ class Task:
     def _embedded(self, name: str, folder: datasets.ClassFolder) -> Array:
         """(N, F) float32 features of all pictures by the frozen net, computed once."""
         if name not in self._embeddings:
-            net = self.model.net.eval()
+            self.model.net.eval()
             with torch.no_grad():
-                parts = [net(batch)[1].float().cpu() for batch in self._batches(folder)]
+                parts = [self._embed(batch).float().cpu() for batch in self._batches(folder)]
             self._embeddings[name] = torch.cat(parts).numpy()
         return self._embeddings[name]
+
+    def _embed(self, images_BCHW: Tensor) -> Tensor:
+        """(B, F) by the frozen net, or as an earlier run stored it."""
+        net = self.model.net
+
+        def compute(images_BCHW: Tensor) -> Tensor:
+            return net.pool(net.features(images_BCHW))
+
+        if self.cache is None:
+            return compute(images_BCHW)
+        return self.cache.features(compute, images_BCHW)
 
     def _draw_parts(self, folder: Path, model: PacoTraining) -> None:
         """Where the net looks, on a picture of each class, then on a second of each, and so on."""

@@ -93,11 +93,11 @@ def trained_net(run: Run) -> RefDet:
     assert isinstance(run.config, TaskConfig)
     weights = read_weights(run.weights())
     own = {n.removeprefix(_NET): tensor for n, tensor in weights.items() if n.startswith(_NET)}
-    # how training was made faster or smaller is of no use here, and cannot be traced
-    plain = {"compile": False, "checkpointing": False}
+    # as its ``plain``
+    detector = run.config.detector.model_copy(update={"compile": False, "checkpointing": False})
     model = RefDet(
-        run.config.encoder.model_copy(update=plain),
-        run.config.detector.model_copy(update=plain),
+        run.config.encoder.plain(),
+        detector,
         len(own.get(_BASE_BIAS, ())),
         reference_size=run.config.reference_preprocess.size,
         weights=False,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from runtime.errors import ConfigError
 from training import backbones
 from training.backbones import LastMap
+from training.features import EngineBackbone
 from training.profiler import section
 from training.systems.refdet.backbone import Backbone, channels
 from training.systems.refdet.config import DetectorConfig, EncoderConfig
@@ -26,20 +27,17 @@ class Features(nn.Module):
     class token, the mean of its last map.
     """
 
-    def __init__(self, net: LastMap) -> None:
+    def __init__(self, net: LastMap | EngineBackbone) -> None:
         super().__init__()
         self.net = net
-        self.has_class_token = getattr(net.model, "cls_token", None) is not None
-        self.width = net.channels * (2 if self.has_class_token else 1)
+        self.width = net.channels * (2 if net.has_token else 1)
 
     def forward(self, pictures_BCHW: Tensor) -> Tensor:
-        if not self.has_class_token:
-            means_BF: Tensor = self.net(pictures_BCHW)[0].mean((2, 3))
-            return means_BF
-        tokens_BND = self.net.model.forward_features(pictures_BCHW)
-        patches_BND = tokens_BND[:, self.net.model.num_prefix_tokens :]
-        parts = [tokens_BND[:, 0], patches_BND.mean(1)]
-        return torch.cat([F.normalize(part, dim=1) for part in parts], dim=1)
+        token_BC, map_BCHW = self.net.token_and_map(pictures_BCHW)
+        mean_BC = map_BCHW.mean((2, 3))
+        if token_BC is None:
+            return mean_BC
+        return torch.cat([F.normalize(part, dim=1) for part in (token_BC, mean_BC)], dim=1)
 
 
 class SupportEncoder(nn.Module):
@@ -91,7 +89,7 @@ def _freeze(net: Features, train_blocks: int) -> None:
     net.requires_grad_(False)
     if not train_blocks:
         return
-    model = net.net.model
+    model: Any = net.net.model
     if not hasattr(model, "blocks"):
         raise ConfigError(
             f"'{type(model).__name__}' has no blocks, of which the last {train_blocks} could learn",
@@ -199,12 +197,19 @@ class RefDet(nn.Module):
             ConfigError, WeightsError: see ``training.backbones.create`` and ``SupportEncoder``.
         """
         super().__init__()
+        if encoder.engine is not None and encoder.train_blocks != 0:
+            raise ConfigError(
+                f"an encoder that an engine runs cannot learn, and encoder.train_blocks is "
+                f"{encoder.train_blocks}",
+                fix="set encoder.train_blocks to 0, or encoder.engine to null",
+            )
         made = backbones.create(
-            encoder.model_copy(update={"compile": False}), seed=seed, weights=weights
+            encoder.model_copy(update={"compile": False}),
+            seed=seed,
+            weights=weights,
+            size=reference_size,
         )
-        assert isinstance(made.net, LastMap)
-        if reference_size is not None and hasattr(made.net.model, "set_input_size"):
-            made.net.model.set_input_size(img_size=reference_size)
+        assert isinstance(made.net, (LastMap, EngineBackbone))
         features = Features(made.net)
         if encoder.compile:
             features.compile()

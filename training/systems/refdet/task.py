@@ -19,11 +19,10 @@ from runtime.objects import ObjectData, object_splits, read_objects
 from runtime.preprocess import apply
 from runtime.systems import refdet
 from runtime.tensors import Array
-from training.backbones import read_weights
+from training.backbones import feature_cache, read_weights
 from training.data import fingerprint, loader
 from training.profiler import section
 from training.run import Run
-from training.systems.refdet.cache import FeatureCache
 from training.systems.refdet.config import StageConfig, TaskConfig, WeightsConfig
 from training.systems.refdet.data import Episodes
 from training.systems.refdet.loss import Losses
@@ -126,7 +125,11 @@ class Task:
         }
         self.model, provenance = build_model(config, len(self.labels), weights=weights)
         self.provenance: dict[str, JsonValue] = {**provenance}
-        self.cache = FeatureCache(config.encoder.cache_bytes)
+        self.cache = feature_cache(
+            config.encoder,
+            self.model.net.encoder.net,
+            max_bytes=config.encoder.cache_bytes,
+        )
         self._frames = Frames(_CACHE_BYTES)
         self._learning = {
             name: [p for p in part.parameters() if p.requires_grad]
@@ -144,7 +147,7 @@ class Task:
         if self.model.net.encoder.frozen:
             with section("encoder"):
                 features_RF = self.cache.features(
-                    self.model.net.encoder.features, batch["picture_keys"], batch["pictures"]
+                    self.model.net.encoder.features, batch["pictures"]
                 )
         losses = model(batch, features_RF, self.weights(position.epoch))
         return cast(Mapping[str, Tensor], losses)

@@ -1,0 +1,122 @@
+"""``backbone``: one graph, ``features``, of a net that nobody trained here.
+
+There is no run: ``prepare`` leaves in a folder what a run would hold.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from export.systems import TRANSFORMER, Contents, Recipe, Source, read_json
+from runtime.preprocess import PreprocessSpec
+from runtime.systems import backbone
+from training import backbones
+from training.backbones import LastMap, read_weights
+from training.config import BackboneConfig
+
+NAME = backbone.NAME
+
+_RECORD = "backbone"  # .json
+_WEIGHTS = "weights.safetensors"
+
+
+class Outputs(nn.Module):
+    """A net's maps, and its class token where it has one: images (B, 3, H, W) -> tensors.
+
+    Attributes:
+        names: of the outputs: ``token``, then ``map`` of a whole net, or ``stage<i>`` of its cuts.
+    """
+
+    def __init__(self, net: nn.Module, stages: tuple[int, ...] | None) -> None:
+        super().__init__()
+        self.net = net
+        self.names = ("map",) if stages is None else tuple(f"stage{stage}" for stage in stages)
+        if isinstance(net, LastMap) and net.has_token:
+            self.names = (backbone.TOKEN, *self.names)
+
+    def forward(self, images_BCHW: Tensor) -> tuple[Tensor, ...]:
+        if isinstance(self.net, LastMap) and self.net.has_token:
+            token_BC, map_BCHW = self.net.token_and_map(images_BCHW)
+            assert token_BC is not None
+            return token_BC, map_BCHW
+        return tuple(self.net(images_BCHW))
+
+
+def prepare(folder: Path, config: BackboneConfig, size: tuple[int, int] | None) -> dict[str, str]:
+    """Write weights and description of a net into a folder.
+
+    Args:
+        size: see ``export.trace.trace_backbone``.
+
+    Returns:
+        Where its weights came from, for the record.
+
+    Raises:
+        ConfigError, WeightsError: see ``training.backbones.create``.
+    """
+    made = backbones.create(config, size=size)
+    model: Any = made.net.model if isinstance(made.net, LastMap) else made.net
+    known = model.pretrained_cfg
+    own = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    state = {name: value.contiguous() for name, value in made.net.state_dict().items()}
+    save_file(state, folder / _WEIGHTS)
+    spec = PreprocessSpec(
+        size=size or own or known["input_size"][1:],
+        resize="crop",
+        mean=known["mean"],
+        std=known["std"],
+    )
+    content = {
+        "config": config.model_dump(mode="json"),
+        "preprocess": spec.model_dump(mode="json"),
+    }
+    (folder / f"{_RECORD}.json").write_text(json.dumps(content), encoding="utf-8")
+    return made.provenance
+
+
+def _read(folder: Path) -> tuple[BackboneConfig, PreprocessSpec]:
+    content: dict[str, Any] = read_json(folder, _RECORD)
+    config = BackboneConfig.model_validate_json(json.dumps(content["config"]))
+    return config, PreprocessSpec.model_validate_json(json.dumps(content["preprocess"]))
+
+
+def graphs(folder: Path) -> dict[str, Source]:
+    """``features``: images (batch, 3, H, W) -> ``Outputs.names``, all float32."""
+    config, spec = _read(folder)
+    net = backbones.create(config, weights=False, size=spec.size).net
+    net.load_state_dict(read_weights(folder / _WEIGHTS))
+    module = Outputs(net, config.stages).eval()
+    generator = torch.Generator().manual_seed(0)
+    examples = torch.randn(3, 3, *spec.size, generator=generator)
+    is_transformer = any(isinstance(part, nn.LayerNorm) for part in net.modules())
+    return {
+        backbone.GRAPH: Source(
+            module=module,
+            inputs=("images",),
+            outputs=module.names,
+            examples=((examples[:2],), (examples[2:],)),
+            free={"images": {0: "batch"}},
+            keep_float=TRANSFORMER if is_transformer else None,
+        )
+    }
+
+
+def contents(folder: Path) -> Contents:
+    """Preprocessing as the net was trained with, which net it is, and its weights."""
+    config, spec = _read(folder)
+    params = backbone.Params(name=config.name, stages=config.stages, args=config.args)
+    return Contents(
+        preprocess=spec,
+        params=params.model_dump(mode="json"),
+        thresholds={},
+        assets={backbone.WEIGHTS: folder / _WEIGHTS},
+    )
+
+
+RECIPE = Recipe(graphs=graphs, contents=contents, gate={"top1": 0.01})
