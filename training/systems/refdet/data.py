@@ -287,7 +287,8 @@ def chroma(hue: float, saturation: float) -> Array:
     """
     greys = np.full((3, 3), 1 / 3)  # the projection onto the axis
     across = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)
-    return greys + saturation * (math.cos(hue) * (np.eye(3) - greys) + math.sin(hue) * across)
+    moved = math.cos(hue) * (np.eye(3) - greys) + math.sin(hue) * across
+    return np.asarray(greys + saturation * moved)
 
 
 def erased(image: Array, rng: Generator, value: int) -> Array:
