@@ -68,6 +68,9 @@ class TrainConfig(Config):
         batch_size: images per process and step.
         accumulate: batches per optimizer step.
         workers: loader processes; 0 loads in the training process.
+        prefetch: batches that each of these has ready, or in the making.
+        pin_memory: batches wait in memory that a CUDA device copies from without the CPU; without
+            such a device there is nothing to do.
         checkpoint_steps: also save every so many batches; null saves at the end of each epoch.
         ema_decay: evaluate and keep an exponential moving average of the weights; null does not.
         optimizer: unused by a system without trainable parameters.
@@ -80,6 +83,8 @@ class TrainConfig(Config):
     batch_size: int = Field(default=8, ge=1)
     accumulate: int = Field(default=1, ge=1)
     workers: int = Field(default=0, ge=0)
+    prefetch: int = Field(default=2, ge=1)
+    pin_memory: bool = False
     checkpoint_steps: int | None = Field(default=None, ge=1)
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
     optimizer: OptimizerConfig = OptimizerConfig()

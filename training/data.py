@@ -101,6 +101,8 @@ def loader(
         collate_fn=_only if batched else None,
         sampler=EpochSampler(len(samples), seed=config.seed, shuffle=shuffle),
         num_workers=config.workers,
+        prefetch_factor=config.prefetch if config.workers else None,
+        pin_memory=config.pin_memory and torch.cuda.is_available(),  # torch warns without one
         persistent_workers=config.workers > 0,
         worker_init_fn=_start_worker,
         generator=torch.Generator().manual_seed(config.seed),

@@ -169,27 +169,29 @@ def evaluate(
     spec: PreprocessSpec,
     config: InferenceConfig,
     *,
-    num_base: int = 0,
+    labels: Sequence[str] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, float]:
     """Metrics of a network; one ruler for validation and for the INT8 gate.
 
     Frames are searched for one object at a time, and only its boxes count. Whether the references
     matter at all shows when the object is looked for with another one's prototype, the next in
-    alphabetical order.
+    alphabetical order. Base classes that a frame shows are judged as they are found beside all
+    objects at once.
 
     Args:
         run: the network.
         prototypes: object -> (P,) float32; each object is judged.
         frames: with all boxes of these objects.
         read: decodes a frame.
-        num_base: classes of the network that are no prototypes.
+        labels: base classes, which are no prototypes.
         progress: called with (frames done, frames in all).
 
     Returns:
         map50 and map50_95, see ``runtime.metrics.DetectionMetrics``; map50_swapped, the same as
-        map50 with the other prototype, where there are at least two objects; and, where frames are
-        of videos, st_iou: the mean of ``runtime.metrics.st_iou`` over the objects of the videos, at
+        map50 with the other prototype, where there are at least two objects; map50_base and
+        map50_95_base, of the base classes, where a frame shows one; and, where frames are of
+        videos, st_iou: the mean of ``runtime.metrics.st_iou`` over the objects of the videos, at
         ``config.conf``.
     """
     names = sorted(prototypes)
@@ -197,7 +199,9 @@ def evaluate(
     searched = {name: _chosen(frames, name, config.max_evaluated) for name in names}
     needed = {other[name]: searched[other[name]] | searched[name] for name in names}
     generous = config.model_copy(update={"conf": min(config.conf, _EVALUATION_CONF)})
-    own, swapped = DetectionMetrics(), DetectionMetrics()
+    own, swapped, base = DetectionMetrics(), DetectionMetrics(), DetectionMetrics()
+    shown = sorted({name for frame in frames for name in frame.objects}.intersection(labels))
+    everything_NP = np.stack([prototypes[name] for name in names])
     tubes: dict[tuple[str, str], _Tube] = defaultdict(_Tube)
     for start in range(0, len(frames), _EVALUATION_BATCH):
         stop = min(start + _EVALUATION_BATCH, len(frames))
@@ -212,7 +216,7 @@ def evaluate(
             sizes = [_size(pictures[row]) for row in rows]
             found = _detect(run, batch[rows], sizes, prototypes[name][None], spec, generous)
             for row, (boxes_K4, scores_K, classes_K) in zip(rows, found, strict=True):
-                asked = classes_K == num_base
+                asked = classes_K == len(labels)
                 answers[name, places[row]] = boxes_K4[asked], scores_K[asked]
         for i, name in product(places, names):
             if i not in searched[name]:
@@ -222,11 +226,19 @@ def evaluate(
             swapped.update(i, name, *answers[other[name], i], truth_M4)
             if (video := frames[i].video) is not None:
                 tubes[video, name].add(i, *answers[name, i], truth_M4, config.conf)
+        if shown and places:
+            sizes = [_size(picture) for picture in pictures]
+            found = _detect(run, batch, sizes, everything_NP, spec, generous)
+            for i, (boxes_K4, scores_K, classes_K) in zip(places, found, strict=True):
+                for name in shown:
+                    its = classes_K == labels.index(name)
+                    base.update(i, name, boxes_K4[its], scores_K[its], _truth(frames[i], name))
         if progress:
             progress(stop, len(frames))
     metrics = own.compute()
     if len(names) > 1 and metrics:
         metrics["map50_swapped"] = swapped.compute()["map50"]
+    metrics |= {f"{key}_base": value for key, value in base.compute().items()}
     if overlaps := [st_iou(tube.found, tube.truth) for tube in tubes.values() if tube.truth]:
         metrics["st_iou"] = sum(overlaps) / len(overlaps)
     return metrics
@@ -503,7 +515,7 @@ class System:
                 frames.read,
                 self.spec,
                 self.config,
-                num_base=len(self.labels),
+                labels=self.labels,
                 progress=progress,
             )
 

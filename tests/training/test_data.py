@@ -42,3 +42,17 @@ def test_a_loader_process_leaves_alone_what_its_parent_had() -> None:
     """It would free decoders whose threads only the parent has, and wait for these for ever."""
     batches: Any = loader(Numbers(), TrainConfig(workers=1), shuffle=False, batched=True)
     assert next(iter(batches))["frozen"] > 1000
+
+
+def test_each_loader_process_has_so_many_batches_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    for prefetch in (1, 3):
+        config = TrainConfig(workers=1, prefetch=prefetch, pin_memory=True)
+        batches: Any = loader(Numbers(), config, shuffle=False, batched=True)
+        iterator = iter(batches)
+        next(iterator)
+        # what is sent to the processes and not yet asked for: the one that was taken made room
+        assert iterator._tasks_outstanding == prefetch
+        assert batches.pin_memory == torch.cuda.is_available()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert loader(Numbers(), TrainConfig(pin_memory=True), shuffle=False).pin_memory
+    assert not loader(Numbers(), TrainConfig(), shuffle=False).pin_memory

@@ -437,25 +437,25 @@ def judge(
     *,
     config: InferenceConfig | None = None,
     names: Sequence[str] = "abc",
-    num_base: int = 0,
+    labels: Sequence[str] = (),
     seen: list[tuple[int, str]] | None = None,
 ) -> dict[str, float]:
     """Judge a network that gives, for a frame and a prompt, what ``found`` says.
 
-    A frame is told by its grey level. Each answer ends with a base class that nobody asks for.
+    A frame is told by its grey level. Each answer ends with the first base class, all over it.
     """
 
     def run(images_BCHW: Array, prototypes_NP: Array) -> tuple[Array, Array, Array]:
         name = "abc"[int(prototypes_NP[0, 0])]
         boxes, scores = np.zeros((len(images_BCHW), 9, 4)), np.zeros((len(images_BCHW), 9))
-        classes = np.full((len(images_BCHW), 9), num_base)
+        classes = np.full((len(images_BCHW), 9), len(labels))
         for i, image in enumerate(images_BCHW):
             frame = round(float(image[0, 0, 0]) * 255)
             if seen is not None:
                 seen.append((frame, name))
             for k, (box, score) in enumerate(found.get((frame, name), ())):
                 boxes[i, k], scores[i, k] = box, score
-            if num_base:
+            if labels:
                 boxes[i, 8], scores[i, 8], classes[i, 8] = (0, 0, 60, 40), 0.99, 0
         return boxes.astype(np.float32), scores.astype(np.float32), classes
 
@@ -466,7 +466,7 @@ def judge(
         lambda frame: np.full((40, 60, 3), frame, np.uint8),
         SPEC,
         config or InferenceConfig(),
-        num_base=num_base,
+        labels=labels,
     )
 
 
@@ -478,9 +478,9 @@ BOX, AWAY = (10.0, 10.0, 30.0, 30.0), (35.0, 5.0, 55.0, 25.0)
 
 
 class TestJudging:
-    @pytest.mark.parametrize("num_base", [0, 2])
+    @pytest.mark.parametrize("labels", [(), ("x", "y")])
     def test_of_a_network_that_is_right_gives_one_and_of_the_wrong_reference_nothing(
-        self, num_base: int
+        self, labels: tuple[str, ...]
     ) -> None:
         frames = [Labelled(i, boxed(BOX, AWAY), ("a", "b")) for i in range(11)]
         found: Found = {
@@ -488,9 +488,23 @@ class TestJudging:
             **{(i, "b"): [(AWAY, 0.9)] for i in range(11)},
         }
 
-        metrics = judge(frames, found, names="ab", num_base=num_base)
+        metrics = judge(frames, found, names="ab", labels=labels)
 
         assert metrics == {"map50": 1, "map50_95": 1, "map50_swapped": 0}
+
+    def test_of_base_classes_is_of_those_that_a_frame_shows(self) -> None:
+        everywhere = (0.0, 0.0, 60.0, 40.0)
+        frames = [Labelled(i, boxed(BOX, everywhere), ("a", "x")) for i in range(3)]
+        found: Found = {(i, "a"): [(BOX, 0.9)] for i in range(3)}
+
+        right = judge(frames, found, names="a", labels=("x", "unseen"))
+        assert right == {"map50": 1, "map50_95": 1, "map50_base": 1, "map50_95_base": 1}
+
+        # what the network calls x is all over the frame, and y is never found
+        more = [Labelled(9, boxed(BOX), ("y",)), *frames]
+        half = judge(more, found, names="a", labels=("x", "y"))
+        # of four answers at one score three are right, the wrong one first: precision 3/4
+        assert half["map50_base"] == pytest.approx(3 / 4 / 2)
 
     def test_shows_a_network_that_ignores_the_reference(self) -> None:
         frames = [Labelled(i, boxed(BOX, AWAY), ("a", "b")) for i in range(4)]

@@ -120,12 +120,15 @@ class AugmentConfig(Config):
             channels exchanged, inverted and mixed. It makes objects that are in no picture; not for
             a net that is frozen, which knows objects by their true colours.
         recolours: so many different changes, so that features of a frozen encoder can be kept.
+        grey: share of these changes that leave no colour at all: only shape and pattern tell.
         turn: probability that a frame is turned by 0, 90, 180 or 270 degrees and perhaps mirrored.
         affine: probability that it is turned by up to ``degrees`` and zoomed by ``scale``.
         degrees: either way.
         scale: (low, high).
         light: largest change of brightness and of contrast, as a share.
         colour: largest change of each channel's brightness, as a share.
+        hue: largest turn of all colours about the axis of the greys, in degrees.
+        saturation: largest change of their distance from it, as a share.
         blur, noise, erase: probabilities that a frame is blurred, gets noise, or loses a rectangle.
         variants: of each reference; each is always the same, so that features can be kept.
         reference_turn: references are turned by 0, 90, 180 or 270 degrees as well; mirrored always
@@ -135,12 +138,15 @@ class AugmentConfig(Config):
 
     recolour: float = Field(default=0.0, ge=0, le=1)
     recolours: int = Field(default=1000, ge=1)
+    grey: float = Field(default=0.0, ge=0, le=1)
     turn: float = Field(default=0.5, ge=0, le=1)
     affine: float = Field(default=0.5, ge=0, le=1)
     degrees: float = Field(default=15.0, ge=0, le=180)
     scale: tuple[float, float] = (0.8, 1.2)
     light: float = Field(default=0.2, ge=0, lt=1)
     colour: float = Field(default=0.1, ge=0, lt=1)
+    hue: float = Field(default=0.0, ge=0, le=180)
+    saturation: float = Field(default=0.0, ge=0, le=1)
     blur: float = Field(default=0.1, ge=0, le=1)
     noise: float = Field(default=0.1, ge=0, le=1)
     erase: float = Field(default=0.1, ge=0, le=1)

@@ -67,7 +67,11 @@ class Episodes:
         config, augment = self.config, self.config.augment
         chosen, names = self._choose(rng)
         recolour = int(rng.integers(augment.recolours)) if rng.random() < augment.recolour else None
-        matrix = None if recolour is None else recolouring(config.train.seed, recolour)
+        matrix = (
+            None
+            if recolour is None
+            else recolouring(config.train.seed, recolour, grey=augment.grey)
+        )
 
         pixels, found = [], []
         for frame in chosen:
@@ -152,14 +156,20 @@ def _numbers(values: Iterable[int]) -> Array:
 # --- changes -------------------------------------------------------------------------------------
 
 
-def recolouring(seed: int, number: int) -> Array:
-    """(3, 4) float64 for ``cv2.transform``: channels exchanged, some inverted, a little mixed."""
+def recolouring(seed: int, number: int, *, grey: float = 0.0) -> Array:
+    """(3, 4) float64 for ``cv2.transform``: channels exchanged, some inverted, a little mixed.
+
+    Args:
+        grey: share of the numbers that leave no colour, but a mixture of the channels.
+    """
     rng = np.random.default_rng((seed, number))
     exchanged = np.eye(3)[rng.permutation(3)]
     signs = np.where(rng.random(3) < _INVERTED, -1.0, 1.0)
     matrix = exchanged * signs + rng.normal(0, _MIXING, (3, 3))
-    grey = np.full(3, 127.5)  # stays where it is
-    return np.column_stack([matrix, grey - matrix @ grey])
+    if rng.random() < grey:
+        matrix = np.tile(rng.dirichlet(np.ones(3)), (3, 1))
+    middle = np.full(3, 127.5)  # stays where it is
+    return np.column_stack([matrix, middle - matrix @ middle])
 
 
 def change(
@@ -258,11 +268,27 @@ def warped(
 
 
 def shaded(image: Array, config: AugmentConfig, rng: Generator) -> Array:
-    """Another brightness, contrast and tint; (H, W, 3) uint8."""
+    """Another brightness, contrast, tint, hue and saturation; (H, W, 3) uint8."""
     gain = 1 + rng.uniform(-config.light, config.light) + rng.uniform(-1, 1, 3) * config.colour
     shift = rng.uniform(-config.light, config.light) * 127.5
-    matrix = np.column_stack([np.diag(gain), 127.5 * (1 - gain) + shift])
+    offset = 127.5 * (1 - gain) + shift
+    hue = math.radians(rng.uniform(-config.hue, config.hue))
+    saturation = 1 + rng.uniform(-config.saturation, config.saturation)
+    matrix = np.column_stack([gain[:, None] * chroma(hue, saturation), offset])
     return np.asarray(cv2.transform(image, matrix))
+
+
+def chroma(hue: float, saturation: float) -> Array:
+    """(3, 3) for colours: turned about the axis of the greys, which stay, and moved away from it.
+
+    Args:
+        hue: angle in radians; 2 pi / 3 turns red to green, and green to blue.
+        saturation: factor of the distance from the axis; 0: grey.
+    """
+    greys = np.full((3, 3), 1 / 3)  # the projection onto the axis
+    across = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)
+    moved = math.cos(hue) * (np.eye(3) - greys) + math.sin(hue) * across
+    return np.asarray(greys + saturation * moved)
 
 
 def erased(image: Array, rng: Generator, value: int) -> Array:

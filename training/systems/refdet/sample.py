@@ -107,7 +107,7 @@ def sample(
     *,
     seed: int = 0,
     size: int = 192,
-    num_toys: int = 48,
+    num_toys: int = 144,
     num_unseen: int = 8,
     num_train: int = 480,
     num_val: int = 48,
@@ -134,11 +134,12 @@ def sample(
         RunError: ``out`` already holds something.
     """
     drawing.check_empty(out)
-    toys = choose(np.random.default_rng((seed, 0)), num_toys + 2 * num_unseen)
+    # the unseen ones first: how many are learned from does not change who is to be found
+    toys = choose(np.random.default_rng((seed, 0)), 2 * num_unseen + num_toys)
     split = {
-        "train": (toys[:num_toys], num_train),
-        "val": (toys[num_toys:-num_unseen], num_val),
-        "test": (toys[-num_unseen:], num_test),
+        "train": (toys[2 * num_unseen :], num_train),
+        "val": (toys[num_unseen : 2 * num_unseen], num_val),
+        "test": (toys[:num_unseen], num_test),
     }
     counts: dict[str, int] = {}
     for s, (name, (shown, num)) in enumerate(split.items()):
@@ -157,7 +158,7 @@ def sample(
             images.write(out / "references" / toy.name / f"{i}.jpg", picture)
     counts["references"] = len(toys) * num_references
 
-    wanted, others = toys[-1], toys[-num_unseen:-1]
+    wanted, others = toys[0], toys[1:num_unseen]
     folder = out / "ride" / "samples" / "ride"
     for i in range(num_references):
         picture = reference(np.random.default_rng((seed, 3, i)), wanted, size // 2)

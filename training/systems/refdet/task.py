@@ -250,7 +250,7 @@ class Task:
             self._frames.read,
             self.config.preprocess,
             self.config.inference,
-            num_base=len(self.labels),
+            labels=self.labels,
             progress=report,
         )
 

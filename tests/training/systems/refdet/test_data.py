@@ -243,7 +243,7 @@ class TestReferences:
         augment = AugmentConfig(variants=2, recolour=0.5, recolours=2)
         episodes = Episodes(objects, config(augment=augment))
         seen: dict[str, Array] = {}
-        for seed in range(60):
+        for seed in range(120):
             batch = episodes.get(0, np.random.default_rng(seed))
             for key, picture in zip(batch["picture_keys"], batch["pictures"], strict=True):
                 assert np.array_equal(seen.setdefault(key, picture), picture)
@@ -273,6 +273,52 @@ class TestReferences:
         grey = np.full((1, 1, 3), 127.5, np.float32)
         # float32 sums of products of about 100
         assert cv2.transform(grey, data.recolouring(3, number)) == pytest.approx(grey, abs=1e-3)
+
+    def test_lose_their_colours_as_often_as_is_asked_for(self) -> None:
+        shown = np.random.default_rng(0).uniform(0, 255, (8, 1, 3)).astype(np.float32)
+        spread = [
+            np.ptp(cv2.transform(shown, data.recolouring(3, i, grey=0.25)), axis=2).max()
+            for i in range(400)
+        ]
+        # float32 sums of products of about 100; 400 draws of 1/4: 3 standard deviations are 0.065
+        assert np.mean(np.array(spread) < 1e-3) == pytest.approx(0.25, abs=0.065)
+        # a mixture of the channels tells colours apart still
+        grey = data.recolouring(3, int(np.argmin(spread)), grey=0.25)
+        assert np.ptp(cv2.transform(shown, grey)) > 50
+
+
+class TestColours:
+    @given(st.floats(-np.pi, np.pi), st.floats(0, 2), st.floats(0, 255))
+    def test_greys_stay_whatever_hue_and_saturation_become(
+        self, hue: float, saturation: float, level: float
+    ) -> None:
+        # float64 sums of three products of at most 510
+        assert data.chroma(hue, saturation) @ np.full(3, level) == pytest.approx(level, abs=1e-9)
+
+    @given(
+        st.floats(-np.pi, np.pi),
+        st.floats(0, 2),
+        st.tuples(*[st.floats(0, 255)] * 3),
+    )
+    def test_are_turned_by_the_hue_and_moved_by_the_saturation(
+        self, hue: float, saturation: float, colour: tuple[float, float, float]
+    ) -> None:
+        # in a plane at right angles to the greys, seen from white
+        plane = np.array([[2, -1, -1], [0, np.sqrt(3), -np.sqrt(3)]]) / np.sqrt(6)
+        before, after = (
+            complex(*(plane @ each)) for each in (colour, data.chroma(hue, saturation) @ colour)
+        )
+        assert after == pytest.approx(saturation * np.exp(1j * hue) * before, abs=1e-9)  # float64
+
+    def test_a_third_of_a_circle_makes_green_of_red(self) -> None:
+        made = data.chroma(2 * np.pi / 3, 1) @ [200, 0, 0]
+        assert made == pytest.approx([0, 200, 0], abs=1e-9)  # float64
+
+    def test_are_left_alone_unless_asked_for(self, rng: np.random.Generator) -> None:
+        image = rng.integers(0, 256, (8, 8, 3), np.uint8)
+        assert np.array_equal(data.shaded(image, STILL, rng), image)
+        vivid = STILL.model_copy(update={"hue": 180.0, "saturation": 1.0})
+        assert not np.array_equal(data.shaded(image, vivid, rng), image)
 
 
 # --- geometry ------------------------------------------------------------------------------------

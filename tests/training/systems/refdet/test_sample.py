@@ -74,6 +74,17 @@ def test_more_frames_leave_the_first_ones_as_they_are(tmp_path: Path, drawn: Pat
     assert (tmp_path / "more" / first).read_bytes() == (drawn / first).read_bytes()
 
 
+def test_more_toys_to_learn_from_leave_those_to_be_found_as_they_are(
+    tmp_path: Path, drawn: Path
+) -> None:
+    sample(tmp_path / "more", seed=3, **(FEW | {"num_toys": 9}))
+    for folder in ("images/val", "images/test", "wanted"):
+        for path in sorted((drawn / folder).rglob("*.jpg")):
+            assert (tmp_path / "more" / path.relative_to(drawn)).read_bytes() == path.read_bytes()
+    for path in drawn.rglob("annotations_test.json"):
+        assert (tmp_path / "more" / path.relative_to(drawn)).read_bytes() == path.read_bytes()
+
+
 def test_two_pictures_of_a_toy_are_not_the_same(drawn: Path) -> None:
     (toy,) = choose(np.random.default_rng(0), 1)
     a, b = (reference(np.random.default_rng(i), toy, 32) for i in (0, 1))
