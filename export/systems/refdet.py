@@ -18,7 +18,6 @@ from training.systems.refdet.eager import trained_net
 from training.systems.refdet.model import Detect, Encode, prototype_widths
 
 _REFERENCES = "references.npz"
-_DRAWS = 8  # examples that the clearest is taken of
 
 
 def graphs(run: Path) -> dict[str, Source]:
@@ -43,15 +42,12 @@ def graphs(run: Path) -> dict[str, Source]:
         images = torch.from_numpy(apply(spec, [pictures[i] for i in chosen]))
         return images + 0.2 * torch.randn(images.shape, generator=generator)
 
-    @torch.no_grad()
-    def clearest(num_frames: int, num_objects: int) -> tuple[Tensor, Tensor]:
-        drawn = [
-            (shaken(config.preprocess, num_frames), encode(shaken(spec, num_objects)))
-            for _ in range(_DRAWS)
-        ]
-        return max(drawn, key=lambda example: _clearance(detect, *example))
-
     spec = config.reference_preprocess
+    with torch.no_grad():
+        examples = [
+            (shaken(config.preprocess, frames), encode(shaken(spec, objects)))
+            for frames, objects in ((2, 3), (1, 1))
+        ]
     return {
         "encode": Source(
             module=encode,
@@ -64,21 +60,11 @@ def graphs(run: Path) -> dict[str, Source]:
             module=detect,
             inputs=("images", "prototypes"),
             outputs=("boxes", "scores", "classes"),
-            examples=(clearest(2, 3), clearest(1, 1)),
+            examples=tuple(examples),
             free={"images": {0: "batch"}, "prototypes": {0: "objects"}},
+            before_choice=detect.before_choice,
         ),
     }
-
-
-def _clearance(detect: Detect, frames_BCHW: Tensor, prototypes_NP: Tensor) -> float:
-    """By how much the logit of the last candidate exceeds that of the first anchor left out.
-
-    Where it is next to nothing, two libraries may choose differently, and both be right.
-    """
-    logits_BA = detect.anchors(frames_BCHW, prototypes_NP)[0].sort(dim=1, descending=True).values
-    gap_BA = -logits_BA.diff(dim=1)
-    last = detect.num_candidates - 1
-    return float(gap_BA[:, last].min()) if last < gap_BA.shape[1] else float("inf")
 
 
 def contents(run: Path) -> Contents:

@@ -134,7 +134,7 @@ class TestTheBundle:
     def test_encodes_as_torch_does(self, run: Run, bundle: Bundle, pictures: list[Array]) -> None:
         parity = bundle.manifest.reports["parity"]["torch-float"]
         assert set(parity["encode"]) == {"prototypes"}
-        assert set(parity["detect"]) == {"boxes", "scores", "classes"}
+        assert set(parity["detect"]) == {"boxes", "scores"}
         spec = Params.model_validate(bundle.manifest.params, strict=False).reference_preprocess
         batch = apply(spec, pictures)
         with torch.no_grad():

@@ -282,6 +282,11 @@ class Detect(nn.Module):
         scores_BM = 1 / (1 + (-logits_BA.gather(1, places_BM)).exp())
         return boxes_BM4, scores_BM, classes_BA.gather(1, places_BM)
 
+    def before_choice(self, frames_BCHW: Tensor, prototypes_NP: Tensor) -> tuple[Tensor, Tensor]:
+        """Boxes (B, A, 4) and logits (B, A) of all anchors that candidates are chosen from."""
+        logits_BA, _, boxes_BA4 = self.anchors(frames_BCHW, prototypes_NP)
+        return boxes_BA4, logits_BA
+
     def anchors(self, frames_BCHW: Tensor, prototypes_NP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What the candidates are chosen from.
 
