@@ -43,7 +43,7 @@ def proposal(features_IND: Array, **settings: object) -> Proposal:
 def plain_parts(x: Array, bank: Array, variance: Array) -> tuple[Array, float]:
     """The parts of one patch's variance by their definition, in float64."""
     nearest = sorted((float(np.sqrt(((x - row) ** 2).sum())), tuple(row)) for row in bank)[:K]
-    distance = np.mean([d for d, _ in nearest])
+    distance = float(np.mean([d for d, _ in nearest]))
     influence = np.mean([(x - row) / d if d else np.zeros(len(x)) for d, row in nearest], axis=0)
     return np.stack([(influence * distance) ** 2, variance, variance * distance**2]), distance
 
@@ -92,7 +92,7 @@ class TestTheProposedNoise:
     def test_has_shares_that_ascend_what_is_minimised(self) -> None:
         made = proposal(drawn_features())
         target = torch.tensor([1.0, 2.0, 3.0])
-        (made.shares_P * target).sum().backward()
+        (made.shares_P * target).sum().backward()  # type: ignore[no-untyped-call]
         assert made.logits_P.grad is not None
         share = np.full(3, 1 / 3)
         # d(sum pi_j t_j) / d theta_j = pi_j (t_j - mean), here with the other sign; float32
