@@ -30,7 +30,8 @@ class Parity(BaseModel):
     Attributes:
         max_rel: |got - want|_max / |want|_max.
         mean_rel: mean |got - want| / mean |want|.
-        cosine: mean cosine between the rows (last axis) of both.
+        cosine: mean cosine between the rows of both: along the last axis, or along the channels of
+            feature maps (B, C, h, w) that have several.
         cosine_worst1pct: mean cosine of the worst 1 % of the rows, at least one; the tail decides
             where a mean looks well.
     """
@@ -91,6 +92,8 @@ def _compare(name: str, got: Array | None, want: Array) -> Parity:
         )
     error, size = np.abs(a - b), np.abs(b)
     tiny = float(np.finfo(np.float32).tiny)  # where all that is wanted is zero
+    if a.ndim == 4 and a.shape[1] > 1:
+        a, b = np.moveaxis(a, 1, -1), np.moveaxis(b, 1, -1)
     cosines = np.sort(_cosines(a, b))
     worst = max(1, len(cosines) // 100)
     return Parity(

@@ -18,14 +18,15 @@ class AnomalyMap:
         pixel_threshold: decision border for ``map_HW``.
         map_HW: (H, W) float32 at the network's input size: anomaly score of each pixel, same unit.
         influence_HW: (H, W) float32, same size: how unevenly the feature dimensions carry the
-            distance to the memory bank; standard deviations above a normal patch.
+            distance to the memory bank; standard deviations above a normal patch. None where a
+            discriminator stands in the bank's place.
     """
 
     score: float
     threshold: float
     pixel_threshold: float
     map_HW: Array
-    influence_HW: Array
+    influence_HW: Array | None
 
     @property
     def is_anomalous(self) -> bool:

@@ -447,9 +447,6 @@ def calibrate(
         scores_IN: (I, N) float32, N = h * w patches of each image.
         grid: (h, w).
         image_size: (height, width) of the anomaly maps.
-
-    Raises:
-        InputError: a score that is not finite.
     """
     params = DiscriminatorParams(
         grid=grid, smoothing=config.smoothing, scores=_statistics(scores_IN)

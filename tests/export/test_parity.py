@@ -35,6 +35,16 @@ class TestTheMeasures:
         assert parity.cosine == pytest.approx(np.mean(cosines))
         assert parity.cosine_worst1pct == pytest.approx(min(cosines))
 
+    def test_take_the_channels_of_a_place_of_a_map_for_a_row(self) -> None:
+        want = np.ones((1, 2, 1, 3), np.float32)
+        got = want.copy()
+        got[0, :, 0, 0] = [1, -1]
+        parity = compare({"y": got}, {"y": want})["y"]
+        assert parity.cosine == pytest.approx(2 / 3)
+        assert parity.cosine_worst1pct == pytest.approx(0)
+        one_channel = compare({"y": got[:, :1]}, {"y": 2 * want[:, :1]})["y"]
+        assert one_channel.cosine == pytest.approx(1)
+
     def test_show_the_tail_that_a_mean_hides(self) -> None:
         want = np.ones((1000, 4), np.float32)
         got = want.copy()

@@ -1,7 +1,8 @@
 """The same system in eager PyTorch: what a benchmark compares the bundle with.
 
 Distances by ``torch.cdist`` and ``topk``, influence by gathering the neighbours, map by
-interpolation and a separable convolution: the straightforward torch program, without loops.
+interpolation and a separable convolution: the straightforward torch program, without loops. Where
+a discriminator judges, its scores take the place of all that comes before the map.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from runtime.bank import Bank
 from runtime.bundle import Bundle
@@ -20,43 +21,96 @@ from runtime.contenders import Contender
 from runtime.errors import RunError
 from runtime.preprocess import apply
 from runtime.results import AnomalyMap
-from runtime.systems.noising import Params
+from runtime.systems.noising import DiscriminatorParams, Params
 from runtime.tensors import Array
 from training import eager
 from training.run import open_run
 from training.systems.noising.config import TaskConfig
+from training.systems.noising.discriminator import DiscriminatorTraining
 from training.systems.noising.task import build_model
 
 
 class EagerNoising:
-    """Images to results in torch, with the signals that the bundle ships."""
+    """Images to results in torch; what a patch's score is made of is the judge's."""
 
-    def __init__(self, network: eager.Network, bank: Bank, bundle: Bundle) -> None:
+    params: Params | DiscriminatorParams
+
+    def __init__(self, network: eager.Network, bundle: Bundle) -> None:
         manifest = bundle.manifest
         self.network = network
-        self.params = Params.model_validate(manifest.params, strict=False)
         self.spec = manifest.preprocess
         self.thresholds = manifest.thresholds
-        self.bank_MD = torch.from_numpy(bank.rows_MD)
-        radius = int(4 * self.params.smoothing + 0.5)
+        smoothing = manifest.params["smoothing"]
+        radius = int(4 * smoothing + 0.5) if smoothing else 0
         offsets = torch.arange(-radius, radius + 1, dtype=torch.float32)
-        kernel = torch.exp(-0.5 * (offsets / max(self.params.smoothing, 1e-6)) ** 2)
+        kernel = torch.exp(-0.5 * (offsets / max(smoothing, 1e-6)) ** 2)
         self.kernel = kernel / kernel.sum()
 
     @torch.inference_mode()
     def forward(self, images_BCHW: Array) -> Tensor:
-        """(B, C, H, W) float32 -> (B, N, D) float32."""
-        features: Tensor = self.network(eager.to_channels_last(images_BCHW))
-        return features.float()
+        """(B, C, H, W) float32 -> features (B, N, D), or scores (B, N), float32."""
+        answers: Tensor = self.network(eager.to_channels_last(images_BCHW))
+        return answers.float()
 
     @torch.inference_mode()
     def infer(self, images: Sequence[Array]) -> list[AnomalyMap]:
         """See ``runtime.systems.noising.System.infer``."""
-        return [self.score(features) for features in self.forward(apply(self.spec, images))]
+        return [self.score(answer) for answer in self.forward(apply(self.spec, images))]
 
-    def score(self, features_ND: Tensor) -> AnomalyMap:
-        """One image's result from its patch features."""
-        params = self.params
+    def score(self, answer: Tensor) -> AnomalyMap:
+        """One image's result from what the network says of it."""
+        scores, influence = self.judge(answer)
+        return AnomalyMap(
+            score=float(scores.max()),
+            threshold=self.thresholds["image"].value,
+            pixel_threshold=self.thresholds["pixel"].value,
+            map_HW=self._smooth(self._upsample(scores)).numpy(),
+            influence_HW=None if influence is None else self._upsample(influence)[0, 0].numpy(),
+        )
+
+    def judge(self, answer: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Score and influence of each patch, (N,), in standard deviations."""
+        raise NotImplementedError
+
+    def _upsample(self, values_N: Tensor) -> Tensor:
+        grid = values_N.reshape(1, 1, *self.params.grid)
+        return F.interpolate(grid, size=self.spec.size, mode="bilinear", align_corners=False)
+
+    def _smooth(self, map_11HW: Tensor) -> Tensor:
+        if len(self.kernel) == 1:
+            return map_11HW[0, 0]
+        radius = len(self.kernel) // 2
+        padded = F.pad(map_11HW, (radius, radius, radius, radius), mode="reflect")
+        rows = F.conv2d(padded, self.kernel[None, None, None])
+        return F.conv2d(rows, self.kernel[None, None, :, None])[0, 0]
+
+
+class EagerDiscriminator(EagerNoising):
+    """A trained judge: the network's own scores in the bundle's unit."""
+
+    params: DiscriminatorParams
+
+    def __init__(self, network: eager.Network, bundle: Bundle) -> None:
+        super().__init__(network, bundle)
+        self.params = DiscriminatorParams.model_validate(bundle.manifest.params, strict=False)
+
+    def judge(self, answer: Tensor) -> tuple[Tensor, Tensor | None]:
+        statistics = self.params.scores
+        return (answer - statistics.mean) / statistics.std, None
+
+
+class EagerBank(EagerNoising):
+    """A memory bank, with the signals that the bundle ships."""
+
+    params: Params
+
+    def __init__(self, network: eager.Network, bundle: Bundle) -> None:
+        super().__init__(network, bundle)
+        self.params = Params.model_validate(bundle.manifest.params, strict=False)
+        self.bank_MD = torch.from_numpy(Bank.load(bundle.asset("bank")).rows_MD)
+
+    def judge(self, answer: Tensor) -> tuple[Tensor, Tensor | None]:
+        params, features_ND = self.params, answer
         found = torch.cdist(features_ND[None], self.bank_MD[None])[0].topk(params.k, largest=False)
         distances_NK = found.values
         differences = features_ND[:, None] - self.bank_MD[found.indices]
@@ -78,14 +132,7 @@ class EagerNoising:
         ).sum(dim=0)
         scores = scores / params.score_std
         influence = params.signals["influence"]
-        uneven = (signals["influence"] - influence.mean) / influence.std
-        return AnomalyMap(
-            score=float(scores.max()),
-            threshold=self.thresholds["image"].value,
-            pixel_threshold=self.thresholds["pixel"].value,
-            map_HW=self._smooth(self._upsample(scores)).numpy(),
-            influence_HW=self._upsample(uneven)[0, 0].numpy(),
-        )
+        return scores, (signals["influence"] - influence.mean) / influence.std
 
     def _response(self, g_ND: Tensor, distances_NK: Tensor, directions_NKD: Tensor) -> Tensor:
         params = self.params
@@ -99,18 +146,6 @@ class EagerNoising:
         second_order = 0.5 * (total_N1 - along_NK) / distances_NK.clamp_min(1e-12)
         return torch.minimum(second_order, total_N1.sqrt()).mean(1)
 
-    def _upsample(self, values_N: Tensor) -> Tensor:
-        grid = values_N.reshape(1, 1, *self.params.grid)
-        return F.interpolate(grid, size=self.spec.size, mode="bilinear", align_corners=False)
-
-    def _smooth(self, map_11HW: Tensor) -> Tensor:
-        if not self.params.smoothing:
-            return map_11HW[0, 0]
-        radius = len(self.kernel) // 2
-        padded = F.pad(map_11HW, (radius, radius, radius, radius), mode="reflect")
-        rows = F.conv2d(padded, self.kernel[None, None, None])
-        return F.conv2d(rows, self.kernel[None, None, :, None])[0, 0]
-
 
 def contenders(
     run: Path, bundle: Bundle, *, threads: int, say: Callable[[str], None]
@@ -123,9 +158,11 @@ def contenders(
     opened = open_run(run)
     if not isinstance(opened.config, TaskConfig):
         raise RunError(f"{run} is a run of '{opened.info.system}', the bundle is of 'noising'")
-    bank = Bank.load(bundle.asset("bank"))
-    model, _ = build_model(opened.config, weights=False)
+    plain = opened.config.model_copy(update={"backbone": opened.config.backbone.plain()})
+    model, _ = build_model(plain, weights=False)
     model.load_state_dict(load_file(opened.weights("best")))
-    return eager.contenders(
-        model, lambda network: EagerNoising(network, bank, bundle), threads=threads, say=say
-    )
+    network: nn.Module = model
+    around: type[EagerNoising] = EagerBank
+    if isinstance(model, DiscriminatorTraining):
+        network, around = model.judge().eval(), EagerDiscriminator
+    return eager.contenders(network, lambda way: around(way, bundle), threads=threads, say=say)

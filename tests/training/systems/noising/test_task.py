@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -13,17 +14,26 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
+from export.build import BuildConfig, build
 from export.systems.noising import RECIPE
 from export.trace import trace
 from runtime import datasets, images
 from runtime.bank import Bank
-from runtime.bundle import read
+from runtime.bundle import Bundle, read
 from runtime.engines import open_engine
-from runtime.errors import BundleError, DatasetError, ParityError, RunError, WeightsError
+from runtime.errors import (
+    BundleError,
+    ConfigError,
+    DatasetError,
+    ParityError,
+    RunError,
+    WeightsError,
+)
 from runtime.preprocess import apply
 from runtime.systems import open_system
 from training.config import SystemConfig, load_config
 from training.run import Run
+from training.systems.noising.eager import contenders
 from training.systems.noising.sample import sample
 from training.systems.noising.task import Task, build_model
 from training.train import train
@@ -177,6 +187,149 @@ class TestTheBundle:
         with pytest.raises(ParityError, match="'features' by"):
             trace(run.root, tmp_path / "bundle")
         assert not (tmp_path / "bundle").exists()
+
+
+DISCRIMINATOR = (
+    "judge=discriminator",
+    "discriminator.steps=12",
+    "discriminator.patches=64",
+    "discriminator.rows=100",
+    "discriminator.searched=500",
+    "discriminator.hidden=16",
+    "train.epochs=2",
+)
+
+
+@pytest.fixture(scope="module")
+def taught(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return train(config(*DISCRIMINATOR), drawn, tmp_path_factory.mktemp("runs") / "taught")
+
+
+@pytest.fixture(scope="module")
+def taught_bundle(taught: Run, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return trace(taught.root, tmp_path_factory.mktemp("bundles") / "bundle")
+
+
+class TestARunOfTheDiscriminator:
+    def test_holds_statistics_and_thresholds_and_no_bank(self, taught: Run) -> None:
+        params = json.loads((taught.root / "params.json").read_text())
+        assert set(params) == {"grid", "smoothing", "scores"}
+        thresholds = json.loads((taught.root / "thresholds.json").read_text())
+        assert set(thresholds) == {"image", "pixel", "image_f1max", "pixel_f1max"}
+        assert "2 held-out training images" in thresholds["image"]["source"]
+        assert not (taught.root / "bank.faiss").exists()
+        assert not list(taught.root.glob("features*"))
+
+    def test_lists_its_losses_per_epoch(self, taught: Run) -> None:
+        rows = list(csv.DictReader((taught.root / "metrics.csv").read_text().splitlines()))
+        assert len(rows) == 2
+        # a coin that says nothing has the loss log 2; the noise grows harder, the net still wins
+        assert float(rows[1]["loss"]) < np.log(2)
+        assert float(rows[1]["accuracy"]) > 0.5
+
+    def test_says_what_noise_it_learned_from_and_how_both_judges_do(self, taught: Run) -> None:
+        results: Any = taught.info.results
+        # a softmax in float32
+        assert sum(results["shares of the noise"].values()) == pytest.approx(1, abs=1e-6)
+        assert {"discriminator", "distance"} == set(results["judges"])
+        assert results["fit"]["num_images"] + results["fit"]["num_held_out"] == 8
+
+    @pytest.mark.parametrize("extra", [(), ("discriminator.augment={flip: true}",)])
+    def test_that_was_stopped_becomes_what_it_would_have_been(
+        self, extra: tuple[str, ...], drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        settings = config(*DISCRIMINATOR, "discriminator.steps=3", *extra)
+        whole = train(settings, drawn, tmp_path / "whole")
+        AcceleratorState._reset_state(reset_partial_state=True)
+        step = Task.step
+
+        def stop_in_the_second_epoch(task: Task, model: Any, batch: Any, position: Any) -> Any:
+            if position.epoch == 1:
+                raise KeyboardInterrupt
+            return step(task, model, batch, position)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Task, "step", stop_in_the_second_epoch)
+            with pytest.raises(KeyboardInterrupt):
+                train(settings, drawn, tmp_path / "cut")
+        AcceleratorState._reset_state(reset_partial_state=True)
+        cut = train(settings, drawn, tmp_path / "cut", resume=True)
+        assert cut.info.results == whole.info.results
+        name = "weights/last.safetensors"
+        assert (cut.root / name).read_bytes() == (whole.root / name).read_bytes()
+
+    def test_does_not_go_on_without_its_features(
+        self, drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def stop(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        settings = config(*DISCRIMINATOR, "discriminator.steps=2")
+        with monkeypatch.context() as patch:
+            patch.setattr(Task, "finish", stop)
+            with pytest.raises(KeyboardInterrupt):
+                train(settings, drawn, tmp_path / "cut")
+        (tmp_path / "cut/features.float32").unlink()
+        AcceleratorState._reset_state(reset_partial_state=True)
+        with pytest.raises(RunError, match=r"features\.float32 is gone"):
+            train(settings, drawn, tmp_path / "cut", resume=True)
+
+    def test_refuses_noise_without_a_reach(self) -> None:
+        with pytest.raises(ConfigError, match="reach"):
+            config("discriminator.reach=[2.0, 1.0]")
+
+
+class TestTheBundleOfTheDiscriminator:
+    def test_is_one_static_graph_without_assets(self, taught_bundle: Bundle) -> None:
+        manifest = taught_bundle.manifest
+        assert set(manifest.graphs) == {"discriminate"} and not manifest.assets
+        graph = manifest.graphs["discriminate"]
+        assert graph.inputs["images"].shape == ("batch", 3, 64, 64)
+        assert graph.outputs["scores"].shape == ("batch", 256)
+        ops = {n.op_type for n in onnx.load(taught_bundle.path("discriminate.onnx")).graph.node}
+        assert not ops & {"Shape", "BatchNormalization", "Identity", "Sub", "Div"}
+        parity = manifest.reports["parity"]["torch-float"]["discriminate"]["scores"]
+        assert parity["max_rel"] < RECIPE.tolerance
+
+    def test_judges_as_the_run_did(self, taught: Run, taught_bundle: Bundle, drawn: Path) -> None:
+        system = open_system(taught_bundle, backend="ort")
+        found = system.evaluate(drawn)
+        system.close()
+        results: Any = taught.info.results
+        for name, value in results["judges"]["discriminator"].items():
+            # float32 in another order may swap two pixels of almost the same score
+            assert found[name] == pytest.approx(value, rel=2e-3), name
+
+    def test_is_answered_alike_by_eager_torch(
+        self, taught: Run, taught_bundle: Bundle, drawn: Path
+    ) -> None:
+        rows = contenders(taught.root, taught_bundle, threads=1, say=lambda _: None)
+        pictures = [images.read(s.path) for s in datasets.mvtec(drawn, "test")[:3]]
+        system: Any = open_system(taught_bundle, backend="ort")
+        got: Any = rows[0].path(pictures)
+        for eager, result in zip(got, system.infer(pictures), strict=True):
+            # float32 sums in another order
+            assert eager.score == pytest.approx(result.score, rel=1e-4, abs=1e-4)
+            # at the border, within four sigma, the two reflect the map in different ways
+            inner = np.s_[16:-16, 16:-16]
+            difference = np.abs(eager.map_HW[inner] - result.map_HW[inner])
+            # OpenCV's kernel ends at another multiple of sigma: about a thousandth of its mass
+            assert difference.max() < 5e-3 * np.abs(result.map_HW).max()
+            assert eager.influence_HW is result.influence_HW is None
+        system.close()
+
+    def test_takes_int8(self, taught_bundle: Bundle, drawn: Path, tmp_path: Path) -> None:
+        chosen = BuildConfig(drawn / "train/good", num_samples=4, method="minmax", threads=1)
+        made = build(taught_bundle, tmp_path / "int8", chosen, say=lambda _: None)
+        picture = images.read(datasets.mvtec(drawn, "test")[0].path)
+        scores = []
+        for precision in ("float", "int8"):
+            system: Any = open_system(made, backend="ort", precision=precision)
+            scores.append(system.infer([picture])[0].map_HW)
+            system.close()
+        # a net of four images' ranges and hardly any training: alike, not the same
+        assert np.corrcoef(scores[0].ravel(), scores[1].ravel())[0, 1] > 0.9
 
 
 def _spoil(model: Any) -> Any:
