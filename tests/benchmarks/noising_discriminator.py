@@ -1,7 +1,8 @@
 r"""A discriminator in the place of the memory bank: accuracy, size, latency.
 
     python -m tests.benchmarks.noising_discriminator --data DIR --weights FILE --out DIR \
-        [--seeds 3] [--arm NAME ...] [--engine BUNDLE] [--backend openvino] [--threads 2] [--set key=value ...]
+        [--seeds 3] [--arm NAME ...] [--engine BUNDLE] [--backend openvino] [--threads 2] \
+        [--set key=value ...]
 
 Each judge is trained, exported with INT8 and evaluated through the runtime, once per seed. With
 ``--engine`` a third arm learns from features that a bundle of the same net extracts (INT8), as
