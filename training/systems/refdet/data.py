@@ -58,7 +58,6 @@ class Episodes:
 
         Returns:
             ``images`` (B, 3, H, W) and ``pictures`` (R, 3, S, S) float32 network input;
-            ``picture_keys``: R texts, each the same for the same picture in the same variant;
             ``object_of_picture`` (R,) int64; ``prompted`` (B, N) bool: what each frame is searched
             for; per frame, in lists: ``boxes`` (M, 4) float32 xyxy in pixels of the network's
             input, ``objects`` (M,) int64 in [0, N), -1: none of the N, and ``base`` (M,) int64
@@ -81,7 +80,7 @@ class Episodes:
             image, known, kept = change(image, known, config.preprocess, augment, rng)
             pixels.append(image if matrix is None else cv2.transform(image, matrix))
             found.append((known, [frame.objects[i] for i in np.flatnonzero(kept)]))
-        pictures, keys = [], []
+        pictures = []
         for name in names:
             references = self.data.references[name]
             order = rng.permutation(len(references))
@@ -89,7 +88,6 @@ class Episodes:
                 number, variant = int(order[k % len(order)]), int(rng.integers(augment.variants))
                 picture = self._reference(name, number, variant)
                 pictures.append(picture if matrix is None else cv2.transform(picture, matrix))
-                keys.append(f"{name}/{number}/{variant}/{recolour}")
 
         column = {name: i for i, name in enumerate(names)}
         base = {name: i if config.base else -1 for i, name in enumerate(self.names)}
@@ -97,7 +95,6 @@ class Episodes:
         return {
             "images": apply(config.preprocess, pixels),
             "pictures": apply(config.reference_preprocess, pictures),
-            "picture_keys": keys,
             "object_of_picture": np.repeat(np.arange(len(names)), config.episodes.shots),
             "prompted": np.stack([self._prompt(each, len(names), rng) for each in objects]),
             "boxes": [known for known, _ in found],

@@ -129,7 +129,6 @@ class TestAnEpisode:
         batch = episode(objects, config())
         assert batch["images"].shape == (4, 3, 64, 96) and batch["images"].dtype == np.float32
         assert batch["pictures"].shape == (8, 3, 32, 32) and batch["pictures"].dtype == np.float32
-        assert len(set(batch["picture_keys"])) == 8
         assert batch["object_of_picture"].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
         assert batch["prompted"].shape == (4, 4) and batch["prompted"].dtype == bool
         for found, wanted, base in zip(
@@ -239,16 +238,17 @@ class TestAnEpisode:
 
 
 class TestReferences:
-    def test_with_one_key_are_one_picture(self, objects: ObjectData) -> None:
+    def test_come_again_to_the_bit(self, objects: ObjectData) -> None:
+        """So that a cache by content finds what a frozen encoder made of them."""
         augment = AugmentConfig(variants=2, recolour=0.5, recolours=2)
         episodes = Episodes(objects, config(augment=augment))
-        seen: dict[str, Array] = {}
-        for seed in range(120):
-            batch = episodes.get(0, np.random.default_rng(seed))
-            for key, picture in zip(batch["picture_keys"], batch["pictures"], strict=True):
-                assert np.array_equal(seen.setdefault(key, picture), picture)
-        # 15 pictures in 2 variants, in their own colours and in 2 others
-        assert len(seen) == 15 * 2 * 3
+        seen = {
+            picture.tobytes()
+            for seed in range(120)
+            for picture in episodes.get(0, np.random.default_rng(seed))["pictures"]
+        }
+        # of 960: 15 pictures in 2 variants, in their own colours and in 2 others; some are alike
+        assert 45 < len(seen) <= 15 * 2 * 3
 
     def test_change_their_colours_as_the_frames_of_the_episode_do(
         self, objects: ObjectData
