@@ -109,7 +109,7 @@ def measure(want: Sequence[Array], got: Sequence[Array]) -> OutputError:
     Raises:
         ParityError: unlike shapes, or a value that is not finite.
     """
-    a, b = (np.concatenate([_channels_last(value) for value in values]) for values in (want, got))
+    a, b = (np.concatenate(values).astype(np.float64) for values in (want, got))
     parity = compare({"output": b}, {"output": a})["output"]
     size = max(float(np.linalg.norm(a)), float(np.finfo(np.float32).tiny))
     return OutputError(
@@ -117,12 +117,6 @@ def measure(want: Sequence[Array], got: Sequence[Array]) -> OutputError:
         cosine=parity.cosine,
         tail_cosine=parity.cosine_worst1pct,
     )
-
-
-def _channels_last(value: Array) -> Array:
-    """A feature map's vectors lie along its channels, not along a row of pixels."""
-    ordered = np.moveaxis(value, 1, -1) if value.ndim == 4 else value
-    return ordered.astype(np.float64)
 
 
 def _run(

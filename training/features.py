@@ -305,6 +305,7 @@ class FeatureStore:
                 with self._total() as total:
                     if path.exists():
                         total[0] -= path.stat().st_size
+                        path.unlink()  # or it would be counted again where room is made
                     if total[0] + size > self.max_bytes:
                         total[0] = self._make_room(size)
                     temporary.replace(path)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -413,6 +413,9 @@ class TestAStore:
     @given(
         values=st.lists(st.tuples(st.integers(0, 20), st.integers(1, 40)), min_size=1, max_size=40)
     )
+    @example(
+        values=[(0, 1), (2, 1), (3, 26), (4, 40), (1, 1), (1, 23)]
+    )  # one makes room for its successor
     @settings(max_examples=25, deadline=None)
     def test_never_holds_more_than_it_may_and_never_anything_else(
         self, values: list[tuple[int, int]], tmp_path_factory: pytest.TempPathFactory

@@ -284,7 +284,7 @@ def test_an_encoder_with_patches_of_14_pixels_answers_as_torch_does(tmp_path: Pa
 
     found = compare_with_torch(source, tmp_path / "encode.onnx", tolerance=1e-3)
 
-    assert model.encoder.net.has_class_token
+    assert model.encoder.net.net.has_token
     assert found["prototypes"].cosine > 1 - 1e-6  # float32 sums in another order
 
 
