@@ -8,7 +8,7 @@ SYSTEMS := noising paco refdet stripe
 # Weights of the backbone: none (random, so that no download is needed) | hub | FILE.safetensors
 WEIGHTS ?= none
 
-.PHONY: help demo test lint bench test-gpu
+.PHONY: help demo test test-training test-commands test-export test-runtime lint bench test-gpu
 .DEFAULT_GOAL := help
 
 help:
@@ -74,11 +74,18 @@ demo-%: $(VENV)/.installed
 
 # --- checks --------------------------------------------------------------------------------------
 
-# in three processes: the runtime's never loads torch, as on the machines it is made for
+# two processes at a time, each on a core most of the time; the runtime's own never loads torch, as on
+# the machines it is made for
 test: $(VENV)/.installed
-	$(VENV)/bin/python -m pytest tests/runtime
-	$(VENV)/bin/python -m pytest tests/calibration tests/export tests/training
-	$(VENV)/bin/python -m pytest tests/architecture tests/test_*.py
+	$(MAKE) --jobs=2 --output-sync=target test-training test-commands test-export test-runtime
+
+test-training: TESTS := tests/training tests/architecture
+test-commands: TESTS := tests/test_*.py
+test-export: TESTS := tests/export tests/calibration
+test-runtime: TESTS := tests/runtime
+
+test-training test-commands test-export test-runtime: $(VENV)/.installed
+	$(VENV)/bin/python -m pytest $(TESTS)
 
 test-gpu: $(GPU_VENV)/.installed
 	REQUIRE_GPU=1 $(GPU_VENV)/bin/python -m pytest -m gpu

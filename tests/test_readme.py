@@ -15,15 +15,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 INSTALLATION = ("git", "cd", "make", "pip", "python3", "source")
-# smaller pictures, one way to choose ranges instead of five and shorter timing than a reader wants;
-# every command is otherwise as it stands
+# smaller pictures, fewer samples, one way to choose ranges instead of five, shorter timing than a
+# reader wants; every command is otherwise as it stands
 SMALL = ["--set", "preprocess.size=[64, 64]"]
 FASTER = {
     "train noising": [*SMALL, "--set", "fit.max_rows=100"],
     "train paco": [*SMALL, "--set", "train.epochs=1", "--set", "parts.window=1"],
     "train refdet": ["--set", "train.epochs=1", "--set", "episodes.num=2"],
     "train stripe": ["--set", "tiles.repeat=1", "--set", "train.epochs=1"],
-    "export": ["--method", "minmax"],
+    "export": ["--method", "minmax", "--num-samples", "8"],
     "bench": ["--seconds", "0.05"],
 }
 
