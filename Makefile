@@ -12,7 +12,7 @@ WEIGHTS ?= none
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo      draw data, train, export to INT8, infer, evaluate, time: about 6 minutes"
+	@echo "make demo      draw data, train, export to INT8, infer, evaluate, time: about 12 minutes"
 	@echo "make test      all tests"
 	@echo "make lint      ruff, mypy, import borders"
 	@echo "make bench     the commands behind docs/benchmarks.md [DATA=DIR WEIGHTS=hub BACKBONE=NAME]"

@@ -114,6 +114,21 @@ def open_run(root: Path) -> Run:
     return Run(root, config, info)
 
 
+def read_json(run: Path, name: str) -> Any:
+    """What a task wrote into its run as ``<name>.json``.
+
+    Raises:
+        RunError: it is not there, or damaged.
+    """
+    path = run / f"{name}.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"{path} cannot be read ({error})", fix="copy the run again, or train anew"
+        ) from error
+
+
 def numbered(parent: Path, name: str) -> Path:
     """The next free run folder: <parent>/<name>1, 2, ..."""
     taken = [

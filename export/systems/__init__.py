@@ -7,7 +7,6 @@ torch, travels in the manifest.
 from __future__ import annotations
 
 import importlib
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 from export.quantize import NOTHING, KeepFloat
 from runtime.bundle import Threshold
-from runtime.errors import RunError, UsageError
+from runtime.errors import UsageError
 from runtime.preprocess import PlanesSpec, PreprocessSpec
 
 # name -> module with a ``RECIPE``
@@ -104,18 +103,3 @@ def recipe(system: str) -> Recipe:
         )
     found: Recipe = importlib.import_module(RECIPES[system]).RECIPE
     return found
-
-
-def read_json(run: Path, name: str) -> Any:
-    """What a task wrote into its run as ``<name>.json``.
-
-    Raises:
-        RunError: it is not there, or damaged.
-    """
-    path = run / f"{name}.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunError(
-            f"{path} cannot be read ({error})", fix="copy the run again, or train anew"
-        ) from error

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from export.systems import Contents, Recipe, Source, read_json
+from export.systems import Contents, Recipe, Source
 from runtime.bundle import Threshold
 from runtime.systems.noising import DISCRIMINATE, FEATURES
 from training.backbones import read_weights
-from training.run import open_run
+from training.run import open_run, read_json
 from training.systems.noising.config import TaskConfig
 from training.systems.noising.discriminator import DiscriminatorTraining
 from training.systems.noising.task import build_model

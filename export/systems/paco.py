@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from export.systems import Contents, Recipe, Source, read_json
+from export.systems import Contents, Recipe, Source
 from runtime.systems.paco import Params
-from training.run import open_run
+from training.run import open_run, read_json
 from training.systems.paco.config import TaskConfig
 from training.systems.paco.eager import trained_net
 

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from export.quantize import KeepFloat
-from export.systems import TRANSFORMER, Contents, Recipe, Source, read_json
+from export.systems import TRANSFORMER, Contents, Recipe, Source
 from runtime.preprocess import PreprocessSpec, apply
 from runtime.references import load_references
 from runtime.systems.refdet import Params
-from training.run import open_run
+from training.run import open_run, read_json
 from training.systems.refdet.config import TaskConfig
 from training.systems.refdet.eager import trained_net
 from training.systems.refdet.model import Detect, Encode, prototype_widths

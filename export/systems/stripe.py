@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 
 from export.quantize import KeepFloat
-from export.systems import Contents, Recipe, Source, read_json
+from export.systems import Contents, Recipe, Source
 from runtime.bundle import Threshold
 from runtime.preprocess import PlanesSpec
-from training.run import open_run
+from training.run import open_run, read_json
 from training.systems.stripe.config import TaskConfig
 from training.systems.stripe.eager import trained_net
 

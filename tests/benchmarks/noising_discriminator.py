@@ -26,7 +26,7 @@ import click
 
 from runtime import bench, datasets, images
 from runtime.bundle import Bundle, read
-from runtime.systems import open_system
+from runtime.systems import open_system, variant_of
 
 PRECISIONS = ("float", "int8")
 METRICS = ("image_auroc", "pixel_auroc", "pixel_ap", "aupro")
@@ -68,8 +68,11 @@ def bundle_of(
 def size_bytes(bundle: Bundle, precision: str, backend: str) -> int:
     """What one precision needs on disk: its graph and the assets that the system reads."""
     manifest = bundle.manifest
-    variant = "int8-u8" if (precision, backend) == ("int8", "ort") else precision
-    names = [entry.variants[variant] for entry in manifest.graphs.values()]
+    names = []
+    for entry in manifest.graphs.values():
+        variant = variant_of(entry.variants, backend, precision)
+        assert variant is not None
+        names.append(entry.variants[variant])
     names += [name for role, name in manifest.assets.items() if role == "bank"]
     return sum(manifest.files[name].size_bytes for name in names)
 

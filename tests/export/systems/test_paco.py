@@ -21,6 +21,7 @@ from runtime.preprocess import apply
 from runtime.systems import open_engines
 from runtime.systems.paco import System
 from runtime.testing import write_flowers
+from training.backbones import read_weights
 from training.config import load_config
 from training.run import Run, open_run
 from training.systems.paco import eager
@@ -184,6 +185,6 @@ def test_the_net_alone_is_loaded_however_it_was_trained(run: Run) -> None:
     assert not net.training
     assert not [m for m in net.modules() if getattr(m, "grad_checkpointing", False)]
     assert not [m for m in net.modules() if m._compiled_call_impl is not None]
-    saved = eager.read_weights(opened.weights())
+    saved = read_weights(opened.weights())
     for name, tensor in net.state_dict().items():
         assert torch.equal(tensor, saved[f"net.{name}"])

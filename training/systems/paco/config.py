@@ -144,6 +144,9 @@ class TaskConfig(SystemConfig):
         preprocess: pixels to network input, for evaluation and inference.
         frozen: train the classifier alone, on features computed once (a linear probe); views,
             parts and loss are not used, except for ``loss.label_smoothing``.
+        warm_start: folder of another run of the same net and classes, e.g. of one with ``frozen``,
+            whose kept weights this one begins with; null begins with the backbone's weights and
+            a random classifier.
         views, parts, loss: see there; ``loss.pac = 0`` and ``loss.soc = 0`` leave two-view
             cross-entropy.
         num_overlays: pictures of the validation set on which the parts are drawn at the end.
@@ -153,6 +156,7 @@ class TaskConfig(SystemConfig):
     backbone: BackboneConfig
     preprocess: PreprocessSpec
     frozen: bool = False
+    warm_start: str | None = None
     views: ViewsConfig = ViewsConfig()
     parts: PartsConfig = PartsConfig()
     loss: LossConfig = LossConfig()

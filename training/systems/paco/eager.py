@@ -16,13 +16,10 @@ from runtime.results import Classification
 from runtime.systems.paco import Params
 from runtime.tensors import Array
 from training import eager
-from training.backbones import read_weights
 from training.run import Run, open_run
 from training.systems.paco.config import TaskConfig
 from training.systems.paco.model import Paco
-from training.systems.paco.task import build_model
-
-_NET = "net."  # within what trained it
+from training.systems.paco.task import build_model, trained_weights
 
 
 class EagerPaco:
@@ -67,8 +64,7 @@ def trained_net(run: Run) -> Paco:
         RunError, WeightsError: the run has no weights, or damaged ones.
     """
     assert isinstance(run.config, TaskConfig)
-    weights = read_weights(run.weights())
-    own = {n.removeprefix(_NET): tensor for n, tensor in weights.items() if n.startswith(_NET)}
+    own = trained_weights(run)
     config = run.config.model_copy(update={"backbone": run.config.backbone.plain()})
     net = build_model(config, len(own["classifier.weight"]), weights=False)[0].net
     net.load_state_dict(own)

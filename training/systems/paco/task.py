@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from runtime import datasets, draw, images
-from runtime.bundle import write_atomic
+from runtime.bundle import sha256_file, write_atomic
 from runtime.errors import ConfigError, DatasetError
 from runtime.metrics import ClassificationMetrics
 from runtime.preprocess import place
@@ -24,13 +24,13 @@ from runtime.tensors import Array
 from training import backbones
 from training.data import Samples, fingerprint, loader, preprocess
 from training.features import FeatureCache
-from training.run import Run
+from training.run import Run, open_run, read_json
 from training.systems.paco.config import TaskConfig
 from training.systems.paco.data import Pictures, Views
 from training.systems.paco.model import Paco, PacoTraining
 from training.task import Position, Progress
 
-LABELS_NAME = "labels.json"
+_NET = "net."  # within what trains it
 # strongest part first
 _PART_COLOURS = ((255, 40, 40), (255, 170, 0), (60, 200, 60), (40, 120, 255))
 
@@ -62,6 +62,16 @@ class Embeddings:
 
     def get(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
         return {"embedding": self.embedding_NF[index], "label": self.labels[index]}
+
+
+def trained_weights(run: Run) -> dict[str, Tensor]:
+    """What a run keeps of its ``Paco``, under the net's own names.
+
+    Raises:
+        RunError, WeightsError: the run has no weights, or damaged ones.
+    """
+    tensors = backbones.read_weights(run.weights())
+    return {n.removeprefix(_NET): tensor for n, tensor in tensors.items() if n.startswith(_NET)}
 
 
 def build_model(
@@ -127,10 +137,16 @@ class Task:
             "judged_by": self.judged_by,
             "sha256": fingerprint(data, self.training.files),
         }
+        warm = weights and config.warm_start is not None
         self.model, provenance = build_model(
-            config, len(self.labels), num_pictures=len(self.training.samples), weights=weights
+            config,
+            len(self.labels),
+            num_pictures=len(self.training.samples),
+            weights=weights and not warm,
         )
         self.provenance: dict[str, JsonValue] = {**provenance}
+        if warm:
+            self.provenance = self._warm_start(Path(str(config.warm_start)))
         self._embeddings: dict[str, Array] = {}
         self.cache: FeatureCache | None = None
         if config.frozen and config.backbone.store is not None:  # nothing is asked for twice here
@@ -175,7 +191,7 @@ class Task:
 
     def finish(self, run: Run, model: nn.Module, progress: Progress) -> dict[str, JsonValue]:
         """Write the labels; judge the kept weights, and draw what they confuse and look at."""
-        write_atomic(run.root / LABELS_NAME, json.dumps(self.labels, indent=2) + "\n")
+        write_atomic(run.root / "labels.json", json.dumps(self.labels, indent=2) + "\n")
         if self.judged is None:
             return {}
         model.load_state_dict(backbones.read_weights(run.weights()))
@@ -190,6 +206,38 @@ class Task:
             "classes": {label: {"recall": r, "precision": p} for label, r, p in rates},
         }
         return cast(dict[str, JsonValue], results)
+
+    def _warm_start(self, folder: Path) -> dict[str, JsonValue]:
+        """Fill the net from another run; where its weights came from.
+
+        Raises:
+            RunError, WeightsError: no run, or one without sound weights.
+            ConfigError: a run of another system, net or set of classes.
+        """
+        run = open_run(folder)
+        fix = "give a run of the same net on the same classes, or set warm_start to null"
+        if not isinstance(run.config, TaskConfig):
+            raise ConfigError(f"warm_start: {folder} is a run of '{run.info.system}'", fix=fix)
+        labels = read_json(folder, "labels")
+        if labels != self.labels:
+            unlike = sorted(set(labels) ^ set(self.labels))
+            raise ConfigError(
+                f"warm_start: {folder} tells other classes apart: {', '.join(unlike[:4])}", fix=fix
+            )
+        theirs, ours = (c.backbone for c in (run.config, self.config))
+        for field in ("name", "stages", "args"):
+            if getattr(theirs, field) != getattr(ours, field):
+                raise ConfigError(
+                    f"warm_start: {folder} has backbone.{field} = {getattr(theirs, field)}, the "
+                    f"configuration {getattr(ours, field)}",
+                    fix=fix,
+                )
+        self.model.net.load_state_dict(trained_weights(run))
+        return {
+            **run.info.provenance,
+            "warm_start": folder.name,
+            "warm_start_sha256": sha256_file(run.weights()),
+        }
 
     def _ramp(self, position: Position) -> float:
         """Share of lambda and eta in [0, 1], growing over the warm-up."""

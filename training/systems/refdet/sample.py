@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -119,8 +120,8 @@ def sample(
     Args:
         out: folder to make: ``images/``, ``annotations_{train,val,test}.json`` in COCO's form and
             ``references/<toy>/``; ``video.mp4``, in which a toy of the test moves about among
-            others, and ``wanted/<toy>/``, what to look for in it; ``ride/``, the same video with
-            its boxes, as ``eval`` takes it.
+            others; ``wanted/<toy>/``, other pictures of the test's toys, to look for; ``ride/``,
+            the same video with the boxes of the one that moves, as ``eval`` takes it.
         size: side of the frames in pixels.
         num_toys: of the training.
         num_unseen: of the validation, and as many others of the test.
@@ -158,13 +159,16 @@ def sample(
             images.write(out / "references" / toy.name / f"{i}.jpg", picture)
     counts["references"] = len(toys) * num_references
 
-    wanted, others = toys[0], toys[1:num_unseen]
+    for t, toy in enumerate(toys[:num_unseen]):
+        for i in range(num_references):
+            rng = np.random.default_rng((seed, 3, num_references * t + i))
+            images.write(out / "wanted" / toy.name / f"{i}.jpg", reference(rng, toy, size // 2))
+    counts["wanted"] = num_unseen * num_references
+
+    moving, others = toys[0], toys[1:num_unseen]
     folder = out / "ride" / "samples" / "ride"
-    for i in range(num_references):
-        picture = reference(np.random.default_rng((seed, 3, i)), wanted, size // 2)
-        for place in (out / "wanted" / wanted.name, folder / "object_images"):
-            images.write(place / f"{i}.jpg", picture)
-    tube = _write_ride(out / "video.mp4", np.random.default_rng((seed, 4)), wanted, others, size)
+    shutil.copytree(out / "wanted" / moving.name, folder / "object_images")
+    tube = _write_ride(out / "video.mp4", np.random.default_rng((seed, 4)), moving, others, size)
     (folder / "drone_video.mp4").write_bytes((out / "video.mp4").read_bytes())
     corners = ("x1", "y1", "x2", "y2")
     known = [
@@ -172,9 +176,9 @@ def sample(
         for i, box in enumerate(tube)
         if box is not None
     ]
-    video = {"video_id": "ride", "object": wanted.name, "annotations": [{"bboxes": known}]}
+    video = {"video_id": "ride", "object": moving.name, "annotations": [{"bboxes": known}]}
     (out / "ride" / "annotations.json").write_text(json.dumps([video]), encoding="utf-8")
-    return counts | {"wanted": num_references, "video.mp4": len(tube)}
+    return counts | {"video.mp4": len(tube)}
 
 
 def choose(rng: Generator, num: int) -> list[Toy]:
@@ -323,7 +327,7 @@ def _write_coco(
 
 
 def _write_ride(
-    path: Path, rng: Generator, wanted: Toy, others: Sequence[Toy], size: int
+    path: Path, rng: Generator, moving: Toy, others: Sequence[Toy], size: int
 ) -> list[tuple[float, ...] | None]:
     """A video in which a toy moves about among others that lie still.
 
@@ -346,7 +350,7 @@ def _write_ride(
             canvas, box = ground.copy(), None
             if radius < x < side - radius:
                 pose = _placed(np.array([x, y]), radius, 2 * math.pi * 0.6 * t, 0.9)
-                box = tuple(v / SCALE for v in _paint(canvas, wanted, pose, 1.0))
+                box = tuple(v / SCALE for v in _paint(canvas, moving, pose, 1.0))
             boxes.append(box)
             writer.write(camera(rng, canvas), i / _FPS)
     return boxes

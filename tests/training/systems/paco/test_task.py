@@ -17,7 +17,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from runtime import datasets, images
-from runtime.errors import DatasetError, WeightsError
+from runtime.errors import ConfigError, DatasetError, RunError, WeightsError
 from training.config import SystemConfig, load_config
 from training.run import Run
 from training.systems.paco.model import PacoTraining
@@ -223,6 +223,65 @@ class TestTheFrozenMode:
         whole, _ = build_model(config(), 3)  # type: ignore[arg-type]
         assert isinstance(whole, PacoTraining)
         assert probe.net.state_dict().keys() == whole.net.state_dict().keys()
+
+
+@pytest.fixture(scope="module")
+def probe(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A classifier alone."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    chosen = config("frozen=true", "train.epochs=20", "train.optimizer.lr=1e-2")
+    return train(chosen, drawn, tmp_path_factory.mktemp("probe") / "run")
+
+
+class TestAWarmStart:
+    def test_begins_where_the_other_run_ended(self, drawn: Path, probe: Run) -> None:
+        # the seed would give another random net, and the weights that it names are not there
+        chosen = config(
+            f"warm_start={probe.root}", "train.seed=7", "backbone.weights=/missing.safetensors"
+        )
+        task = Task(chosen, drawn, drawn)  # type: ignore[arg-type]
+        from training.systems.paco.task import trained_weights
+
+        own = task.model.net.state_dict()
+        for name, value in trained_weights(probe).items():
+            torch.testing.assert_close(own[name], value, rtol=0, atol=0)
+        with torch.no_grad():
+            assert task.evaluate(task.model.eval())["top1"] == 1  # without a step of its own
+        assert task.provenance["warm_start"] == "run"
+        assert task.provenance["weights"] == probe.info.provenance["weights"]
+
+    def test_is_not_needed_any_more_when_a_run_goes_on(
+        self, drawn: Path, probe: Run, tmp_path: Path
+    ) -> None:
+        there = tmp_path / "probe"
+        shutil.copytree(probe.root, there)
+        begun = train(config(f"warm_start={there}", "train.epochs=1"), drawn, tmp_path / "run")
+        shutil.rmtree(there)
+        Task(begun.config, drawn, begun.root, weights=False)  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize(
+        ("changed", "message"),
+        [
+            (["backbone.name=resnet18"], "backbone.name = resnet10t"),
+            (["backbone.args={output_stride: 16}"], "backbone.args"),
+        ],
+    )
+    def test_of_another_net_is_refused(
+        self, drawn: Path, probe: Run, changed: list[str], message: str
+    ) -> None:
+        with pytest.raises(ConfigError, match=message):
+            Task(config(f"warm_start={probe.root}", *changed), drawn, drawn)  # type: ignore[arg-type]
+
+    def test_of_other_classes_is_refused(self, drawn: Path, probe: Run, tmp_path: Path) -> None:
+        shutil.copytree(drawn, tmp_path / "data")
+        for split in ("train", "val", "test"):
+            (tmp_path / "data" / split / "red").rename(tmp_path / "data" / split / "rosa")
+        with pytest.raises(ConfigError, match="other classes apart: red, rosa"):
+            Task(config(f"warm_start={probe.root}"), tmp_path / "data", tmp_path)  # type: ignore[arg-type]
+
+    def test_of_no_run_is_refused(self, drawn: Path, tmp_path: Path) -> None:
+        with pytest.raises(RunError, match="no training run"):
+            Task(config(f"warm_start={tmp_path}"), drawn, tmp_path)  # type: ignore[arg-type]
 
 
 class TestWhatCannotBeTrained:
