@@ -32,6 +32,7 @@ from torch.utils.tensorboard import SummaryWriter
 from runtime.bundle import write_atomic
 from runtime.errors import BackendError, ConfigError, RunError
 from training import checkpoint
+from training.allocator import keep_freed_memory
 from training.config import OptimizerConfig, SystemConfig, TrainConfig
 from training.profiler import Profiler, section
 from training.run import Run, RunInfo, is_run, numbered, open_run
@@ -77,6 +78,7 @@ def train(
         return before
     state = _state(root) if before is not None else None
 
+    keep_freed_memory()
     accelerator = _accelerator(settings)
     set_seed(settings.seed)
     main = accelerator.is_main_process

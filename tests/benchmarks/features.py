@@ -25,6 +25,7 @@ from runtime.bundle import Bundle
 from runtime.testing import write_flowers
 from tests.benchmarks import refdet_step
 from training import backbones
+from training.allocator import keep_freed_memory
 from training.config import BackboneConfig
 from training.systems.noising.model import PatchFeatures
 from training.systems.refdet.task import build_model
@@ -111,6 +112,7 @@ def episode(config: BackboneConfig) -> Callable[[], None]:
 @click.option("--steps/--no-steps", default=True, help="Also time training steps.")
 def main(weights: str, samples: Path | None, threads: int, seconds: float, steps: bool) -> None:
     """Print every table."""
+    keep_freed_memory()  # as in training
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from training import backbones
+from training.allocator import keep_freed_memory
 from training.config import BackboneConfig
 from training.systems.paco.config import LossConfig, PartsConfig
 from training.systems.paco.loss import PartLoss
@@ -116,6 +117,7 @@ def loss_alone() -> None:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()  # as in training
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
     loss_alone()

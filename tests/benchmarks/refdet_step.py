@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from training.allocator import keep_freed_memory
 from training.config import validate
 from training.profiler import Profiler
 from training.systems.refdet.assign import pad
@@ -27,11 +28,12 @@ from training.systems.refdet.loss import DetectionLoss
 from training.systems.refdet.task import build_model
 
 SIZE, REFERENCE, BATCH, WAYS, SHOTS, BASE, BOXES = 640, 256, 8, 2, 3, 80, 4
+PUBLISHED = [128, 256, 512, 512]  # channels behind the fusion
 THREADS, STEPS = 2, 5
 ALL = WeightsConfig(prototype=1.0, supervised=1.0, proposals=0.5, triplet=0.2)
 
 
-def config(*, train_blocks: int) -> TaskConfig:
+def config(*, train_blocks: int, outputs: list[int] | None = None) -> TaskConfig:
     letterbox = {"resize": "letterbox"}
     tree = {
         "system": "refdet",
@@ -44,7 +46,7 @@ def config(*, train_blocks: int) -> TaskConfig:
         },
         "detector": {
             "scales": [2, 3, 4, 5],
-            "outputs": [128, 256, 512, 512],
+            "outputs": outputs,
             "channels_last": True,
         },
         "base": True,
@@ -145,11 +147,13 @@ def milliseconds(run: Callable[[], object]) -> float:
 def main() -> None:
     batch = episode()
     frozen, partly = config(train_blocks=0), config(train_blocks=6)
+    wide = config(train_blocks=0, outputs=PUBLISHED)
     runs = {
         "plain": plain(frozen, batch),
         "references kept": few_shot(frozen, ALL, batch, kept=True),
         "references kept, no contrast": few_shot(frozen, WeightsConfig(), batch, kept=True),
         "references encoded": few_shot(frozen, ALL, batch, kept=False),
+        "as wide as published": few_shot(wide, ALL, batch, kept=True),
         "half of the encoder learns": few_shot(partly, ALL, batch, kept=False),
         # the same thing twice: how much of a difference is noise
         "plain again": plain(frozen, batch),
@@ -178,6 +182,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()  # as in training
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
     main()
