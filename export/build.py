@@ -1,8 +1,8 @@
 """Float bundle -> bundle with INT8 graphs, checked and measured. Needs no torch.
 
 The stage top to bottom: choose samples, measure ranges through the deployed system, pick a range
-method, write the canonical Q/DQ graph and its unsigned dialect, check legality and parity, hold the
-task's metric against the float system's, time both, say what should ship, write the bundle.
+method, write the canonical Q/DQ graph and its dialects, check legality and parity, hold the task's
+metric against the float system's, time both, say what should ship, write the bundle.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def build(
         for name, graph in bundle.manifest.graphs.items()
     }
     tensors = {
-        name: sorted({*activations(model, keep[name]), *silus(model, keep[name])})
+        name: list(dict.fromkeys([*activations(model, keep[name]), *silus(model, keep[name])]))
         for name, model in floats.items()
     }
     say(f"calibrating on {len(samples)} images, {sum(map(len, tensors.values()))} tensors")

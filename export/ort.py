@@ -7,12 +7,12 @@ quantized as well, with uint8 of its own zero point, and SiLU is ONNX Runtime's 
 would not find the pattern of two behind a DequantizeLinear.
 
     q = clip(round_half_even(x / s) + z, 0, 255)
-    s = (high - TAIL) / 255,  z = round(-TAIL / s),  high sigmoid(high) = amax of SiLU's output
+    s = (high - low) / 255,  z = round(-low / s)
+    low = max(-amax of x, TAIL),  high sigmoid(high) = amax of x sigmoid(x)
 
-No range of x has to be measured: above, it follows from that of SiLU's output; below ``TAIL`` SiLU
-is nearly zero. It is one more rounding per layer than in the canonical graph, so the accuracy is
-its own. What ONNX Runtime would still run in float, or is slower at in integers, is float from the
-beginning, with float weights. All other scales and weights are the canonical ones.
+Below ``TAIL`` SiLU is nearly zero. It is one more rounding per layer than in the canonical graph,
+so the accuracy is its own. What ONNX Runtime would still run in float, or is slower at in integers,
+is float from the beginning, with float weights. Other scales and weights are the canonical ones.
 
 Source: ONNX Runtime, contrib operator com.microsoft.QuickGelu; the rest is measured.
 """
@@ -30,6 +30,7 @@ from onnx import helper, numpy_helper
 from export.passes import GraphView, attribute, drop_unused
 from export.quantize import (
     NOTHING,
+    SCALE_FLOOR,
     KeepFloat,
     activation_pair,
     check_amax,
@@ -50,7 +51,7 @@ _DOMAIN = "com.microsoft"
 def silus(model: onnx.ModelProto, keep_float: KeepFloat = NOTHING) -> list[str]:
     """Names of the tensors whose ranges ``quantize_for_ort`` needs beside those of ``quantize``.
 
-    They are the outputs of the SiLUs that alone read what a quantizable convolution gives.
+    They are what a SiLU reads and writes that alone reads a quantizable convolution's output.
 
     Args:
         model: a float graph as ``export.passes.prepare`` leaves it.
@@ -58,7 +59,7 @@ def silus(model: onnx.ModelProto, keep_float: KeepFloat = NOTHING) -> list[str]:
     Raises:
         ExportError, QuantizationError: see ``export.quantize.quantizable``.
     """
-    return list(_silus(model, keep_float).values())
+    return [name for pair in _silus(model, keep_float).values() for name in pair]
 
 
 def quantize_for_ort(
@@ -79,7 +80,10 @@ def quantize_for_ort(
     found = _silus(model, keep_float)
     if not found:
         return None
-    amaxes = {conv: check_amax(silu, ranges) for conv, silu in found.items()}
+    limits = {
+        conv: (max(-check_amax(x, ranges), TAIL), inverse_silu(check_amax(y, ranges)))
+        for conv, (x, y) in found.items()
+    }
     view = GraphView(model.graph)
     keep = keep_float.plus(node.name for node in model.graph.node if _is_slow(node, view))
     result = to_unsigned(quantize(model, ranges, keep, means=means))
@@ -88,15 +92,15 @@ def quantize_for_ort(
         keep = keep.plus(alone)
         result = to_unsigned(quantize(model, ranges, keep, means=means))
     quantized = _quantized(result)
-    return _fuse_silus(result, {k: amax for k, amax in amaxes.items() if k in quantized})
+    return _fuse_silus(result, {conv: limits[conv] for conv in limits if conv in quantized})
 
 
-def _silus(model: onnx.ModelProto, keep_float: KeepFloat) -> dict[str, str]:
-    """Name of each convolution -> output of its SiLU, in graph order."""
+def _silus(model: onnx.ModelProto, keep_float: KeepFloat) -> dict[str, tuple[str, str]]:
+    """Name of each convolution -> input and output of its SiLU, in graph order."""
     names = set(quantizable(model, keep_float))
     view = GraphView(model.graph)
     return {
-        node.name: silu[1].output[0]
+        node.name: (node.output[0], silu[1].output[0])
         for node in model.graph.node
         if node.op_type == "Conv" and node.name in names
         if (silu := _silu(node.output[0], view))
@@ -114,9 +118,16 @@ def _silu(source: str, view: GraphView) -> tuple[onnx.NodeProto, onnx.NodeProto]
 
 
 def _is_slow(node: onnx.NodeProto, view: GraphView) -> bool:
-    """Few input channels, or several outputs of each one alone: there are no kernels for them."""
+    """Whether conversions cost more than integers save.
+
+    So it is with few input channels, with several outputs of each of them alone, for which there is
+    no kernel, and where the output is one pixel.
+    """
     if node.op_type != "Conv" or node.input[1] not in view.initializers:
         return False
+    shape = view.shape(node.output[0])
+    if shape is not None and set(shape[2:]) == {1}:
+        return True
     groups = attribute(node, "group", 1)
     num_out, num_in = view.initializers[node.input[1]].dims[:2]
     return bool(num_in <= _FEW_CHANNELS if groups == 1 else num_in == 1 and num_out > groups)
@@ -145,13 +156,15 @@ def _alone(model: onnx.ModelProto) -> set[str]:
     }
 
 
-def _fuse_silus(model: onnx.ModelProto, amaxes: Mapping[str, float]) -> onnx.ModelProto | None:
+def _fuse_silus(
+    model: onnx.ModelProto, limits: Mapping[str, tuple[float, float]]
+) -> onnx.ModelProto | None:
     """Conv, Sigmoid, Mul -> Conv, a pair, QuickGelu; None where there is none to fuse.
 
     Args:
-        amaxes: name of the convolution -> amax of its SiLU's output.
+        limits: name of the convolution -> the ends of what its SiLU reads.
     """
-    if not amaxes:
+    if not limits:
         return None
     result = onnx.ModelProto()
     result.CopyFrom(model)
@@ -159,14 +172,15 @@ def _fuse_silus(model: onnx.ModelProto, amaxes: Mapping[str, float]) -> onnx.Mod
     view = GraphView(model.graph)
     nodes: dict[str, list[onnx.NodeProto]] = {}  # node name -> what comes in its place
     for node in model.graph.node:
-        if node.name not in amaxes:
+        if node.name not in limits:
             continue
         source = node.output[0]
         silu = _silu(source, view)
         assert silu is not None  # to_unsigned moves Relu, Clip and MaxPool only
         gate, product = silu
-        scale = np.float32((_inverse_silu(amaxes[node.name]) - TAIL) / 255)
-        zero = numpy_helper.from_array(np.rint(-TAIL / scale).astype(np.uint8), f"{source}.zero")
+        low, high = limits[node.name]
+        scale = np.float32(max((high - low) / 255, SCALE_FLOOR))
+        zero = numpy_helper.from_array(np.rint(-low / scale).astype(np.uint8), f"{source}.zero")
         graph.initializer.append(zero)
         nodes[node.name] = [node, *activation_pair(graph, source, scale, zero.name)]
         nodes[gate.name] = []
@@ -186,7 +200,7 @@ def _fuse_silus(model: onnx.ModelProto, amaxes: Mapping[str, float]) -> onnx.Mod
     return drop_unused(result)
 
 
-def _inverse_silu(value: float) -> float:
+def inverse_silu(value: float) -> float:
     """The x > 0 with x sigmoid(x) = value, which is above 0."""
     low, high = value, value + 1.0  # x - 0.28 < x sigmoid(x) < x
     while low < (middle := (low + high) / 2) < high:
