@@ -1,8 +1,8 @@
 """Float bundle -> bundle with INT8 graphs, checked and measured. Needs no torch.
 
 The stage top to bottom: choose samples, measure ranges through the deployed system, pick a range
-method, write the canonical Q/DQ graph and its unsigned dialect, check legality and parity, hold the
-task's metric against the float system's, time both, say what should ship, write the bundle.
+method, write the canonical Q/DQ graph and its dialects, check legality and parity, hold the task's
+metric against the float system's, time both, say what should ship, write the bundle.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from calibration import calibrate, ranges
 from calibration.samples import choose
 from calibration.table import Table
 from export.legality import check_legal
+from export.ort import quantize_for_ort, silus
 from export.parity import Feeds, Parity, compare, outputs, record
 from export.passes import before_choice
 from export.quantize import KeepFloat, activations, quantize, to_unsigned
@@ -122,7 +123,10 @@ def build(
         name: KeepFloat.model_validate_json(json.dumps(graph.keep_float))
         for name, graph in bundle.manifest.graphs.items()
     }
-    tensors = {name: activations(model, keep[name]) for name, model in floats.items()}
+    tensors = {
+        name: list(dict.fromkeys([*activations(model, keep[name]), *silus(model, keep[name])]))
+        for name, model in floats.items()
+    }
     say(f"calibrating on {len(samples)} images, {sum(map(len, tensors.values()))} tensors")
     histograms = calibrate.measure(bundle, samples, tensors, threads=config.threads)
     shown = [reader.read(sample.path) for sample in samples[:_PARITY_SAMPLES]]
@@ -261,10 +265,14 @@ def _assemble(
     files = {name: bundle.path(name) for name in manifest.files if name not in stale}
     graphs = {}
     for name, model in floats.items():
-        canonical = quantize(model, table.amax(name), keep[name], means=table.means(name))
+        amaxes, means = table.amax(name), table.means(name)
+        canonical = quantize(model, amaxes, keep[name], means=means)
         check_legal(canonical)
+        written = {"int8": canonical, "int8-u8": to_unsigned(canonical)}
+        if (for_ort := quantize_for_ort(model, amaxes, keep[name], means=means)) is not None:
+            written["int8-ort"] = for_ort
         variants = {"float": manifest.graphs[name].variants["float"]}
-        for variant, graph in (("int8", canonical), ("int8-u8", to_unsigned(canonical))):
+        for variant, graph in written.items():
             file = f"{name}.{variant}.onnx"
             onnx.save(graph, work / file)
             files[file] = work / file

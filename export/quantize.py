@@ -150,7 +150,7 @@ def quantize(
             for tensor in data:
                 if tensor not in paired:
                     paired.add(tensor)
-                    nodes += _activation_pair(graph, tensor, scales[tensor])
+                    nodes += activation_pair(graph, tensor, scales[tensor], zero.name)
             if node.op_type != "Add":
                 mean = (means or {}).get(data[0])
                 nodes.append(_quantize_weight(graph, node, view, scales[data[0]], mean))
@@ -200,7 +200,12 @@ def _data_inputs(node: onnx.NodeProto) -> list[str]:
     return list(node.input) if node.op_type == "Add" else [node.input[0]]
 
 
-def _activation_scale(name: str, ranges: Mapping[str, float]) -> np.float32:
+def check_amax(name: str, ranges: Mapping[str, float]) -> float:
+    """The range of one tensor.
+
+    Raises:
+        QuantizationError: it is missing, not positive or not finite.
+    """
     if name not in ranges:
         raise QuantizationError(
             f"there is no range for tensor '{name}'", fix="calibrate this graph again"
@@ -211,7 +216,11 @@ def _activation_scale(name: str, ranges: Mapping[str, float]) -> np.float32:
             f"the range of tensor '{name}' is {amax}, it must be positive and finite",
             fix="calibrate this graph again",
         )
-    return np.float32(max(amax / LEVELS, SCALE_FLOOR))
+    return amax
+
+
+def _activation_scale(name: str, ranges: Mapping[str, float]) -> np.float32:
+    return np.float32(max(check_amax(name, ranges) / LEVELS, SCALE_FLOOR))
 
 
 def weight_axis(node: onnx.NodeProto) -> int:
@@ -342,11 +351,17 @@ def _bias_floor(
     return floor
 
 
-def _activation_pair(
-    graph: onnx.GraphProto, tensor: str, scale: np.float32
+def activation_pair(
+    graph: onnx.GraphProto, tensor: str, scale: np.float32, zero: str
 ) -> list[onnx.NodeProto]:
+    """QuantizeLinear and DequantizeLinear: ``tensor`` -> ``tensor.dequantized``.
+
+    Args:
+        graph: gets the scale as an initializer.
+        zero: name of the zero point, an initializer.
+    """
     graph.initializer.append(numpy_helper.from_array(np.asarray(scale), f"{tensor}.scale"))
-    parameters = [f"{tensor}.scale", "zero_int8"]
+    parameters = [f"{tensor}.scale", zero]
     quantized, dequantized = f"{tensor}.quantized", f"{tensor}.dequantized"
     return [
         helper.make_node(

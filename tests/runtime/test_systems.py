@@ -11,7 +11,14 @@ from runtime.bundle import Bundle, GraphEntry, Manifest
 from runtime.engines import BACKENDS, Backend
 from runtime.errors import BackendError, BundleError, UsageError
 from runtime.preprocess import PreprocessSpec
-from runtime.systems import SYSTEMS, choose, open_engines, open_system, system_module
+from runtime.systems import (
+    SYSTEMS,
+    choose,
+    open_engines,
+    open_system,
+    system_module,
+    variant_of,
+)
 from runtime.testing import FunctionEngine, write_tiny_noising_bundle
 
 FLOAT = {"float": "f.onnx"}
@@ -158,6 +165,12 @@ class TestOpening:
         assert list(open_engines(tiny, backend, precision, threads=3)) == ["features"]
         file = tiny.manifest.graphs["features"].variants[variant]
         assert opened == [(tiny.path(file), backend, precision, 3)]
+
+    def test_onnx_runtime_prefers_its_own_int8_graph_and_no_other_backend_takes_it(self) -> None:
+        variants = INT8 | {"int8-ort": "o.onnx"}
+        assert variant_of(variants, "ort", "int8") == "int8-ort"
+        for backend in set(BACKENDS) - {"ort"}:
+            assert variant_of(variants, backend, "int8") != "int8-ort"
 
     def test_with_engines_of_the_callers_own_opens_no_graph(self, tiny: Bundle) -> None:
         entry = tiny.manifest.graphs["features"]
