@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from export.legality import check_legal
 from export.quantize import activations, quantizable
 from runtime.bench import Timing, Turn
 from runtime.bundle import Bundle, read, write
+from runtime.engines import BACKENDS
 from runtime.errors import (
     BundleError,
     CalibrationError,
@@ -348,6 +350,31 @@ class TestTheGate:
 
         assert built.manifest.reports["gate"]["passed"]
         assert built.manifest.graphs["features"].keep_float == rule
+
+    def test_holds_for_every_backend_that_runs_graphs_of_its_own(
+        self, floats: Bundle, parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        own = dataclasses.replace(
+            BACKENDS["ort"], variants={**BACKENDS["ort"].variants, "int8": ("int8",)}
+        )
+        monkeypatch.setitem(BACKENDS, "ort", own)
+        found = {("openvino", "float"): 0.9, ("openvino", "int8"): 0.9, ("ort", "int8"): 0.8}
+        monkeypatch.setattr(
+            "export.build._metrics",
+            lambda _bundle, backend, precision, _config: {"image_auroc": found[backend, precision]},
+        )
+        said: list[str] = []
+
+        built = build(floats, tmp_path / "out", config(parts, method="minmax"), say=said.append)
+
+        gate = built.manifest.reports["gate"]
+        assert (gate["backend"], gate["drop"]) == ("openvino", {"image_auroc": 0})
+        assert gate["others"]["ort"]["int8"] == {"image_auroc": 0.8}
+        assert gate["failed"] == {"image_auroc": pytest.approx(0.1)} and not gate["passed"]
+        assert [line.split(":")[0] for line in said if line.startswith("gate image")] == [
+            "gate image_auroc",
+            "gate image_auroc on ort",
+        ]
 
     def test_is_not_measured_without_labelled_data(
         self, floats: Bundle, parts: Path, tmp_path: Path
