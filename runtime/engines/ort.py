@@ -44,7 +44,7 @@ class OrtEngine:
         options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
         options.log_severity_level = 3
-        # within a run threads spin while they wait, as waking them costs a fifth of the time; between
+        # within a run threads spin while they wait: waking them costs a fifth of the time; between
         # two runs they would take the cores from all else
         options.add_session_config_entry("session.intra_op.allow_spinning", "1")
         options.add_session_config_entry("session.force_spinning_stop", "1")
