@@ -16,7 +16,7 @@ from calibration.table import load
 from export import build as build_module
 from export.build import BuildConfig, build, describe_verdict
 from export.legality import check_legal
-from export.quantize import activations, quantizable
+from export.quantize import activations, quantizable, quantize, to_unsigned
 from runtime.bench import Timing, Turn
 from runtime.bundle import Bundle, read, write
 from runtime.engines import BACKENDS
@@ -371,10 +371,29 @@ class TestTheGate:
         assert (gate["backend"], gate["drop"]) == ("openvino", {"image_auroc": 0})
         assert gate["others"]["ort"]["int8"] == {"image_auroc": 0.8}
         assert gate["failed"] == {"image_auroc": pytest.approx(0.1)} and not gate["passed"]
-        assert [line.split(":")[0] for line in said if line.startswith("gate image")] == [
-            "gate image_auroc",
-            "gate image_auroc on ort",
-        ]
+        lines = {line.split(":")[0] for line in said if line.startswith("gate image")}
+        assert lines == {"gate image_auroc", "gate image_auroc on ort"}
+
+    def test_leaves_out_what_one_backend_alone_runs_and_drops_too_much(
+        self, floats: Bundle, parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(
+            "export.build.quantize_for_ort",
+            lambda *arguments, **named: to_unsigned(quantize(*arguments, **named)),
+        )
+        monkeypatch.setattr(
+            "export.build._metrics",
+            lambda _bundle, backend, _precision, _config: {
+                "image_auroc": {"openvino": 0.9, "ort": 0.8}[backend]
+            },
+        )
+
+        built = build(floats, tmp_path / "out", config(parts, method="minmax"), say=silent)
+
+        variants = set(built.manifest.graphs["features"].variants)
+        assert variants == {"float", "int8", "int8-u8"}
+        gate = built.manifest.reports["gate"]
+        assert gate["passed"] and gate["others"] == {}
 
     def test_is_not_measured_without_labelled_data(
         self, floats: Bundle, parts: Path, tmp_path: Path
