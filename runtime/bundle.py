@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -111,6 +111,9 @@ class Manifest(_Part):
         return self.model_copy(update={"digest": hashlib.sha256(self.canonical_json()).hexdigest()})
 
 
+AnyParams = TypeVar("AnyParams", bound=BaseModel)
+
+
 @dataclass(frozen=True)
 class Bundle:
     """A verified bundle: its folder and its manifest."""
@@ -140,6 +143,22 @@ class Bundle:
                 fix="export it again with this version of engineworks",
             )
         return self.path(self.manifest.assets[role])
+
+    def params(self, schema: type[AnyParams]) -> AnyParams:
+        """The system's parameters.
+
+        Raises:
+            BundleError: they are not what ``schema`` takes: of another version, or another kind.
+        """
+        try:
+            # through JSON: a tuple came back from the manifest as a list
+            return schema.model_validate_json(json.dumps(self.manifest.params))
+        except ValidationError as error:
+            raise BundleError(
+                f"the parameters of bundle {self.root} are not those of '{self.manifest.system}': "
+                f"{error.errors()[0]['msg']}",
+                fix="export the bundle again",
+            ) from error
 
 
 def sha256_file(path: Path) -> str:

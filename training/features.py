@@ -56,7 +56,7 @@ def read_backbone(config: BackboneConfig, size: tuple[int, int] | None = None) -
             f"'{backbone.NAME}'",
             fix=again,
         )
-    params = backbone.params_of(bundle.root, manifest)
+    params = bundle.params(backbone.Params)
     assert isinstance(manifest.preprocess, PreprocessSpec)
     facts = {
         "net": (params.name, config.name),

@@ -7,18 +7,17 @@ they become a vector by which pictures can be compared.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from runtime import datasets
 from runtime.bundle import Bundle, Manifest
 from runtime.engines import Engine
-from runtime.errors import BundleError, EngineError
+from runtime.errors import EngineError
 from runtime.metrics import leave_one_out_top1
 from runtime.preprocess import apply
 from runtime.results import Embedding
@@ -47,22 +46,6 @@ class Params(BaseModel):
     name: str
     stages: tuple[int, ...] | None = None
     args: dict[str, Any] = {}
-
-
-def params_of(root: Path, manifest: Manifest) -> Params:
-    """The parameters of a bundle.
-
-    Raises:
-        BundleError: they are not those of a ``backbone``.
-    """
-    try:
-        return Params.model_validate_json(json.dumps(manifest.params))
-    except ValidationError as error:
-        raise BundleError(
-            f"the parameters of bundle {root} are not those of '{NAME}': "
-            f"{error.errors()[0]['msg']}",
-            fix="export the bundle again",
-        ) from error
 
 
 def map_names(manifest: Manifest) -> list[str]:
@@ -103,7 +86,7 @@ class System:
         precision: str,
         threads: int | None = None,
     ) -> None:
-        self.params = params_of(bundle.root, bundle.manifest)
+        self.params = bundle.params(Params)
         self.bundle = bundle
         self.engines = engines
         self.backend = backend

@@ -27,17 +27,16 @@ Source: "Propose Noising" (patch influence and noise proposal), with PatchCore's
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import cv2
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from runtime import datasets, draw, images
 from runtime.bank import Bank
@@ -152,9 +151,6 @@ class DiscriminatorParams(_Part):
         """The graph's scores as standard deviations above a normal patch: (N,) float32."""
         centred = scores_N - np.float32(self.scores.mean)
         return np.asarray(centred / np.float32(self.scores.std), np.float32)
-
-
-AnyParams = TypeVar("AnyParams", Params, DiscriminatorParams)
 
 
 @dataclass(frozen=True)
@@ -596,7 +592,7 @@ class _BankJudge:
     graph, output = FEATURES, "features"
 
     def __init__(self, bundle: Bundle, *, backend: str, threads: int | None) -> None:
-        self.params = _params(bundle, Params)
+        self.params = bundle.params(Params)
         self.bank = Bank.load(bundle.asset("bank"))
         self.search = FastSearch(self.bank, self.params.k, backend=backend, threads=threads)
         # the influence map is part of the answer even where its weight is 0
@@ -630,7 +626,7 @@ class _DiscriminatorJudge:
     graph, output = DISCRIMINATE, "scores"
 
     def __init__(self, bundle: Bundle) -> None:
-        self.params = _params(bundle, DiscriminatorParams)
+        self.params = bundle.params(DiscriminatorParams)
 
     def scores(self, scores_N: Array) -> tuple[Array, Array | None]:
         """Of each patch, (N,): score in standard deviations; there is no influence."""
@@ -638,23 +634,6 @@ class _DiscriminatorJudge:
 
     def close(self) -> None:
         pass
-
-
-def _params(bundle: Bundle, schema: type[AnyParams]) -> AnyParams:
-    """The bundle's parameters.
-
-    Raises:
-        BundleError: they are of another judge or version.
-    """
-    try:
-        # through JSON: a tuple came back from the manifest as a list
-        return schema.model_validate_json(json.dumps(bundle.manifest.params))
-    except ValidationError as error:
-        raise BundleError(
-            f"the parameters of bundle {bundle.root} are not those of '{NAME}': "
-            f"{error.errors()[0]['msg']}",
-            fix="export the bundle again",
-        ) from error
 
 
 class System:

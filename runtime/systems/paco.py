@@ -8,12 +8,11 @@ Source: PaCo-2 (part contrast; nothing of it is left at inference).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from runtime import datasets, draw
 from runtime.bundle import Bundle
@@ -57,14 +56,7 @@ class System:
         threads: int | None = None,
     ) -> None:
         manifest = bundle.manifest
-        try:
-            self.params = Params.model_validate_json(json.dumps(manifest.params))
-        except ValidationError as error:
-            raise BundleError(
-                f"the parameters of bundle {bundle.root} are not those of '{NAME}': "
-                f"{error.errors()[0]['msg']}",
-                fix="export the bundle again",
-            ) from error
+        self.params = bundle.params(Params)
         self.bundle = bundle
         self.engines = engines
         self.backend = backend

@@ -11,7 +11,6 @@ for each scale of a feature pyramid.
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +19,7 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 from runtime import boxes, draw
 from runtime.bundle import Bundle, write
@@ -285,17 +284,6 @@ def _size(image: Array) -> tuple[int, int]:
 # --- the system ---------------------------------------------------------------------------------
 
 
-def _params(bundle: Bundle) -> Params:
-    try:
-        return Params.model_validate_json(json.dumps(bundle.manifest.params))
-    except ValidationError as error:
-        raise BundleError(
-            f"the parameters of bundle {bundle.root} are not those of '{NAME}': "
-            f"{error.errors()[0]['msg']}",
-            fix="export the bundle again",
-        ) from error
-
-
 def bring_references(
     bundle: Bundle, pictures: Path, out: Path, *, exist_ok: bool = False
 ) -> Bundle:
@@ -318,7 +306,7 @@ def bring_references(
     name = manifest.assets["references"]
     with tempfile.TemporaryDirectory() as scratch:
         brought = Path(scratch) / Path(name).name
-        save_references(brought, references, _params(bundle).reference_preprocess)
+        save_references(brought, references, bundle.params(Params).reference_preprocess)
         files = {each: bundle.path(each) for each in manifest.files} | {name: brought}
         return write(out, manifest, files, replace=exist_ok)
 
@@ -337,7 +325,7 @@ class System:
         precision: str,
         threads: int | None = None,
     ) -> None:
-        manifest, params = bundle.manifest, _params(bundle)
+        manifest, params = bundle.manifest, bundle.params(Params)
         width = manifest.graphs["detect"].inputs["prototypes"].shape[1]
         if sum(params.widths) != width:
             raise BundleError(

@@ -13,7 +13,6 @@ Source: Background_Removal_Net (three-channel input, tiles, double detection, ra
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,13 +20,13 @@ from typing import Self
 
 import cv2
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from runtime import datasets, draw, images, planes, tiling
 from runtime.bundle import Bundle, Threshold
 from runtime.datasets import StripeSample
 from runtime.engines import Engine
-from runtime.errors import BundleError, EngineError, InputError
+from runtime.errors import EngineError, InputError
 from runtime.metrics import AnomalyMetrics, CandidateMetrics, false_reject_threshold
 from runtime.preprocess import PlanesSpec, apply
 from runtime.results import Candidate, DefectMap
@@ -288,14 +287,7 @@ class System:
         threads: int | None = None,
     ) -> None:
         manifest = bundle.manifest
-        try:
-            self.params = Params.model_validate_json(json.dumps(manifest.params))
-        except ValidationError as error:
-            raise BundleError(
-                f"the parameters of bundle {bundle.root} are not those of '{NAME}': "
-                f"{error.errors()[0]['msg']}",
-                fix="export the bundle again",
-            ) from error
+        self.params = bundle.params(Params)
         assert isinstance(manifest.preprocess, PlanesSpec)
         self.bundle = bundle
         self.engines = engines

@@ -7,6 +7,7 @@ a discriminator judges, its scores take the place of all that comes before the m
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from training.systems.noising.discriminator import DiscriminatorTraining
 from training.systems.noising.task import build_model
 
 
-class EagerNoising:
+class EagerNoising(ABC):
     """Images to results in torch; what a patch's score is made of is the judge's."""
 
     params: Params | DiscriminatorParams
@@ -68,9 +69,9 @@ class EagerNoising:
             influence_HW=None if influence is None else self._upsample(influence)[0, 0].numpy(),
         )
 
+    @abstractmethod
     def judge(self, answer: Tensor) -> tuple[Tensor, Tensor | None]:
         """Score and influence of each patch, (N,), in standard deviations."""
-        raise NotImplementedError
 
     def _upsample(self, values_N: Tensor) -> Tensor:
         grid = values_N.reshape(1, 1, *self.params.grid)
@@ -92,7 +93,7 @@ class EagerDiscriminator(EagerNoising):
 
     def __init__(self, network: eager.Network, bundle: Bundle) -> None:
         super().__init__(network, bundle)
-        self.params = DiscriminatorParams.model_validate(bundle.manifest.params, strict=False)
+        self.params = bundle.params(DiscriminatorParams)
 
     def judge(self, answer: Tensor) -> tuple[Tensor, Tensor | None]:
         statistics = self.params.scores
@@ -106,7 +107,7 @@ class EagerBank(EagerNoising):
 
     def __init__(self, network: eager.Network, bundle: Bundle) -> None:
         super().__init__(network, bundle)
-        self.params = Params.model_validate(bundle.manifest.params, strict=False)
+        self.params = bundle.params(Params)
         self.bank_MD = torch.from_numpy(Bank.load(bundle.asset("bank")).rows_MD)
 
     def judge(self, answer: Tensor) -> tuple[Tensor, Tensor | None]:

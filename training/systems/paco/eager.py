@@ -30,7 +30,7 @@ class EagerPaco:
         self.network = network
         self.spec = manifest.preprocess
         self.labels = manifest.labels
-        self.num_top = min(Params.model_validate(manifest.params).num_top, len(self.labels))
+        self.num_top = min(bundle.params(Params).num_top, len(self.labels))
 
     @torch.inference_mode()
     def forward(self, images_BCHW: Array) -> tuple[Tensor, Tensor]:

@@ -55,7 +55,7 @@ class EagerRefDet:
         self.network = network
         self.names = names
         self.spec = manifest.preprocess
-        self.config = refdet.Params.model_validate(manifest.params, strict=False).inference
+        self.config = bundle.params(refdet.Params).inference
 
     @torch.inference_mode()
     def forward(self, images_BCHW: Array) -> tuple[Tensor, Tensor, Tensor]:
@@ -110,7 +110,7 @@ def trained_net(run: Run) -> RefDet:
 def prompted(model: RefDet, bundle: Bundle, num_candidates: int) -> tuple[Prompted, list[str]]:
     """The detector that looks for the bundle's own references, and the names of its classes."""
     references = load_references(bundle.asset("references"))
-    spec = refdet.Params.model_validate(bundle.manifest.params, strict=False).reference_preprocess
+    spec = bundle.params(refdet.Params).reference_preprocess
     pictures = [picture for found in references.values() for picture in found]
     rows_RP = Encode(model)(torch.from_numpy(apply(spec, pictures)))
     object_of_row = torch.tensor([i for i, found in enumerate(references.values()) for _ in found])

@@ -38,7 +38,7 @@ class EagerStripe:
         assert isinstance(manifest.preprocess, PlanesSpec)
         self.network = network
         self.spec = manifest.preprocess
-        self.config = Params.model_validate(manifest.params, strict=False).inference
+        self.config = bundle.params(Params).inference
         self.threshold = manifest.thresholds["candidate"].value
 
     @torch.inference_mode()
