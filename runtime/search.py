@@ -21,14 +21,15 @@ sqrt(q² |m a|² + 2 w² |x / a|²) / sqrt(12), and ``_SIGMAS`` of it bound the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
-from onnx import TensorProto, helper, numpy_helper
+from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from runtime.bank import Bank, gpu_is_usable
 from runtime.engines import BACKENDS, Engine, open_engine
 from runtime.tensors import Array
+from runtime.threads import available_threads, in_parts
 
 _BLOCK = 8  # rows that share one bound
 _GROUP = 8  # blocks whose highest bound is looked at first
@@ -61,13 +62,14 @@ class FastSearch:
         self.bank = bank.on_gpu() if on_gpu and gpu_is_usable() else bank
         self.k = min(k, len(bank))
         self.searched = self.repeated = 0
+        self._threads = threads or available_threads()
         self._blocks = self.k + _SPARE_BLOCKS
         self._engine: Engine | None = None
         worthwhile = len(bank) >= _BLOCK * _WORTHWHILE_BLOCKS * self._blocks
         if worthwhile and not on_gpu:
-            self._prepare(backend, threads)
+            self._prepare(backend)
 
-    def _prepare(self, backend: str, threads: int | None) -> None:
+    def _prepare(self, backend: str) -> None:
         bank = self.bank
         mean = bank.rows_MD.mean(axis=0)
         centred = bank.rows_MD - mean
@@ -125,7 +127,7 @@ class FastSearch:
             _bounds_graph(constants, integer=backend == "ort"),
             backend,
             precision="int8",
-            threads=threads,
+            threads=self._threads,
         )
 
     def search(self, queries_ND: Array) -> tuple[Array, Array]:
@@ -141,33 +143,48 @@ class FastSearch:
         self.searched += len(queries_ND)
         if self._engine is None:
             return self.bank.search(queries_ND, self.k)
-        parts = [
+        found = [
             self._search_tile(queries_ND[i : i + self._tile])
             for i in range(0, len(queries_ND), self._tile)
         ]
-        if len(parts) == 1:
-            return parts[0]
-        return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
+        if len(found) == 1:
+            return found[0]
+        return np.concatenate([f[0] for f in found]), np.concatenate([f[1] for f in found])
 
     def _search_tile(self, queries: Array) -> tuple[Array, Array]:
         assert self._engine is not None
-        answer = self._engine.run({"queries": queries})
+        bounds = self._engine.run({"queries": queries})
+        distances = np.empty((len(queries), self.k), np.float32)
+        indices = np.empty((len(queries), self.k), np.int64)
+
+        def answer(part: slice) -> int:
+            distances[part], indices[part], repeated = self._search_bounded(
+                queries[part], {name: values[part] for name, values in bounds.items()}
+            )
+            return repeated
+
+        self.repeated += sum(in_parts(answer, len(queries), self._threads))
+        return distances, indices
+
+    def _search_bounded(
+        self, queries: Array, bounded: Mapping[str, Array]
+    ) -> tuple[Array, Array, int]:
+        """Distances and indices (N, K), and how many queries had to be measured again."""
         # a query longer than usual adds to its errors
-        excess_N = self._excess * np.maximum(answer["lengths"] - self._length, 0)
-        blocks, outside_N = self._best_blocks(answer["block_bounds"], answer["group_bounds"])
+        excess_N = self._excess * np.maximum(bounded["lengths"] - self._length, 0)
+        blocks, outside_N = self._best_blocks(bounded["block_bounds"], bounded["group_bounds"])
         distances, indices = self._measure(queries, blocks)
-        similarity_N = (np.square(answer["norms"]) - np.square(distances[:, -1])) / 2
-        saturated = answer["largest"] > self._reach
+        similarity_N = (np.square(bounded["norms"]) - np.square(distances[:, -1])) / 2
+        saturated = bounded["largest"] > self._reach
         unsure = np.flatnonzero((similarity_N < outside_N + excess_N) & ~saturated)
         if len(unsure):
-            bounds = answer["block_bounds"][unsure] + excess_N[unsure, None]
+            bounds = bounded["block_bounds"][unsure] + excess_N[unsure, None]
             possible = (bounds >= similarity_N[unsure, None]).sum(axis=1)
             blocks, _ = _highest(bounds, int(possible.max()))
             distances[unsure], indices[unsure] = self._measure(queries[unsure], blocks)
         if saturated.any():
             distances[saturated], indices[saturated] = self.bank.search(queries[saturated], self.k)
-        self.repeated += len(unsure) + int(saturated.sum())
-        return distances, indices
+        return distances, indices, len(unsure) + int(saturated.sum())
 
     def _measure(self, queries: Array, blocks: Array) -> tuple[Array, Array]:
         """The K nearest rows in chosen blocks (N, n): distances and indices (N, K), ascending."""
@@ -268,7 +285,8 @@ def _bounds_graph(constants: Mapping[str, Array], *, integer: bool) -> bytes:
     """ONNX: queries -> ``block_bounds`` (N, blocks) and ``group_bounds`` (N, groups) of the blocks.
 
     Further outputs per query x, relative to the bank's mean: ``norms`` |x|, ``lengths`` |x / a| and
-    ``largest`` max |x / a|.
+    ``largest`` max |x / a|. The first rows of all blocks have a product of their own, the second
+    rows too, and so on: each is still in the cache when the maximum is taken.
 
     Args:
         constants: ``mean``, ``inverse`` (1 / a), ``weights`` (D, columns) int8 with scales
@@ -278,32 +296,11 @@ def _bounds_graph(constants: Mapping[str, Array], *, integer: bool) -> bytes:
     width, num_columns = constants["weights"].shape
     num_blocks = num_columns // _BLOCK
     num_groups = num_blocks // _GROUP
-    used = dict(constants) | {
+    used = {name: constants[name] for name in ("mean", "inverse", "dither", "query_step")} | {
         "axis": np.array([1], np.int64),
-        "by_block": np.array([-1, _BLOCK, num_blocks], np.int64),
-        "by_group": np.array([-1, _GROUP, num_groups], np.int64),
+        "groups": np.full(_GROUP, num_groups, np.int64),
+        "query_zero": np.array(128, np.uint8) if integer else np.array(0, np.int8),
     }
-    if integer:
-        used |= {
-            "query_zero": np.array(128, np.uint8),
-            "zero": np.array(0, np.int8),
-            "scales": constants["steps"] * constants["query_step"],
-        }
-        del used["steps"]
-        product = [
-            helper.make_node("QuantizeLinear", ["dithered", "query_step", "query_zero"], ["q"]),
-            helper.make_node("MatMulInteger", ["q", "weights", "query_zero", "zero"], ["whole"]),
-            helper.make_node("Cast", ["whole"], ["real"], to=TensorProto.FLOAT),
-            helper.make_node("Mul", ["real", "scales"], ["product"]),
-        ]
-    else:
-        used |= {"query_zero": np.array(0, np.int8), "zeros": np.zeros(num_columns, np.int8)}
-        product = [
-            helper.make_node("QuantizeLinear", ["dithered", "query_step", "query_zero"], ["q"]),
-            helper.make_node("DequantizeLinear", ["q", "query_step", "query_zero"], ["dq"]),
-            helper.make_node("DequantizeLinear", ["weights", "steps", "zeros"], ["rows"], axis=1),
-            helper.make_node("MatMul", ["dq", "rows"], ["product"]),
-        ]
     nodes = [
         helper.make_node("Sub", ["queries", "mean"], ["centred"]),
         helper.make_node("Mul", ["centred", "inverse"], ["scaled"]),
@@ -312,13 +309,44 @@ def _bounds_graph(constants: Mapping[str, Array], *, integer: bool) -> bytes:
         helper.make_node("Add", ["scaled", "dither"], ["dithered"]),
         helper.make_node("Abs", ["dithered"], ["magnitudes"]),
         helper.make_node("ReduceMax", ["magnitudes", "axis"], ["largest"], keepdims=0),
-        *product,
-        helper.make_node("Add", ["product", "bias"], ["upper"]),
-        helper.make_node("Reshape", ["upper", "by_block"], ["upper_by_block"]),
-        helper.make_node("ReduceMax", ["upper_by_block", "axis"], ["block_bounds"], keepdims=0),
-        helper.make_node("Reshape", ["block_bounds", "by_group"], ["bounds_by_group"]),
-        helper.make_node("ReduceMax", ["bounds_by_group", "axis"], ["group_bounds"], keepdims=0),
+        helper.make_node("QuantizeLinear", ["dithered", "query_step", "query_zero"], ["q"]),
     ]
+    if not integer:
+        nodes.append(
+            helper.make_node("DequantizeLinear", ["q", "query_step", "query_zero"], ["dq"])
+        )
+    for i in range(_BLOCK):
+        part = slice(i * num_blocks, (i + 1) * num_blocks)
+        steps = constants["steps"][part]
+        used[f"weights{i}"] = np.ascontiguousarray(constants["weights"][:, part])
+        used[f"bias{i}"] = constants["bias"][part]
+        if integer:
+            used["zero"] = np.array(0, np.int8)
+            used[f"scales{i}"] = steps * constants["query_step"]
+            nodes += [
+                helper.make_node(
+                    "MatMulInteger", ["q", f"weights{i}", "query_zero", "zero"], [f"whole{i}"]
+                ),
+                helper.make_node("Cast", [f"whole{i}"], [f"real{i}"], to=TensorProto.FLOAT),
+                helper.make_node("Mul", [f"real{i}", f"scales{i}"], [f"product{i}"]),
+            ]
+        else:
+            used[f"steps{i}"] = steps
+            used[f"zeros{i}"] = np.zeros(num_blocks, np.int8)
+            nodes += [
+                helper.make_node(
+                    "DequantizeLinear",
+                    [f"weights{i}", f"steps{i}", f"zeros{i}"],
+                    [f"rows{i}"],
+                    axis=1,
+                ),
+                helper.make_node("MatMul", ["dq", f"rows{i}"], [f"product{i}"]),
+            ]
+        nodes.append(helper.make_node("Add", [f"product{i}", f"bias{i}"], [f"upper{i}"]))
+    nodes += _running_maximum([f"upper{i}" for i in range(_BLOCK)], "block_bounds")
+    parts = [f"blocks{i}" for i in range(_GROUP)]
+    nodes.append(helper.make_node("Split", ["block_bounds", "groups"], parts, axis=1))
+    nodes += _running_maximum(parts, "group_bounds")
     outputs = [
         ("block_bounds", TensorProto.FLOAT, ["queries", num_blocks]),
         ("group_bounds", TensorProto.FLOAT, ["queries", num_groups]),
@@ -335,3 +363,12 @@ def _bounds_graph(constants: Mapping[str, Array], *, integer: bool) -> bytes:
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     return bytes(model.SerializeToString())
+
+
+def _running_maximum(names: Sequence[str], out: str) -> list[NodeProto]:
+    """Element-wise maximum that takes in each value as soon as it is there."""
+    partial = [names[0], *(f"{out}_{i}" for i in range(1, len(names) - 1)), out]
+    return [
+        helper.make_node("Max", [partial[i], name], [partial[i + 1]])
+        for i, name in enumerate(names[1:])
+    ]

@@ -51,6 +51,7 @@ from runtime.search import FastSearch
 from runtime.sources import PICTURES, open_source
 from runtime.systems import choose, open_engines
 from runtime.tensors import Array
+from runtime.threads import available_threads, in_parts
 
 NAME = "noising"
 SIGNALS = ("distance", "influence", "concentration", "response")
@@ -260,6 +261,7 @@ def patch_signals(
     mean_distance: Statistics | None,
     noise_range: tuple[float, float],
     distance_weight: float,
+    threads: int | None = None,
 ) -> dict[str, Array]:
     """The named signals of each patch, not standardised.
 
@@ -269,17 +271,14 @@ def patch_signals(
         distances_NK, indices_NK: their K nearest rows, ascending.
         names: of ``SIGNALS``; only what they need is computed.
         mean_distance: statistics for the noise proposal; needed for ``response``.
+        threads: None takes all cores that this process may use.
 
     Returns:
         name -> (N,) float32.
     """
     signals = {name: np.empty(len(queries_ND), np.float32) for name in names}
-    if "distance" in signals:
-        signals["distance"][:] = distances_NK[:, 0]
-    if set(names) <= {"distance"}:
-        return signals
-    for start in range(0, len(queries_ND), _TILE):
-        part = slice(start, start + _TILE)
+
+    def fill(part: slice) -> None:
         differences = np.take(bank.rows_MD, indices_NK[part], axis=0)
         np.subtract(queries_ND[part, None], differences, out=differences)
         g_ND = _influence(differences, distances_NK[part])
@@ -297,6 +296,15 @@ def patch_signals(
                 distance_weight=distance_weight,
             )
             signals["response"][part] = response(differences, distances_NK[part], std_ND)
+
+    def fill_tiles(part: slice) -> None:
+        for start in range(part.start, part.stop, _TILE):
+            fill(slice(start, min(start + _TILE, part.stop)))
+
+    if "distance" in signals:
+        signals["distance"][:] = distances_NK[:, 0]
+    if set(names) - {"distance"}:
+        in_parts(fill_tiles, len(queries_ND), threads or available_threads())
     return signals
 
 
@@ -595,6 +603,7 @@ class _BankJudge:
         self.params = bundle.params(Params)
         self.bank = Bank.load(bundle.asset("bank"))
         self.search = FastSearch(self.bank, self.params.k, backend=backend, threads=threads)
+        self._threads = threads
         # the influence map is part of the answer even where its weight is 0
         self._names = [n for n in SIGNALS if self.params.weights[n] or n == "influence"]
 
@@ -611,6 +620,7 @@ class _BankJudge:
             mean_distance=params.mean_distance,
             noise_range=params.noise_range,
             distance_weight=params.distance_weight,
+            threads=self._threads,
         )
         scores = combine(signals, params.signals, params.weights) / np.float32(params.score_std)
         statistics = params.signals["influence"]

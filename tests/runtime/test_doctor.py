@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime import doctor, gpu, threads
+from runtime import doctor, gpu
 from runtime.doctor import Finding, examine
 
 BASE = doctor._PACKAGES["base"]
@@ -166,33 +166,3 @@ class TestTheProcessor:
 
         assert doctor.int8_features() == []
         assert doctor.cpu_model()
-
-
-class TestThreads:
-    @pytest.mark.parametrize(
-        ("quota", "allowed"),
-        [
-            ("max 100000\n", 8),
-            ("200000 100000\n", 2),
-            ("150000 100000\n", 2),
-            ("50000 100000\n", 1),
-            ("6400000 100000\n", 8),
-        ],
-        ids=["no limit", "two", "one and a half", "half", "more than there are"],
-    )
-    def test_are_no_more_than_a_container_may_use(
-        self, quota: str, allowed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        (tmp_path / "cpu.max").write_text(quota)
-        monkeypatch.setattr(threads, "_CGROUP_QUOTA", tmp_path / "cpu.max")
-        monkeypatch.setattr("os.sched_getaffinity", lambda _pid: set(range(8)), raising=False)
-
-        assert threads.available_threads() == allowed
-
-    def test_outside_of_a_container_are_the_cores_of_this_process(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(threads, "_CGROUP_QUOTA", tmp_path / "none")
-        monkeypatch.setattr("os.sched_getaffinity", lambda _pid: {3, 5, 7}, raising=False)
-
-        assert threads.available_threads() == 3

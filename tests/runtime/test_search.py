@@ -259,6 +259,19 @@ class TestManyQueries:
         assert np.array_equal(whole[0], tiles[0])
 
 
+class TestThreads:
+    def test_do_not_change_the_answer(self, backend: str) -> None:
+        bank, queries = Bank(rows_of(sparse, 1200, 0)), rows_of(sparse, 205, 1)
+        queries[::20] *= 40
+        with (
+            closing(FastSearch(bank, K, backend=backend, threads=1)) as one,
+            closing(FastSearch(bank, K, backend=backend, threads=3)) as three,
+        ):
+            want, got = one.search(queries), three.search(queries)
+            assert one.repeated == three.repeated > 0
+        np.testing.assert_allclose(got[0], want[0], rtol=1e-6)
+
+
 class TestTheCounters:
     def test_say_how_many_queries_were_measured_again(
         self, backend: str, monkeypatch: pytest.MonkeyPatch
