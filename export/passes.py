@@ -321,7 +321,7 @@ def before_choice(model: onnx.ModelProto) -> onnx.ModelProto:
 
     An output that picks entries of a tensor by computed indices (the best candidates of a detector)
     says little about an error: the least of them swaps rows. Such an output becomes the tensor that
-    it picks from, without what is done to each entry afterwards; whole numbers are left out, since
+    it picks from, without what is done to the entries afterwards; whole numbers are left out, since
     what they count is nowhere defined but at the choice. Other outputs stay as they are.
     """
     result = onnx.ModelProto()
@@ -347,12 +347,20 @@ def before_choice(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _choice(name: str, view: GraphView) -> onnx.NodeProto | None:
-    """The node that picks by computed indices and has nothing behind it that joins tensors."""
-    node = view.producer.get(name)
-    while node is not None and node.op_type != "GatherElements":
-        inputs = [n for n in node.input if n in view.producer]
-        node = view.producer[inputs[0]] if len(inputs) == 1 else None
-    return node if node is not None and node.input[1] in view.producer else None
+    """The one node on the ways to a tensor that picks by computed indices, the last on each way."""
+    found: dict[str, onnx.NodeProto] = {}
+    seen: set[str] = set()
+    pending = [name]
+    while pending:
+        node = view.producer.get(pending.pop())
+        if node is None or node.name in seen:
+            continue
+        seen.add(node.name)
+        if node.op_type == "GatherElements" and node.input[1] in view.producer:
+            found[node.name] = node
+        else:
+            pending += node.input
+    return next(iter(found.values())) if len(found) == 1 else None
 
 
 def _replace(field: object, values: Iterable[object]) -> None:

@@ -12,22 +12,32 @@ from torch import Tensor, nn
 
 from training.systems.refdet.backbone import Conv
 
+_SHORTEST = 1e-12  # length of an embedding, so that nothing is divided by 0
+
 
 @dataclass
 class Raw:
     """What one branch says of A anchors, all scales in turn, finest first.
 
     Attributes:
-        distances_BA4R: l, t, r, b in units of the stride: logits of R bins at 0, 1 ... R - 1; with
+        distances_B4RA: l, t, r, b in units of the stride: logits of R bins at 0, 1 ... R - 1; with
             R = 1 values before the softplus.
-        logits_BAC: of the branch's classes.
+        logits_BCA: of the branch's classes.
         embeddings: (B, width, h, w) of each scale: what is compared with the prototypes; empty for
             base classes.
     """
 
-    distances_BA4R: Tensor
-    logits_BAC: Tensor
+    distances_B4RA: Tensor
+    logits_BCA: Tensor
     embeddings: tuple[Tensor, ...] = ()
+
+    @property
+    def distances_BA4R(self) -> Tensor:
+        return self.distances_B4RA.permute(0, 3, 1, 2)
+
+    @property
+    def logits_BAC(self) -> Tensor:
+        return self.logits_BCA.transpose(1, 2)
 
 
 @dataclass
@@ -48,16 +58,27 @@ class Output:
 
     def boxes(self, raw: Raw) -> Tensor:
         """(B, A, 4) xyxy in pixels, float32, with gradient."""
-        distances = raw.distances_BA4R.float()
-        bins = distances.shape[-1]
-        if bins == 1:
-            sides_BA4 = F.softplus(distances[..., 0])
-        else:  # the expectation of the distribution; as a product it would be quantized
-            places_R = torch.arange(bins, device=distances.device, dtype=torch.float32)
-            sides_BA4 = (distances.softmax(-1) * places_R).sum(-1)
-        sides_BA4 = sides_BA4 * self.strides_A[:, None]
-        near, far = sides_BA4[..., :2], sides_BA4[..., 2:]
-        return torch.cat([self.anchors_A2 - near, self.anchors_A2 + far], dim=-1)
+        return decode(raw.distances_B4RA, self.anchors_A2, self.strides_A)
+
+
+def decode(distances_B4RM: Tensor, anchors_BM2: Tensor, strides_BM: Tensor) -> Tensor:
+    """Boxes (B, M, 4) xyxy in pixels, float32, with gradient.
+
+    Args:
+        distances_B4RM: see ``Raw``, of M anchors.
+        anchors_BM2, strides_BM: of these anchors, see ``Output``; (M, 2) and (M,) if for all frames
+            alike.
+    """
+    distances = distances_B4RM.float()
+    bins = distances.shape[2]
+    if bins == 1:
+        sides_B4M = F.softplus(distances[:, :, 0])
+    else:  # the expectation of the distribution; as a product it would be quantized
+        places_R1 = torch.arange(bins, device=distances.device, dtype=torch.float32)[:, None]
+        sides_B4M = (distances.softmax(2) * places_R1).sum(2)
+    sides_BM4 = sides_B4M.transpose(1, 2) * strides_BM[..., None]
+    near, far = sides_BM4[..., :2], sides_BM4[..., 2:]
+    return torch.cat([anchors_BM2 - near, anchors_BM2 + far], dim=-1)
 
 
 class _Sides(nn.Module):
@@ -73,18 +94,14 @@ class _Sides(nn.Module):
         nn.init.constant_(self.out.bias, 1.0)
 
     def forward(self, x: Tensor) -> Tensor:
-        sides_BAK = _anchors_last(self.out(self.body(x)))
-        return sides_BAK.reshape(*sides_BAK.shape[:2], 4, self.bins)
+        sides: Tensor = self.out(self.body(x))
+        return sides.flatten(2).unflatten(1, (4, self.bins))
 
 
 def _neck(inputs: int, outputs: int, *, separable: bool) -> nn.Module:
     if separable:
         return nn.Sequential(Conv(inputs, inputs, 3, groups=inputs), Conv(inputs, outputs, 1))
     return Conv(inputs, outputs, 3)
-
-
-def _anchors_last(map_BCHW: Tensor) -> Tensor:
-    return map_BCHW.flatten(2).transpose(1, 2)
 
 
 class PrototypeBranch(nn.Module):
@@ -122,13 +139,14 @@ class PrototypeBranch(nn.Module):
         parts = torch.split(prototypes_NP, list(self.widths), dim=1)
         for i, (x, part_NW) in enumerate(zip(maps, parts, strict=True)):
             embedded = self.embed[i](x)
-            direction_BAW = F.normalize(_anchors_last(embedded).float(), dim=-1)
-            cosines_BAN = direction_BAW @ part_NW.float().T
-            objectness = _anchors_last(self.objectness[i](x)).float()
-            logits.append(cosines_BAN * self.log_temperature[i].exp() + objectness)
+            embedded_BWA = embedded.flatten(2).float()
+            lengths_B1A = embedded_BWA.norm(dim=1, keepdim=True).clamp_min(_SHORTEST)
+            cosines_BNA = part_NW.float() @ embedded_BWA / lengths_B1A
+            objectness_B1A = self.objectness[i](x).flatten(2).float()
+            logits.append(cosines_BNA * self.log_temperature[i].exp() + objectness_B1A)
             sides.append(self.sides[i](x))
             embeddings.append(embedded)
-        return Raw(torch.cat(sides, 1), torch.cat(logits, 1), tuple(embeddings))
+        return Raw(torch.cat(sides, -1), torch.cat(logits, -1), tuple(embeddings))
 
 
 class BaseBranch(nn.Module):
@@ -150,10 +168,10 @@ class BaseBranch(nn.Module):
     def forward(self, maps: Sequence[Tensor]) -> Raw:
         sides = [side(x) for side, x in zip(self.sides, maps, strict=True)]
         logits = [
-            _anchors_last(classify(x)).float()
+            classify(x).flatten(2).float()
             for classify, x in zip(self.classify, maps, strict=True)
         ]
-        return Raw(torch.cat(sides, 1), torch.cat(logits, 1))
+        return Raw(torch.cat(sides, -1), torch.cat(logits, -1))
 
 
 def _prior(conv: nn.Conv2d, probability: float) -> None:

@@ -17,7 +17,14 @@ from training.profiler import section
 from training.systems.refdet.backbone import Backbone, channels
 from training.systems.refdet.config import DetectorConfig, EncoderConfig
 from training.systems.refdet.fusion import FUSIONS
-from training.systems.refdet.head import BaseBranch, Output, PrototypeBranch, anchors
+from training.systems.refdet.head import (
+    BaseBranch,
+    Output,
+    PrototypeBranch,
+    Raw,
+    anchors,
+    decode,
+)
 
 
 class Features(nn.Module):
@@ -274,33 +281,36 @@ class Detect(nn.Module):
 
     def forward(self, frames_BCHW: Tensor, prototypes_NP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Boxes (B, M, 4) xyxy in pixels, scores (B, M) in [0, 1], classes (B, M) int64."""
-        logits_BA, classes_BA, boxes_BA4 = self.anchors(frames_BCHW, prototypes_NP)
+        output: Output = self.detector(frames_BCHW, prototypes_NP)
+        branches = self._branches(output)
+        best = [(raw.logits_BCA.max(1), first) for raw, first in branches]
+        logits_BA = torch.cat([found.values for found, _ in best], 1)
+        classes_BA = torch.cat([found.indices + first for found, first in best], 1)
         num = min(self.num_candidates, logits_BA.shape[1])
         places_BM = logits_BA.topk(num, dim=1).indices.sort(dim=1).values
-        boxes_BM4 = boxes_BA4.gather(1, places_BM[..., None].expand(-1, -1, 4))
+        distances_B4RA = torch.cat([raw.distances_B4RA for raw, _ in branches], -1)
+        everywhere = (-1, *distances_B4RA.shape[1:3], -1)
+        boxes_BM4 = decode(  # of the chosen ones only: all would take longer than many a layer
+            distances_B4RA.gather(3, places_BM[:, None, None].expand(everywhere)),
+            output.anchors_A2.repeat(len(branches), 1)[places_BM],
+            output.strides_A.repeat(len(branches))[places_BM],
+        )
         # ONNX Runtime's own sigmoid is exact to 1e-7 of 1, not of a small score
         scores_BM = 1 / (1 + (-logits_BA.gather(1, places_BM)).exp())
         return boxes_BM4, scores_BM, classes_BA.gather(1, places_BM)
 
     def before_choice(self, frames_BCHW: Tensor, prototypes_NP: Tensor) -> tuple[Tensor, Tensor]:
-        """Boxes (B, A, 4) and logits (B, A) of all anchors that candidates are chosen from."""
-        logits_BA, _, boxes_BA4 = self.anchors(frames_BCHW, prototypes_NP)
-        return boxes_BA4, logits_BA
-
-    def anchors(self, frames_BCHW: Tensor, prototypes_NP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What the candidates are chosen from.
-
-        Returns:
-            Logits (B, A) of the best class, that class (B, A), and boxes (B, A, 4), over the
-            anchors of the base classes' branch, where there is one, and of the prototypes'.
+        """What candidates are chosen from: distances (B, 4, R, A), see ``Raw``, and best logits
+        (B, A), over the anchors of the base classes' branch, where there is one, and of the
+        prototypes'.
         """
-        output: Output = self.detector(frames_BCHW, prototypes_NP)
-        branches = [(output.prototype, self.detector.num_base)]
-        if output.base is not None:
-            branches.insert(0, (output.base, 0))
-        best = [raw.logits_BAC.max(-1) for raw, _ in branches]
+        branches = self._branches(self.detector(frames_BCHW, prototypes_NP))
         return (
-            torch.cat([logits_BA for logits_BA, _ in best], 1),
-            torch.cat([c + first for (_, c), (_, first) in zip(best, branches, strict=True)], 1),
-            torch.cat([output.boxes(raw) for raw, _ in branches], 1),
+            torch.cat([raw.distances_B4RA for raw, _ in branches], -1),
+            torch.cat([raw.logits_BCA.amax(1) for raw, _ in branches], 1),
         )
+
+    def _branches(self, output: Output) -> list[tuple[Raw, int]]:
+        """The branches and the number of each one's first class."""
+        prototype = (output.prototype, self.detector.num_base)
+        return [prototype] if output.base is None else [(output.base, 0), prototype]

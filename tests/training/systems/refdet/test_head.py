@@ -67,7 +67,9 @@ class TestABox:
     def test_reaches_as_far_as_the_distribution_expects(self, seed: int, bins: int) -> None:
         rng = np.random.default_rng(seed)
         logits = rng.normal(0, 3, (1, NUM_ANCHORS, 4, bins))
-        raw = Raw(torch.from_numpy(logits).float(), torch.zeros(1, NUM_ANCHORS, 1))
+        raw = Raw(
+            torch.from_numpy(logits).float().permute(0, 2, 3, 1), torch.zeros(1, 1, NUM_ANCHORS)
+        )
         out = output(raw)
 
         found = out.boxes(raw)[0].double().numpy()
@@ -88,11 +90,11 @@ class TestABox:
 
     @pytest.mark.parametrize("bins", [1, 16])
     def test_gives_a_gradient_to_every_side(self, bins: int) -> None:
-        distances = torch.randn(1, NUM_ANCHORS, 4, bins, requires_grad=True)
-        raw = Raw(distances, torch.zeros(1, NUM_ANCHORS, 1))
+        distances = torch.randn(1, 4, bins, NUM_ANCHORS, requires_grad=True)
+        raw = Raw(distances, torch.zeros(1, 1, NUM_ANCHORS))
         output(raw).boxes(raw).square().sum().backward()
         assert distances.grad is not None
-        assert (distances.grad.abs().sum(-1) > 0).all()
+        assert (distances.grad.abs().sum(2) > 0).all()
 
 
 class TestThePrototypesBranch:

@@ -485,6 +485,14 @@ class TestDetectionLoss:
         assert float(losses["dfl"]) == 0
 
 
+def raw_of(distances_BA4R: Tensor, logits_BAC: Tensor, maps: tuple[Tensor, ...] = ()) -> Raw:
+    return Raw(
+        distances_BA4R.detach().permute(0, 2, 3, 1).requires_grad_(),
+        logits_BAC.detach().transpose(1, 2).requires_grad_(),
+        maps,
+    )
+
+
 class TestAllLosses:
     """Two frames, three objects, of which not all are looked for in each."""
 
@@ -505,7 +513,9 @@ class TestAllLosses:
         base_logits, base_raw, *_ = branch(seed + 1, classes=2)
         maps = (torch.randn(2, 6, 8, 8, requires_grad=True),)
         rows = torch.nn.functional.normalize(torch.randn(6, 6), dim=1).requires_grad_()
-        output = Output(Raw(raw, logits, maps), Raw(base_raw, base_logits), centres, strides, (8,))
+        output = Output(
+            raw_of(raw, logits, maps), raw_of(base_raw, base_logits), centres, strides, (8,)
+        )
         batch = {
             "images": torch.zeros(2, 3, 64, 64),
             "object_of_picture": torch.arange(3).repeat_interleave(2),
@@ -536,7 +546,7 @@ class TestAllLosses:
         losses["loss"].backward()
         assert output.base is not None
         (embedding,) = output.prototype.embeddings
-        reached = (output.prototype.logits_BAC, output.base.logits_BAC, embedding, rows)
+        reached = (output.prototype.logits_BCA, output.base.logits_BCA, embedding, rows)
         assert all(each.grad is not None and each.grad.any() for each in reached)
 
     def test_a_contrast_alone_teaches_embeddings_and_references(self) -> None:
@@ -549,12 +559,12 @@ class TestAllLosses:
     def test_an_object_that_is_not_looked_for_is_no_target(self) -> None:
         losses, output, _ = self.step(WeightsConfig(base=0.0))
         losses["cls"].backward()
-        grad = output.prototype.logits_BAC.grad
+        grad = output.prototype.logits_BCA.grad
         assert grad is not None
-        assert not grad[0, :, 1].any()
-        assert not grad[1, :, 2].any()
+        assert not grad[0, 1].any()
+        assert not grad[1, 2].any()
         # its second frame shows none of the two that are looked for there
-        assert (grad[1, :, :2] > 0).all()
+        assert (grad[1, :2] > 0).all()
 
     def test_what_weighs_nothing_is_not_computed(self) -> None:
         losses, *_ = self.step(WeightsConfig(base=0.0))
@@ -573,7 +583,7 @@ class TestAllLosses:
             "objects": [nothing] * 2,
             "base": [nothing] * 2,
         }
-        output = Output(Raw(raw, logits, maps), None, centres, strides, (8,))
+        output = Output(raw_of(raw, logits, maps), None, centres, strides, (8,))
         losses = Losses(LossConfig(), 0)(output, rows, rows, batch, self.WEIGHTS)
         losses["loss"].backward()
         assert torch.isfinite(losses["loss"])
