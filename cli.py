@@ -39,7 +39,7 @@ BACKEND = click.option(
 )
 PRECISION = click.option(
     "--precision",
-    type=click.Choice(["auto", "int8", "float", "fp16", "bf16"]),
+    type=click.Choice(["auto", "int8", "int8-bf16", "float", "fp16", "bf16"]),
     default="auto",
     show_default=True,
     help="auto takes what the bundle's verdict ships.",

@@ -21,6 +21,7 @@ from calibration import calibrate, ranges
 from calibration.samples import choose
 from calibration.table import Table
 from export.legality import check_legal
+from export.openvino import quantize_for_openvino
 from export.ort import quantize_for_ort, silus
 from export.parity import Feeds, Parity, compare, outputs, record
 from export.passes import before_choice
@@ -46,6 +47,7 @@ _CANDIDATES: tuple[tuple[str, float], ...] = (
 METHODS = ("auto", *ranges.METHODS)
 _PARITY_SAMPLES = 8
 _MAX_RELAXED = 16
+_OWN = {"int8-openvino": quantize_for_openvino, "int8-ort": quantize_for_ort}
 _PRECISIONS = ("float", "bf16", "int8")  # whose speed the verdict names
 _SPEED_SECONDS = 10.0  # per backend
 _WORTH = 1.05  # a speed-up below this is not worth a second set of numbers
@@ -150,11 +152,13 @@ def build(
         candidate = _assemble(bundle, floats, table, keep, trial / "0")
         want = _metrics(candidate, _int8_backends()[0], "float", config)
         gate = _gate(candidate, want, config, say)
-        own = not gate or gate["passed"] or bool(_excess(gate["drop"], gate["allowed"]))
-        if not own:
-            say("the graphs that one backend alone runs drop too much: they are left out")
-            candidate = _assemble(bundle, floats, table, keep, trial / "shared", own=False)
-            gate = _gate(candidate, want, config, say)
+        own = True
+        if gate and not gate["passed"] and _has_own(candidate):
+            say("gate failed: trying without the graphs that one backend alone runs")
+            shared = _assemble(bundle, floats, table, keep, trial / "shared", own=False)
+            shared_gate = _gate(shared, want, config, say)
+            if shared_gate["passed"]:
+                own, candidate, gate = False, shared, shared_gate
         count = 1
         while costs and gate and not gate["passed"] and count <= _MAX_RELAXED:
             keep, relaxed = _relax(keep, costs, count)
@@ -280,9 +284,10 @@ def _assemble(
         canonical = quantize(model, amaxes, keep[name], means=means)
         check_legal(canonical)
         written = {"int8": canonical, "int8-u8": to_unsigned(canonical)}
-        for_ort = quantize_for_ort(model, amaxes, keep[name], means=means) if own else None
-        if for_ort is not None:
-            written["int8-ort"] = for_ort
+        for variant, quantize_for in _OWN.items() if own else ():
+            graph = quantize_for(model, amaxes, keep[name], means=means)
+            if graph is not None:
+                written[variant] = graph
         variants = {"float": manifest.graphs[name].variants["float"]}
         for variant, graph in written.items():
             file = f"{name}.{variant}.onnx"
@@ -302,6 +307,10 @@ def _assemble(
     )
     write(folder / "bundle", changed, files)
     return read(folder / "bundle")
+
+
+def _has_own(candidate: Bundle) -> bool:
+    return any(_OWN.keys() & graph.variants.keys() for graph in candidate.manifest.graphs.values())
 
 
 def _int8_backends() -> list[str]:

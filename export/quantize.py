@@ -22,7 +22,7 @@ DequantizeLinear.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from itertools import pairwise
 
 import numpy as np
@@ -133,7 +133,9 @@ def quantize(
     chosen = _quantizable(model, keep_float)
     names = {node.name for node in chosen}
     scales = {
-        name: _activation_scale(name, ranges) for node in chosen for name in _data_inputs(node)
+        name: activation_scale(check_amax(name, ranges))
+        for node in chosen
+        for name in _data_inputs(node)
     }
     result = onnx.ModelProto()
     result.CopyFrom(model)
@@ -219,8 +221,9 @@ def check_amax(name: str, ranges: Mapping[str, float]) -> float:
     return amax
 
 
-def _activation_scale(name: str, ranges: Mapping[str, float]) -> np.float32:
-    return np.float32(max(check_amax(name, ranges) / LEVELS, SCALE_FLOOR))
+def activation_scale(amax: float) -> np.float32:
+    """The step of a tensor with that range."""
+    return np.float32(max(amax / LEVELS, SCALE_FLOOR))
 
 
 def weight_axis(node: onnx.NodeProto) -> int:
@@ -373,7 +376,9 @@ def activation_pair(
     ]
 
 
-def to_unsigned(model: onnx.ModelProto) -> onnx.ModelProto:
+def to_unsigned(
+    model: onnx.ModelProto, *, centred: Collection[str] = ()
+) -> onnx.ModelProto:
     """The same numbers in unsigned activations, for x86.
 
     ONNX Runtime's kernels there are fast for uint8 activations times int8 weights only, and only
@@ -390,6 +395,7 @@ def to_unsigned(model: onnx.ModelProto) -> onnx.ModelProto:
 
     Args:
         model: a canonical graph, as ``quantize`` writes it.
+        centred: tensors whose zero point is 128 whatever is before them.
     """
     result = onnx.ModelProto()
     result.CopyFrom(model)
@@ -402,7 +408,8 @@ def to_unsigned(model: onnx.ModelProto) -> onnx.ModelProto:
     zeros: dict[str, str] = {}  # quantized tensor -> its zero point
     for node in model.graph.node:
         if node.op_type == "QuantizeLinear" and node.input[0] not in view.initializers:
-            nodes[node.name], replaced = _unsigned_quantize(graph, node, view)
+            keeps = node.input[0] in centred
+            nodes[node.name], replaced = _unsigned_quantize(graph, node, view, centred=keeps)
             gone |= replaced
             zeros[node.output[0]] = nodes[node.name][0].input[2]
         elif node.op_type == "DequantizeLinear" and node.input[0] in zeros:
@@ -424,7 +431,7 @@ def to_unsigned(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _unsigned_quantize(
-    graph: onnx.GraphProto, node: onnx.NodeProto, view: GraphView
+    graph: onnx.GraphProto, node: onnx.NodeProto, view: GraphView, *, centred: bool
 ) -> tuple[list[onnx.NodeProto], set[str]]:
     """What comes in the place of one QuantizeLinear, and the names of the nodes it swallows."""
     source = node.input[0]
@@ -440,8 +447,9 @@ def _unsigned_quantize(
         swallowed.add(pool.name)
         source = pool.input[0]
 
-    top = _ceiling(view.producer.get(source), view, view.constant(node.input[1]))
-    if top is not None and (activation := behind(source)):
+    activation = None if centred else view.producer.get(source)
+    top = _ceiling(activation, view, view.constant(node.input[1]))
+    if top is not None and activation is not None and view.is_private(source):
         swallowed.add(activation.name)
         source = activation.input[0]
 
@@ -464,7 +472,14 @@ def _unsigned_quantize(
     return chain, swallowed
 
 
-def _ceiling(activation: onnx.NodeProto | None, view: GraphView, scale: Array) -> int | None:
+def is_rectified(name: str, view: GraphView) -> bool:
+    """Whether a tensor comes from a Relu, or from a Clip from 0."""
+    return _ceiling(view.producer.get(name), view, np.float32(1)) is not None
+
+
+def _ceiling(
+    activation: onnx.NodeProto | None, view: GraphView, scale: Array | np.float32
+) -> int | None:
     """The largest step that leaves a Relu or a Clip from 0, at most 127; None behind others."""
     if activation is None:
         return None

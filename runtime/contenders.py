@@ -105,7 +105,7 @@ def of_bundle(
         names = [name for name in BACKENDS if BACKENDS[name].why_not() is None]
     found = []
     for name in names:
-        for precision in ("float", "fp16", "bf16", "int8"):
+        for precision in ("float", "fp16", "bf16", "int8", "int8-bf16"):
             if precision not in BACKENDS[name].variants:
                 continue
             try:

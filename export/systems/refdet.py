@@ -87,12 +87,15 @@ def contents(run: Path) -> Contents:
 
 # Beside what a transformer keeps, what little work the last layers are stays float: projections of
 # the prototype, gates, and whatever says where, what and how sure. The decoding has no weights: the
-# quantizer leaves it alone.
+# quantizer leaves it alone. Nor do integers save anything in depthwise convolutions and the
+# attention of the fusion, whose inputs and outputs are float on the other side.
 _KEEP_FLOAT = KeepFloat(
     op_types=TRANSFORMER.op_types,
     patterns=(
         r"encoder\.projections\..*",
-        r"detector\.fusion\.gates\..*",
+        r"detector\.fusion\.(gates|attentions|smooth|bottom_up)\..*",
+        r"detector\.fusion\.refine\.\d\.0",
+        r"detector\.head\..*\b(embed\.\d\.0|classify\.\d\.0|body)\.0\.0",
         r"detector\.head\..*\b(out|objectness\.\d|embed\.\d\.1|classify\.\d\.1)",
     ),
 )

@@ -27,8 +27,9 @@ class OpenVinoEngine:
 
         Args:
             model: an ONNX file or its bytes.
-            precision: ``bf16`` lets float layers run in bfloat16; otherwise they are float32
-                (OpenVINO's own default would silently take bfloat16 where the CPU has it).
+            precision: ``bf16`` and ``int8-bf16`` let float layers run in bfloat16; otherwise they
+                are float32 (OpenVINO's own default would silently take bfloat16 where the CPU has
+                it).
             threads: None takes all cores that this process may use.
 
         Raises:
@@ -44,7 +45,7 @@ class OpenVinoEngine:
                 {
                     "PERFORMANCE_HINT": "LATENCY",
                     "INFERENCE_NUM_THREADS": str(threads or available_threads()),
-                    "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
+                    "INFERENCE_PRECISION_HINT": "bf16" if "bf16" in precision else "f32",
                 },
             )
         except Exception as error:  # OpenVINO raises RuntimeError and pybind11's own types

@@ -16,7 +16,7 @@ from runtime.results import Detections
 from runtime.sources import Reader
 from runtime.tensors import Array
 
-PRECISIONS = ("auto", "int8", "float", "fp16", "bf16")
+PRECISIONS = ("auto", "int8", "int8-bf16", "float", "fp16", "bf16")
 
 # name -> module with a class ``System``
 SYSTEMS: dict[str, str] = {
@@ -197,7 +197,7 @@ def choose(bundle: Bundle, backend: str = "auto", precision: str = "auto") -> tu
 
 def _missing_fix(bundle: Bundle, backend: str, precision: str) -> str:
     has_int8 = all("int8" in graph.variants for graph in bundle.manifest.graphs.values())
-    if precision == "int8" and not has_int8:
+    if precision in ("int8", "int8-bf16") and not has_int8:
         return "export with --int8 --samples DIR"
     if backend == "tensorrt":
         return f"build it here: cli.py export {bundle.root} --out OUT --plan {precision}"
