@@ -376,9 +376,7 @@ def activation_pair(
     ]
 
 
-def to_unsigned(
-    model: onnx.ModelProto, *, centred: Collection[str] = ()
-) -> onnx.ModelProto:
+def to_unsigned(model: onnx.ModelProto, *, centred: Collection[str] = ()) -> onnx.ModelProto:
     """The same numbers in unsigned activations, for x86.
 
     ONNX Runtime's kernels there are fast for uint8 activations times int8 weights only, and only

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from calibration.table import load
 from export import build as build_module
-from export.build import BuildConfig, build, describe_verdict
+from export.build import _OWN, BuildConfig, build, describe_verdict
 from export.legality import check_legal
 from export.quantize import activations, quantizable, quantize, to_unsigned
 from runtime.bench import Timing, Turn
@@ -374,19 +374,25 @@ class TestTheGate:
         lines = {line.split(":")[0] for line in said if line.startswith("gate image")}
         assert lines == {"gate image_auroc", "gate image_auroc on ort"}
 
+    @pytest.mark.parametrize("owner", ["openvino", "ort"])
     def test_leaves_out_what_one_backend_alone_runs_and_drops_too_much(
-        self, floats: Bundle, parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self,
+        floats: Bundle,
+        parts: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        owner: str,
     ) -> None:
-        monkeypatch.setattr(
-            "export.build.quantize_for_ort",
-            lambda *arguments, **named: to_unsigned(quantize(*arguments, **named)),
+        own = f"int8-{owner}"
+        monkeypatch.setitem(
+            _OWN, own, lambda *arguments, **named: to_unsigned(quantize(*arguments, **named))
         )
-        monkeypatch.setattr(
-            "export.build._metrics",
-            lambda _bundle, backend, _precision, _config: {
-                "image_auroc": {"openvino": 0.9, "ort": 0.8}[backend]
-            },
-        )
+
+        def metrics(bundle: Bundle, backend: str, precision: str, _config: object) -> object:
+            spoilt = own in bundle.manifest.graphs["features"].variants and backend == owner
+            return {"image_auroc": 0.8 if spoilt and precision == "int8" else 0.9}
+
+        monkeypatch.setattr("export.build._metrics", metrics)
 
         built = build(floats, tmp_path / "out", config(parts, method="minmax"), say=silent)
 
@@ -394,6 +400,24 @@ class TestTheGate:
         assert variants == {"float", "int8", "int8-u8"}
         gate = built.manifest.reports["gate"]
         assert gate["passed"] and gate["others"] == {}
+
+    def test_keeps_them_where_the_shared_graph_fails_as_well(
+        self, floats: Bundle, parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(
+            _OWN, "int8-ort", lambda *arguments, **named: to_unsigned(quantize(*arguments, **named))
+        )
+        monkeypatch.setattr(
+            "export.build._metrics",
+            lambda _bundle, _backend, precision, _config: {
+                "image_auroc": {"float": 0.9, "int8": 0.8}[precision]
+            },
+        )
+
+        built = build(floats, tmp_path / "out", config(parts, method="minmax"), say=silent)
+
+        assert "int8-ort" in built.manifest.graphs["features"].variants
+        assert not built.manifest.reports["gate"]["passed"]
 
     def test_is_not_measured_without_labelled_data(
         self, floats: Bundle, parts: Path, tmp_path: Path

@@ -91,6 +91,7 @@ class TestContendersOfABundle:
             ("openvino", "float"),
             ("openvino", "bf16"),
             ("openvino", "int8"),
+            ("openvino", "int8-bf16"),
             ("ort", "float"),
             ("ort", "int8"),
         ]

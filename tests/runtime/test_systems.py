@@ -166,11 +166,18 @@ class TestOpening:
         file = tiny.manifest.graphs["features"].variants[variant]
         assert opened == [(tiny.path(file), backend, precision, 3)]
 
-    def test_onnx_runtime_prefers_its_own_int8_graph_and_no_other_backend_takes_it(self) -> None:
-        variants = INT8 | {"int8-ort": "o.onnx"}
-        assert variant_of(variants, "ort", "int8") == "int8-ort"
-        for backend in set(BACKENDS) - {"ort"}:
-            assert variant_of(variants, backend, "int8") != "int8-ort"
+    @pytest.mark.parametrize("owner", ["openvino", "ort"])
+    def test_a_backend_prefers_its_own_int8_graph_and_no_other_takes_it(self, owner: str) -> None:
+        own = f"int8-{owner}"
+        variants = INT8 | {own: "o.onnx"}
+        assert variant_of(variants, owner, "int8") == own
+        for backend in set(BACKENDS) - {owner}:
+            assert variant_of(variants, backend, "int8") != own
+
+    def test_int8_with_the_rest_in_bfloat16_runs_the_graphs_of_int8(self) -> None:
+        rows = [row.variants for row in BACKENDS.values() if "int8-bf16" in row.variants]
+        assert rows
+        assert all(variants["int8-bf16"] == variants["int8"] for variants in rows)
 
     def test_with_engines_of_the_callers_own_opens_no_graph(self, tiny: Bundle) -> None:
         entry = tiny.manifest.graphs["features"]
