@@ -75,10 +75,11 @@ def main(
                 count = run()
                 speeds[name].append(count / (time.perf_counter() - start))
         print(f"{system.backend} {system.precision}, batch {batch}, {frames[0].shape} frames")
-        engine_fps = statistics.median(speeds["engine"][1:])
         for name, found in speeds.items():
-            fps = statistics.median(found[1:])
-            print(f"{name}: {fps:.1f} frames/s, {fps / engine_fps:.1%} of the engine")
+            # each round is held against its own engine: a machine that slows down slows both
+            shares = [fps / engine for fps, engine in zip(found, speeds["engine"], strict=True)]
+            share = statistics.median(shares[1:])
+            print(f"{name}: {statistics.median(found[1:]):.1f} frames/s, {share:.1%} of the engine")
 
 
 if __name__ == "__main__":
