@@ -48,7 +48,7 @@ METHODS = ("auto", *ranges.METHODS)
 _PARITY_SAMPLES = 8
 _MAX_RELAXED = 16
 _OWN = {"int8-openvino": quantize_for_openvino, "int8-ort": quantize_for_ort}
-_PRECISIONS = ("float", "bf16", "int8")  # whose speed the verdict names
+_PRECISIONS = ("float", "bf16", "int8", "int8-bf16")  # whose speed the verdict names
 _SPEED_SECONDS = 10.0  # per backend
 _WORTH = 1.05  # a speed-up below this is not worth a second set of numbers
 # what this stage writes into the manifest's reports; those of an earlier build are dropped
@@ -477,9 +477,9 @@ def _verdict(gate: Mapping[str, Any], speed: Mapping[str, Any]) -> dict[str, Any
             f"{backend}: INT8 is {found['int8_speedup']:.2f}x as fast as float (95 % interval "
             f"{found['int8_speedup_low']:.2f} to {found['int8_speedup_high']:.2f})"
         )
-        if bf16 := found["p50_ms"].get("bf16"):
-            int8 = found["p50_ms"]["int8"]
-            reasons.append(f"{backend}: bf16 takes {bf16:.2f} ms, INT8 {int8:.2f} ms")
+        if "bf16" in found["p50_ms"]:
+            each = [f"{name} {ms:.2f} ms" for name, ms in found["p50_ms"].items()]
+            reasons.append(f"{backend}: {', '.join(each)}")
     pays = speed[decisive]["int8_speedup_low"] >= _WORTH
     if not pays:
         reasons.append(f"INT8 does not pay here with {decisive}")

@@ -51,7 +51,8 @@ class GraphEntry(_Part):
 
     ``variants`` maps a variant name to a file: ``float`` (ONNX, float32), ``int8`` (ONNX, canonical
     Q/DQ: int8, zero point 0), ``int8-u8`` (the same numbers with unsigned activations, for x86),
-    ``int8-ort`` (8 bits before each SiLU as well, for ONNX Runtime; where there is a SiLU).
+    ``int8-ort`` (8 bits before each SiLU as well, for ONNX Runtime; where there is a SiLU),
+    ``int8-openvino`` (one range for all that is joined, for OpenVINO; where there is a Concat).
     ``keep_float`` is the recipe's rule for nodes that quantisation leaves alone, as
     ``export.quantize.KeepFloat`` reads it: it travels along, because INT8 graphs may be made on a
     machine without torch.

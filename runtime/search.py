@@ -153,38 +153,45 @@ class FastSearch:
 
     def _search_tile(self, queries: Array) -> tuple[Array, Array]:
         assert self._engine is not None
-        bounds = self._engine.run({"queries": queries})
+        bounded = self._engine.run({"queries": queries})
         distances = np.empty((len(queries), self.k), np.float32)
         indices = np.empty((len(queries), self.k), np.int64)
+        saturated = bounded["largest"] > self._reach
 
         def answer(part: slice) -> int:
+            here = {name: values[part] for name, values in bounded.items()}
             distances[part], indices[part], repeated = self._search_bounded(
-                queries[part], {name: values[part] for name, values in bounds.items()}
+                queries[part], here, ~saturated[part]
             )
             return repeated
 
         self.repeated += sum(in_parts(answer, len(queries), self._threads))
+        if saturated.any():  # FAISS has threads of its own
+            distances[saturated], indices[saturated] = self.bank.search(queries[saturated], self.k)
+            self.repeated += int(saturated.sum())
         return distances, indices
 
     def _search_bounded(
-        self, queries: Array, bounded: Mapping[str, Array]
+        self, queries: Array, bounded: Mapping[str, Array], holds_N: Array
     ) -> tuple[Array, Array, int]:
-        """Distances and indices (N, K), and how many queries had to be measured again."""
+        """Distances and indices (N, K), and how many queries had to be measured again.
+
+        Args:
+            bounded: what the engine says of them.
+            holds_N: bool: whose bounds hold; the others' answers mean nothing.
+        """
         # a query longer than usual adds to its errors
         excess_N = self._excess * np.maximum(bounded["lengths"] - self._length, 0)
         blocks, outside_N = self._best_blocks(bounded["block_bounds"], bounded["group_bounds"])
         distances, indices = self._measure(queries, blocks)
         similarity_N = (np.square(bounded["norms"]) - np.square(distances[:, -1])) / 2
-        saturated = bounded["largest"] > self._reach
-        unsure = np.flatnonzero((similarity_N < outside_N + excess_N) & ~saturated)
+        unsure = np.flatnonzero((similarity_N < outside_N + excess_N) & holds_N)
         if len(unsure):
             bounds = bounded["block_bounds"][unsure] + excess_N[unsure, None]
             possible = (bounds >= similarity_N[unsure, None]).sum(axis=1)
             blocks, _ = _highest(bounds, int(possible.max()))
             distances[unsure], indices[unsure] = self._measure(queries[unsure], blocks)
-        if saturated.any():
-            distances[saturated], indices[saturated] = self.bank.search(queries[saturated], self.k)
-        return distances, indices, len(unsure) + int(saturated.sum())
+        return distances, indices, len(unsure)
 
     def _measure(self, queries: Array, blocks: Array) -> tuple[Array, Array]:
         """The K nearest rows in chosen blocks (N, n): distances and indices (N, K), ascending."""
