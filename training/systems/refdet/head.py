@@ -168,8 +168,7 @@ class BaseBranch(nn.Module):
     def forward(self, maps: Sequence[Tensor]) -> Raw:
         sides = [side(x) for side, x in zip(self.sides, maps, strict=True)]
         logits = [
-            classify(x).flatten(2).float()
-            for classify, x in zip(self.classify, maps, strict=True)
+            classify(x).flatten(2).float() for classify, x in zip(self.classify, maps, strict=True)
         ]
         return Raw(torch.cat(sides, -1), torch.cat(logits, -1))
 
