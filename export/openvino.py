@@ -63,7 +63,7 @@ def quantize_for_openvino(
     *,
     means: Mapping[str, Array] | None = None,
 ) -> onnx.ModelProto | None:
-    """Write the graph; None where no Concat gives a reason to: ``to_unsigned`` is all there is then.
+    """Write the graph; None where no Concat gives a reason to, and ``to_unsigned`` is all there is.
 
     Args:
         model, ranges, keep_float, means: as ``export.quantize.quantize`` takes them.
@@ -131,8 +131,7 @@ def _groups(model: onnx.ModelProto, measured: Mapping[str, float]) -> list[_Grou
 
 
 def _moves(node: onnx.NodeProto) -> bool:
-    """Whether a node's results hold values of its inputs and no others, so that it can come before
-    or behind a rounding."""
+    """Whether a node's results are values of its inputs: it commutes with a rounding then."""
     if node.op_type == "Resize":
         return any(a.name == "mode" and a.s == b"nearest" for a in node.attribute)
     if node.op_type == "MaxPool":

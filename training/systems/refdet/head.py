@@ -95,7 +95,7 @@ class _Sides(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         sides: Tensor = self.out(self.body(x))
-        return sides.flatten(2).unflatten(1, (4, self.bins))
+        return sides.reshape(sides.shape[0], 4, self.bins, -1)
 
 
 def _neck(inputs: int, outputs: int, *, separable: bool) -> nn.Module:
