@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -17,27 +18,39 @@ _SHORTEST = 1e-12  # length of an embedding, so that nothing is divided by 0
 
 @dataclass
 class Raw:
-    """What one branch says of A anchors, all scales in turn, finest first.
+    """What one branch says of the anchors of each scale, finest first, A of them in all.
+
+    A training wants the channels of an anchor side by side, as the convolutions leave them with
+    ``channels_last``; a graph for inference wants the anchors so, and no map transposed.
 
     Attributes:
-        distances_B4RA: l, t, r, b in units of the stride: logits of R bins at 0, 1 ... R - 1; with
-            R = 1 values before the softplus.
-        logits_BCA: of the branch's classes.
+        sides: (B, 4 R, A_s): l, t, r, b in units of the stride: logits of R bins at 0, 1 ... R - 1;
+            with R = 1 values before the softplus.
+        logits: (B, C, A_s) of the branch's classes.
         embeddings: (B, width, h, w) of each scale: what is compared with the prototypes; empty for
             base classes.
     """
 
-    distances_B4RA: Tensor
-    logits_BCA: Tensor
+    sides: tuple[Tensor, ...]
+    logits: tuple[Tensor, ...]
     embeddings: tuple[Tensor, ...] = ()
 
-    @property
+    @cached_property
     def distances_BA4R(self) -> Tensor:
-        return self.distances_B4RA.permute(0, 3, 1, 2)
+        sides_BAK = torch.cat([part.transpose(1, 2) for part in self.sides], 1)
+        return sides_BAK.reshape(*sides_BAK.shape[:2], 4, -1)
+
+    @cached_property
+    def logits_BAC(self) -> Tensor:
+        return torch.cat([part.transpose(1, 2) for part in self.logits], 1)
 
     @property
-    def logits_BAC(self) -> Tensor:
-        return self.logits_BCA.transpose(1, 2)
+    def sides_BKA(self) -> Tensor:
+        return torch.cat(self.sides, -1)
+
+    @property
+    def logits_BCA(self) -> Tensor:
+        return torch.cat(self.logits, -1)
 
 
 @dataclass
@@ -58,25 +71,25 @@ class Output:
 
     def boxes(self, raw: Raw) -> Tensor:
         """(B, A, 4) xyxy in pixels, float32, with gradient."""
-        return decode(raw.distances_B4RA, self.anchors_A2, self.strides_A)
+        return decode(raw.distances_BA4R, self.anchors_A2, self.strides_A)
 
 
-def decode(distances_B4RM: Tensor, anchors_BM2: Tensor, strides_BM: Tensor) -> Tensor:
+def decode(distances_BM4R: Tensor, anchors_BM2: Tensor, strides_BM: Tensor) -> Tensor:
     """Boxes (B, M, 4) xyxy in pixels, float32, with gradient.
 
     Args:
-        distances_B4RM: see ``Raw``, of M anchors.
+        distances_BM4R: of M anchors, see ``Raw``.
         anchors_BM2, strides_BM: of these anchors, see ``Output``; (M, 2) and (M,) if for all frames
             alike.
     """
-    distances = distances_B4RM.float()
-    bins = distances.shape[2]
+    distances = distances_BM4R.float()
+    bins = distances.shape[-1]
     if bins == 1:
-        sides_B4M = F.softplus(distances[:, :, 0])
+        sides_BM4 = F.softplus(distances[..., 0])
     else:  # the expectation of the distribution; as a product it would be quantized
-        places_R1 = torch.arange(bins, device=distances.device, dtype=torch.float32)[:, None]
-        sides_B4M = (distances.softmax(2) * places_R1).sum(2)
-    sides_BM4 = sides_B4M.transpose(1, 2) * strides_BM[..., None]
+        places_R = torch.arange(bins, device=distances.device, dtype=torch.float32)
+        sides_BM4 = (distances.softmax(-1) * places_R).sum(-1)
+    sides_BM4 = sides_BM4 * strides_BM[..., None]
     near, far = sides_BM4[..., :2], sides_BM4[..., 2:]
     return torch.cat([anchors_BM2 - near, anchors_BM2 + far], dim=-1)
 
@@ -87,7 +100,6 @@ class _Sides(nn.Module):
     def __init__(self, inputs: int, bins: int, *, separable: bool) -> None:
         super().__init__()
         hidden = max(16, inputs // 4, 4 * bins)
-        self.bins = bins
         self.body = _neck(inputs, hidden, separable=separable)
         self.out = nn.Conv2d(hidden, 4 * bins, 1)
         assert self.out.bias is not None
@@ -95,7 +107,7 @@ class _Sides(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         sides: Tensor = self.out(self.body(x))
-        return sides.reshape(sides.shape[0], 4, self.bins, -1)
+        return sides.flatten(2)
 
 
 def _neck(inputs: int, outputs: int, *, separable: bool) -> nn.Module:
@@ -146,7 +158,7 @@ class PrototypeBranch(nn.Module):
             logits.append(cosines_BNA * self.log_temperature[i].exp() + objectness_B1A)
             sides.append(self.sides[i](x))
             embeddings.append(embedded)
-        return Raw(torch.cat(sides, -1), torch.cat(logits, -1), tuple(embeddings))
+        return Raw(tuple(sides), tuple(logits), tuple(embeddings))
 
 
 class BaseBranch(nn.Module):
@@ -166,11 +178,13 @@ class BaseBranch(nn.Module):
         self.sides = nn.ModuleList(_Sides(c, bins, separable=separable) for c in channels)
 
     def forward(self, maps: Sequence[Tensor]) -> Raw:
-        sides = [side(x) for side, x in zip(self.sides, maps, strict=True)]
-        logits = [
-            classify(x).flatten(2).float() for classify, x in zip(self.classify, maps, strict=True)
-        ]
-        return Raw(torch.cat(sides, -1), torch.cat(logits, -1))
+        return Raw(
+            tuple(side(x) for side, x in zip(self.sides, maps, strict=True)),
+            tuple(
+                classify(x).flatten(2).float()
+                for classify, x in zip(self.classify, maps, strict=True)
+            ),
+        )
 
 
 def _prior(conv: nn.Conv2d, probability: float) -> None:

@@ -288,10 +288,11 @@ class Detect(nn.Module):
         classes_BA = torch.cat([found.indices + first for found, first in best], 1)
         num = min(self.num_candidates, logits_BA.shape[1])
         places_BM = logits_BA.topk(num, dim=1).indices.sort(dim=1).values
-        distances_B4RA = torch.cat([raw.distances_B4RA for raw, _ in branches], -1)
-        everywhere = (-1, *distances_B4RA.shape[1:3], -1)
+        sides_BKA = torch.cat([raw.sides_BKA for raw, _ in branches], -1)
+        everywhere = (-1, sides_BKA.shape[1], -1)
+        chosen_BMK = sides_BKA.gather(2, places_BM[:, None].expand(everywhere)).transpose(1, 2)
         boxes_BM4 = decode(  # of the chosen ones only: all would take longer than many a layer
-            distances_B4RA.gather(3, places_BM[:, None, None].expand(everywhere)),
+            chosen_BMK.unflatten(2, (4, -1)),
             output.anchors_A2.repeat(len(branches), 1)[places_BM],
             output.strides_A.repeat(len(branches))[places_BM],
         )
@@ -300,13 +301,13 @@ class Detect(nn.Module):
         return boxes_BM4, scores_BM, classes_BA.gather(1, places_BM)
 
     def before_choice(self, frames_BCHW: Tensor, prototypes_NP: Tensor) -> tuple[Tensor, Tensor]:
-        """What candidates are chosen from: distances (B, 4, R, A), see ``Raw``, and best logits
-        (B, A), over the anchors of the base classes' branch, where there is one, and of the
-        prototypes'.
+        """What candidates are chosen from: sides (B, 4 R, A), see ``Raw``, and best logits (B, A).
+
+        Over the anchors of the base classes' branch, where there is one, and of the prototypes'.
         """
         branches = self._branches(self.detector(frames_BCHW, prototypes_NP))
         return (
-            torch.cat([raw.distances_B4RA for raw, _ in branches], -1),
+            torch.cat([raw.sides_BKA for raw, _ in branches], -1),
             torch.cat([raw.logits_BCA.amax(1) for raw, _ in branches], 1),
         )
 

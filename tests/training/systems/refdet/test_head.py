@@ -67,9 +67,8 @@ class TestABox:
     def test_reaches_as_far_as_the_distribution_expects(self, seed: int, bins: int) -> None:
         rng = np.random.default_rng(seed)
         logits = rng.normal(0, 3, (1, NUM_ANCHORS, 4, bins))
-        raw = Raw(
-            torch.from_numpy(logits).float().permute(0, 2, 3, 1), torch.zeros(1, 1, NUM_ANCHORS)
-        )
+        sides_BKA = torch.from_numpy(logits).float().flatten(2).transpose(1, 2)
+        raw = Raw((sides_BKA,), (torch.zeros(1, 1, NUM_ANCHORS),))
         out = output(raw)
 
         found = out.boxes(raw)[0].double().numpy()
@@ -90,11 +89,11 @@ class TestABox:
 
     @pytest.mark.parametrize("bins", [1, 16])
     def test_gives_a_gradient_to_every_side(self, bins: int) -> None:
-        distances = torch.randn(1, 4, bins, NUM_ANCHORS, requires_grad=True)
-        raw = Raw(distances, torch.zeros(1, 1, NUM_ANCHORS))
+        distances = torch.randn(1, 4 * bins, NUM_ANCHORS, requires_grad=True)
+        raw = Raw((distances,), (torch.zeros(1, 1, NUM_ANCHORS),))
         output(raw).boxes(raw).square().sum().backward()
         assert distances.grad is not None
-        assert (distances.grad.abs().sum(2) > 0).all()
+        assert (distances.grad.unflatten(1, (4, bins)).abs().sum(2) > 0).all()
 
 
 class TestThePrototypesBranch:

@@ -486,11 +486,9 @@ class TestDetectionLoss:
 
 
 def raw_of(distances_BA4R: Tensor, logits_BAC: Tensor, maps: tuple[Tensor, ...] = ()) -> Raw:
-    return Raw(
-        distances_BA4R.detach().permute(0, 2, 3, 1).requires_grad_(),
-        logits_BAC.detach().transpose(1, 2).requires_grad_(),
-        maps,
-    )
+    sides_BKA = distances_BA4R.detach().flatten(2).transpose(1, 2)
+    logits_BCA = logits_BAC.detach().transpose(1, 2)
+    return Raw((sides_BKA.requires_grad_(),), (logits_BCA.requires_grad_(),), maps)
 
 
 class TestAllLosses:
@@ -546,7 +544,7 @@ class TestAllLosses:
         losses["loss"].backward()
         assert output.base is not None
         (embedding,) = output.prototype.embeddings
-        reached = (output.prototype.logits_BCA, output.base.logits_BCA, embedding, rows)
+        reached = (*output.prototype.logits, *output.base.logits, embedding, rows)
         assert all(each.grad is not None and each.grad.any() for each in reached)
 
     def test_a_contrast_alone_teaches_embeddings_and_references(self) -> None:
@@ -559,7 +557,7 @@ class TestAllLosses:
     def test_an_object_that_is_not_looked_for_is_no_target(self) -> None:
         losses, output, _ = self.step(WeightsConfig(base=0.0))
         losses["cls"].backward()
-        grad = output.prototype.logits_BCA.grad
+        grad = output.prototype.logits[0].grad
         assert grad is not None
         assert not grad[0, 1].any()
         assert not grad[1, 2].any()
