@@ -292,7 +292,7 @@ class Detect(nn.Module):
         everywhere = (-1, sides_BKA.shape[1], -1)
         chosen_BMK = sides_BKA.gather(2, places_BM[:, None].expand(everywhere)).transpose(1, 2)
         boxes_BM4 = decode(  # of the chosen ones only: all would take longer than many a layer
-            chosen_BMK.unflatten(2, (4, -1)),
+            chosen_BMK.reshape(*chosen_BMK.shape[:2], 4, -1),
             output.anchors_A2.repeat(len(branches), 1)[places_BM],
             output.strides_A.repeat(len(branches))[places_BM],
         )
