@@ -90,23 +90,22 @@ def lost(want: Array, got: Array) -> float:
     return float(np.linalg.norm(got - want) / np.linalg.norm(want))
 
 
+def constants(graph: onnx.ModelProto, place: int) -> dict[str, float]:
+    """Of what is quantized by the graph: name of the tensor -> an input of its QuantizeLinear."""
+    view = passes.GraphView(graph.graph)
+    return {
+        node.name.removesuffix(".quantize"): float(view.constant(node.input[place]))
+        for node in graph.graph.node
+        if node.op_type == "QuantizeLinear"
+    }
+
+
 def scales(graph: onnx.ModelProto) -> dict[str, float]:
-    """Of what is quantized by the graph: name of the tensor -> step."""
-    view = passes.GraphView(graph.graph)
-    return {
-        node.name.removesuffix(".quantize"): float(view.constant(node.input[1]))
-        for node in graph.graph.node
-        if node.op_type == "QuantizeLinear"
-    }
+    return constants(graph, 1)
 
 
-def zero_points(graph: onnx.ModelProto) -> dict[str, int]:
-    view = passes.GraphView(graph.graph)
-    return {
-        node.name.removesuffix(".quantize"): int(view.constant(node.input[2]))
-        for node in graph.graph.node
-        if node.op_type == "QuantizeLinear"
-    }
+def zero_points(graph: onnx.ModelProto) -> dict[str, float]:
+    return constants(graph, 2)
 
 
 class TestWhatIsJoined:
