@@ -712,7 +712,7 @@ def add(
 ) -> None:
     """Extend the bank of bundle SOURCE with new normal images."""
     from runtime.bundle import read
-    from runtime.systems.noising import extend
+    from runtime.systems.noising.extend import extend
 
     count = extend(
         read(source),

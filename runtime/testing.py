@@ -25,6 +25,7 @@ from runtime.errors import BackendError, EngineError
 from runtime.preprocess import PlanesSpec, PreprocessSpec, apply
 from runtime.references import save_references
 from runtime.systems import backbone, noising, paco, refdet, stripe
+from runtime.systems.noising.fit import FitConfig, fit
 from runtime.tensors import Array, Feeds, TensorSpec, check_feeds, check_host
 
 _STRIDE = 8  # pixels of the input per patch of the tiny graph
@@ -355,8 +356,8 @@ def write_tiny_noising_bundle(
         work = Path(scratch)
         files, entry = _save_graph("features", graphs, work)
         features = _run(work / "features.onnx", apply(spec, pictures))["features"]
-        config = noising.FitConfig(k=3, coreset_ratio=0.3, smoothing=2.0, false_reject=0.0)
-        fitted = noising.fit(features, grid, size, config, seed=0)
+        config = FitConfig(k=3, coreset_ratio=0.3, smoothing=2.0, false_reject=0.0)
+        fitted = fit(features, grid, size, config, seed=0)
         files["bank.faiss"] = work / "bank.faiss"
         fitted.bank.save(work / "bank.faiss")
         manifest = Manifest(

@@ -23,15 +23,15 @@ from runtime.bundle import Bundle
 from runtime.datasets import MvtecSample, mvtec
 from runtime.errors import BankError, BundleError, DatasetError, EngineError, InputError
 from runtime.systems import noising, open_system
-from runtime.systems.noising import (
+from runtime.systems.noising.extend import extend
+from runtime.systems.noising import signals as mathematics
+from runtime.systems.noising.fit import FitConfig, Fitted, ablation, calibrate, fit, hold_out
+from runtime.systems.noising.signals import (
     SIGNALS,
-    FitConfig,
     Statistics,
     anomaly_map,
     combine,
     concentration,
-    fit,
-    hold_out,
     influence,
     noise_std,
     patch_signals,
@@ -290,7 +290,7 @@ class TestSignals:
     def test_of_many_patches_are_those_of_each(self) -> None:
         rng = np.random.default_rng(0)
         rows = rng.standard_normal((60, 10)).astype(np.float32)
-        queries = rng.standard_normal((noising._TILE + 30, 10)).astype(np.float32)
+        queries = rng.standard_normal((mathematics._TILE + 30, 10)).astype(np.float32)
         queries[5] = rows[7]  # a patch that the bank knows
         bank, statistics = Bank(rows), Statistics(mean=3.0, std=0.4)
         got = patch_signals(
@@ -454,7 +454,7 @@ def drawn_features(num_images: int = 8, grid: tuple[int, int] = (3, 4), width: i
     return (place + 0.5 * noise).astype(np.float32)
 
 
-def fit_drawn(features: Array, *, seed: int = 0, **config: Any) -> noising.Fitted:
+def fit_drawn(features: Array, *, seed: int = 0, **config: Any) -> Fitted:
     return fit(features, (3, 4), (12, 16), FitConfig(**config), seed=seed)
 
 
@@ -668,7 +668,7 @@ class TestTheAblation:
             *((f, 0, None) for f in features[6:8]),
             *((f, 1, mask) for f in defective),
         ]
-        found = noising.ablation(fitted.bank, fitted.params, (12, 16), labelled)
+        found = ablation(fitted.bank, fitted.params, (12, 16), labelled)
         assert list(found) == [
             "distance",
             "distance + influence",
@@ -918,7 +918,7 @@ class TestMoreNormalImages:
     def test_make_their_like_normal_and_leave_the_rest(
         self, tiny: Bundle, unusual: Path, tmp_path: Path
     ) -> None:
-        count = noising.extend(tiny, unusual, tmp_path / "out", max_rows=50, backend="ort")
+        count = extend(tiny, unusual, tmp_path / "out", max_rows=50, backend="ort")
         grown = bundles.read(tmp_path / "out")
         old, new = (Bank.load(b.asset("bank")) for b in (tiny, grown))
         assert count == len(new) - len(old) == 50
@@ -936,7 +936,7 @@ class TestMoreNormalImages:
     def test_never_add_more_rows_than_there_are(
         self, tiny: Bundle, unusual: Path, tmp_path: Path
     ) -> None:
-        count = noising.extend(tiny, unusual, tmp_path / "out", max_rows=10_000, backend="ort")
+        count = extend(tiny, unusual, tmp_path / "out", max_rows=10_000, backend="ort")
         assert 0 < count <= 3 * 64
 
     def test_must_be_pictures(self, tiny: Bundle, tmp_path: Path) -> None:
@@ -944,7 +944,7 @@ class TestMoreNormalImages:
         (tmp_path / "film.mp4").write_bytes(b"x")
         for source in (tmp_path / "empty", tmp_path / "film.mp4"):
             with pytest.raises(InputError, match="pictures"):
-                noising.extend(tiny, source, tmp_path / "out", max_rows=5, backend="ort")
+                extend(tiny, source, tmp_path / "out", max_rows=5, backend="ort")
         assert not (tmp_path / "out").exists()
 
     def test_cannot_be_added_to_another_system(
@@ -952,7 +952,7 @@ class TestMoreNormalImages:
     ) -> None:
         other = replace(tiny, manifest=tiny.manifest.model_copy(update={"system": "stripe"}))
         with pytest.raises(BundleError, match="'stripe'"):
-            noising.extend(other, unusual, tmp_path / "out", max_rows=5)
+            extend(other, unusual, tmp_path / "out", max_rows=5)
 
 
 # --- a discriminator in the bank's place ----------------------------------------------------------
@@ -981,7 +981,7 @@ class TestTheUnitOfADiscriminator:
 
     def test_is_the_spread_of_held_out_patches(self) -> None:
         scores = self.scores()
-        params, _ = noising.calibrate(scores, self.grid, (32, 48), FitConfig())
+        params, _ = calibrate(scores, self.grid, (32, 48), FitConfig())
         exact = scores.astype(np.float64)
         assert params.scores.mean == pytest.approx(exact.mean(), rel=1e-12)
         assert params.scores.std == pytest.approx(exact.std(), rel=1e-12)
@@ -993,7 +993,7 @@ class TestTheUnitOfADiscriminator:
     def test_has_thresholds_that_keep_the_budget(self, budget: float) -> None:
         scores = self.scores()
         config = FitConfig(false_reject=budget, smoothing=2.0)
-        params, thresholds = noising.calibrate(scores, self.grid, (32, 48), config)
+        params, thresholds = calibrate(scores, self.grid, (32, 48), config)
         standard = [params.standardise(scores_N) for scores_N in scores]
         rejected = sum(s.max() >= thresholds["image"].value for s in standard)
         assert rejected == budget * len(scores)
@@ -1002,7 +1002,7 @@ class TestTheUnitOfADiscriminator:
         assert "40 held-out training images" in thresholds["image"].source
 
     def test_of_scores_that_are_all_alike_is_not_nothing(self) -> None:
-        params, thresholds = noising.calibrate(
+        params, thresholds = calibrate(
             np.zeros((3, 24), np.float32), self.grid, (32, 48), FitConfig()
         )
         assert params.scores.std > 0 and thresholds["image"].value > 0
@@ -1095,7 +1095,7 @@ class TestASystemWithADiscriminator:
         self, bankless: Bundle, parts: Path, tmp_path: Path
     ) -> None:
         with pytest.raises(BundleError, match="has no bank") as caught:
-            noising.extend(bankless, parts / "train/good", tmp_path / "out", max_rows=5)
+            extend(bankless, parts / "train/good", tmp_path / "out", max_rows=5)
         assert "judge=bank" in str(caught.value.fix)
         assert not (tmp_path / "out").exists()
 

@@ -7,7 +7,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from runtime.preprocess import PreprocessSpec
-from runtime.systems.noising import FitConfig
+from runtime.systems.noising.fit import FitConfig
 from training.config import BackboneConfig, Config, SystemConfig
 
 

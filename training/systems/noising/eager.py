@@ -22,7 +22,7 @@ from runtime.contenders import Contender
 from runtime.errors import RunError
 from runtime.preprocess import apply
 from runtime.results import AnomalyMap
-from runtime.systems.noising import DiscriminatorParams, Params
+from runtime.systems.noising.params import DiscriminatorParams, Params
 from runtime.tensors import Array
 from training import eager
 from training.run import open_run

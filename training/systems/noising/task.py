@@ -21,16 +21,10 @@ from runtime.bank import Bank
 from runtime.bundle import Threshold, write_atomic
 from runtime.errors import DatasetError, RunError
 from runtime.metrics import AnomalyMetrics
-from runtime.systems.noising import (
-    DiscriminatorParams,
-    Params,
-    ablation,
-    anomaly_map,
-    calibrate,
-    fit,
-    hold_out,
-    target_mask,
-)
+from runtime.systems.noising import target_mask
+from runtime.systems.noising.fit import ablation, calibrate, fit, hold_out
+from runtime.systems.noising.params import DiscriminatorParams, Params
+from runtime.systems.noising.signals import anomaly_map
 from runtime.tensors import Array
 from training import backbones
 from training.data import Samples, fingerprint, loader

@@ -1,0 +1,240 @@
+"""``noising``: is anything in this image unlike the normal parts, and where?
+
+An image becomes (N, D) patch features; a memory bank holds features of normal patches. Three more
+signals join a patch's distance to the bank, all in closed form, from the K nearest rows m_k at
+distances d_k (u_k = (x - m_k) / d_k is the direction away from row k):
+
+* *influence* g = |mean_k u_k|: how strongly each feature dimension changes the mean distance (its
+  gradient). Its mean is small where the neighbours surround the patch, and large where the patch
+  stands outside of them.
+* *concentration* log(D sum g^4 / (sum g^2)^2): 0 where all dimensions carry g alike, log D where
+  one does (minus the logarithm of the participation ratio).
+* *response*: the proposed noise has the standard deviation sigma_i = lo + (hi - lo)
+  sigmoid(z_i + w delta), with z the influence standardised over the patch's dimensions and delta
+  the standardised mean distance; the response is what that noise is expected to add to the mean
+  distance, mean_k sum_i sigma_i^2 (1 - u_ki^2) / (2 d_k) to second order, and never more than the
+  noise's own length sqrt(sum_i sigma_i^2).
+
+Each signal is standardised with its mean and spread over training patches that were searched
+without the rows of their own image, so a score depends on nothing but the image and the bundle.
+
+Or a trained *discriminator* stands in the place of the bank: one graph gives each patch a score,
+standardised over training images that it was not trained on. What a bundle holds decides.
+
+Source: "Propose Noising" (patch influence and noise proposal), with PatchCore's bank (Roth et al.,
+"Towards Total Recall in Industrial Anomaly Detection", 2022).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from runtime import datasets, draw, images
+from runtime.bank import Bank
+from runtime.bundle import Bundle
+from runtime.engines import Engine
+from runtime.errors import EngineError
+from runtime.metrics import AnomalyMetrics
+from runtime.preprocess import PreprocessSpec, apply, place, restore
+from runtime.results import AnomalyMap
+from runtime.search import FastSearch
+from runtime.sources import PICTURES
+from runtime.systems.noising.params import DiscriminatorParams, Params
+from runtime.systems.noising.signals import SIGNALS, anomaly_map, combine, patch_signals
+from runtime.tensors import Array
+
+NAME = "noising"
+FEATURES = "features"  # the graph of a bundle with a bank
+DISCRIMINATE = "discriminate"  # the graph of a bundle without one
+
+_EVALUATION_BATCH = 8
+
+
+class _BankJudge:
+    """Patch scores from features and their nearest rows in the bank."""
+
+    graph, output = FEATURES, "features"
+
+    def __init__(self, bundle: Bundle, *, backend: str, threads: int | None) -> None:
+        self.params = bundle.params(Params)
+        self.bank = Bank.load(bundle.asset("bank"))
+        self.search = FastSearch(self.bank, self.params.k, backend=backend, threads=threads)
+        self._threads = threads
+        # the influence map is part of the answer even where its weight is 0
+        self._names = [n for n in SIGNALS if self.params.weights[n] or n == "influence"]
+
+    def scores(self, features_ND: Array) -> tuple[Array, Array | None]:
+        """Of each patch, (N,): score and influence, in standard deviations."""
+        params = self.params
+        distances, indices = self.search.search(features_ND)
+        signals = patch_signals(
+            self.bank,
+            features_ND,
+            distances,
+            indices,
+            names=self._names,
+            mean_distance=params.mean_distance,
+            noise_range=params.noise_range,
+            distance_weight=params.distance_weight,
+            threads=self._threads,
+        )
+        scores = combine(signals, params.signals, params.weights) / np.float32(params.score_std)
+        statistics = params.signals["influence"]
+        return scores, (signals["influence"] - statistics.mean) / statistics.std
+
+    def close(self) -> None:
+        self.search.close()
+
+
+class _DiscriminatorJudge:
+    """Patch scores as the graph gives them, in a common unit."""
+
+    graph, output = DISCRIMINATE, "scores"
+
+    def __init__(self, bundle: Bundle) -> None:
+        self.params = bundle.params(DiscriminatorParams)
+
+    def scores(self, scores_N: Array) -> tuple[Array, Array | None]:
+        """Of each patch, (N,): score in standard deviations; there is no influence."""
+        return self.params.standardise(scores_N), None
+
+    def close(self) -> None:
+        pass
+
+
+class System:
+    """An opened ``noising`` bundle; see ``runtime.systems.System``.
+
+    Attributes:
+        judge: by a bank, or by a discriminator where the bundle has that graph.
+    """
+
+    reader = PICTURES
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        engines: Mapping[str, Engine],
+        *,
+        backend: str,
+        precision: str,
+        threads: int | None = None,
+    ) -> None:
+        manifest = bundle.manifest
+        self.bundle = bundle
+        self.engines = engines
+        self.backend = backend
+        self.precision = precision
+        assert isinstance(manifest.preprocess, PreprocessSpec)
+        self.spec = manifest.preprocess
+        self.judge = (
+            _DiscriminatorJudge(bundle)
+            if DISCRIMINATE in manifest.graphs
+            else _BankJudge(bundle, backend=backend, threads=threads)
+        )
+        self.params = self.judge.params
+
+    def infer(self, images: Sequence[Array]) -> list[AnomalyMap]:
+        """Score images.
+
+        Args:
+            images: (H, W, 3) uint8 RGB each, of any sizes.
+
+        Returns:
+            One result per image; maps are at the network's input size.
+
+        Raises:
+            InputError: an image of another dtype or layout.
+            EngineError: the network's answer is not finite.
+        """
+        if not images:
+            return []
+        batch = apply(self.spec, images)
+        answers = self.engines[self.judge.graph].run({"images": batch})[self.judge.output]
+        return [self.score(answer) for answer in answers]
+
+    def score(self, answer: Array) -> AnomalyMap:
+        """Score what the graph says of one image: features (N, D), or scores (N,), float32.
+
+        Raises:
+            EngineError: values that are not finite.
+        """
+        thresholds, size = self.bundle.manifest.thresholds, self.spec.size
+        if not np.isfinite(answer).all():  # no comparison with a threshold would notice
+            raise EngineError(
+                f"the '{self.judge.graph}' graph gave values that are not finite",
+                fix="run with --precision float, or export again",
+            )
+        scores, influence = self.judge.scores(answer)
+        grid, smoothing = self.params.grid, self.params.smoothing
+        return AnomalyMap(
+            score=float(scores.max()),
+            threshold=thresholds["image"].value,
+            pixel_threshold=thresholds["pixel"].value,
+            map_HW=anomaly_map(scores, grid, size, smoothing),
+            influence_HW=None if influence is None else anomaly_map(influence, grid, size, 0),
+        )
+
+    def draw(self, image: Array, result: AnomalyMap) -> Array:
+        """Image, anomaly map and marked area side by side: (H', W', 3) uint8 RGB."""
+        height, width = image.shape[:2]
+        scored = restore(self.spec, result.map_HW, height, width)
+        # zero is an average normal patch; the border of "anomalous" sits at two thirds of the scale
+        heat = draw.heatmap(scored, 0.0, 1.5 * max(result.pixel_threshold, 1e-6))
+        marked = draw.contour(image, scored >= result.pixel_threshold)
+        verdict = "anomalous" if result.is_anomalous else "normal"
+        return draw.panel(
+            [
+                ("input", image),
+                (f"map, score {result.score:.2f}", draw.blend(image, heat, 0.5)),
+                (f"{verdict} (border {result.threshold:.2f})", marked),
+            ]
+        )
+
+    def evaluate(
+        self, data: Path, *, progress: Callable[[int, int], None] | None = None
+    ) -> dict[str, float]:
+        """Image and pixel metrics on the labelled test images of a folder.
+
+        Args:
+            data: an MVTec-style folder, see ``runtime.datasets.mvtec``.
+
+        Returns:
+            The keys of ``runtime.metrics.AnomalyMetrics``; pixel metrics only where every
+            defective image has a mask.
+
+        Raises:
+            DatasetError: another layout, or no labelled images.
+            ImageError: a picture that cannot be read.
+        """
+        samples = datasets.mvtec(data, "test")
+        metrics = AnomalyMetrics()
+        for start in range(0, len(samples), _EVALUATION_BATCH):
+            part = samples[start : start + _EVALUATION_BATCH]
+            results = self.infer([images.read(sample.path) for sample in part])
+            for sample, result in zip(part, results, strict=True):
+                metrics.update(
+                    result.score, sample.label, result.map_HW, target_mask(sample, self.spec)
+                )
+            if progress:
+                progress(start + len(part), len(samples))
+        return metrics.compute()
+
+    def close(self) -> None:
+        """Release the engines; closing twice is allowed."""
+        self.judge.close()
+        for engine in self.engines.values():
+            engine.close()
+
+
+def target_mask(sample: datasets.MvtecSample, spec: PreprocessSpec) -> Array | None:
+    """Ground truth of a test image at the network's size: (height, width) bool.
+
+    A normal image has an empty mask; a defective one without a mask file has none (None).
+    """
+    if sample.mask_path is None:
+        return None if sample.label else np.zeros(spec.size, bool)
+    return np.asarray(place(spec, images.read_mask(sample.mask_path), nearest=True) > 0)

@@ -1,0 +1,74 @@
+"""A bundle of ``noising`` whose bank also knows new normal images."""
+
+from __future__ import annotations
+
+import tempfile
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+
+from runtime import images
+from runtime.bank import Bank
+from runtime.bundle import Bundle, write
+from runtime.errors import BundleError, InputError
+from runtime.preprocess import apply
+from runtime.sources import open_source
+from runtime.systems import choose, open_engines
+from runtime.systems.noising import DISCRIMINATE, NAME
+
+
+def extend(
+    bundle: Bundle,
+    folder: Path,
+    out: Path,
+    *,
+    max_rows: int,
+    backend: str = "auto",
+    threads: int | None = None,
+    exist_ok: bool = False,
+) -> int:
+    """Write a bundle whose bank also knows new normal images.
+
+    The rows farthest from the bank are added, greedily; statistics and thresholds stay, so scores
+    of old and new images remain comparable.
+
+    Args:
+        folder: normal images, read recursively.
+        max_rows: at most so many rows are added.
+
+    Returns:
+        Number of rows added.
+
+    Raises:
+        InputError: no pictures, or one that cannot be read.
+        BundleError: another system's bundle, one without a bank, or ``out`` exists.
+    """
+    if bundle.manifest.system != NAME:
+        raise BundleError(f"bundle {bundle.root} holds '{bundle.manifest.system}', not '{NAME}'")
+    if DISCRIMINATE in bundle.manifest.graphs:
+        raise BundleError(
+            f"bundle {bundle.root} has no bank: a discriminator judges",
+            fix="train again with the new images, or with --set judge=bank",
+        )
+    source = open_source(str(folder))
+    if source.kind != "images":
+        raise InputError(f"{folder} holds no pictures", fix="give a folder of normal pictures")
+    # float features: the bank must serve every precision
+    backend, _ = choose(bundle, backend, "float")
+    engines = open_engines(bundle, backend, "float", threads=threads)
+    spec = bundle.manifest.preprocess
+    with closing(engines["features"]) as engine:
+        features = [
+            engine.run({"images": apply(spec, [images.read(path)])})["features"][0]
+            for path in source.paths
+        ]
+    old = Bank.load(bundle.asset("bank"))
+    new = old.extended(np.concatenate(features), max_rows)
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "bank.faiss"
+        new.save(path)
+        files = {name: bundle.path(name) for name in bundle.manifest.files}
+        files[bundle.manifest.assets["bank"]] = path
+        write(out, bundle.manifest, files, replace=exist_ok)
+    return len(new) - len(old)
