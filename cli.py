@@ -45,6 +45,12 @@ PRECISION = click.option(
     help="auto takes what the bundle's verdict ships.",
 )
 THREADS = click.option("--threads", type=click.IntRange(min=1), help="CPU threads [all cores].")
+HOST_CODE = click.option(
+    "--allow-host-code",
+    "host_code",
+    is_flag=True,
+    help="Let a version-compatible plan bring program code: only one that you built yourself.",
+)
 REFS = click.option(
     "--refs",
     type=click.Path(path_type=Path, exists=True),
@@ -59,16 +65,28 @@ def engine_options(command: Callable[..., None]) -> Callable[..., None]:
     @BACKEND
     @PRECISION
     @THREADS
+    @HOST_CODE
     @wraps(command)
     def with_engines(
-        *arguments: Any, backend: str, precision: str, threads: int | None, **options: Any
+        *arguments: Any,
+        backend: str,
+        precision: str,
+        threads: int | None,
+        host_code: bool,
+        **options: Any,
     ) -> None:
         def open_bundle(bundle: Path) -> closing[System]:
             from runtime.bundle import read
             from runtime.systems import open_system
 
             return closing(
-                open_system(read(bundle), backend=backend, precision=precision, threads=threads)
+                open_system(
+                    read(bundle),
+                    backend=backend,
+                    precision=precision,
+                    threads=threads,
+                    host_code=host_code,
+                )
             )
 
         command(*arguments, open_bundle=open_bundle, **options)
@@ -523,6 +541,7 @@ def evaluate(
 @BACKEND
 @click.option("--batch", "batches", default="1", show_default=True, help="Sizes, e.g. 1,8.")
 @THREADS
+@HOST_CODE
 @click.option("--seconds", type=float, default=3.0, show_default=True, help="Per row.")
 @JSON
 @click.option(
@@ -543,6 +562,7 @@ def bench(
     backend: str,
     batches: str,
     threads: int | None,
+    host_code: bool,
     seconds: float,
     json_file: Path | None,
     compare: tuple[Path, Path] | None,
@@ -583,6 +603,7 @@ def bench(
         seconds=seconds,
         evaluation=evaluation,
         prepare=prepare,
+        host_code=host_code,
         say=say,
     )
     click.echo(render(rows))

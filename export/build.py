@@ -205,7 +205,10 @@ def build(
 
 def describe_verdict(verdict: Mapping[str, Any]) -> list[str]:
     """The verdict as lines of text."""
-    return [f"verdict: ship {verdict['ship']}", *(f"  {reason}" for reason in verdict["reasons"])]
+    return [
+        f"verdict: ship {verdict['ship']}",
+        *(f"  {reason}" for reason in verdict.get("reasons", ())),
+    ]
 
 
 def _choose_table(

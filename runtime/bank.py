@@ -183,14 +183,23 @@ class Bank:
         """
         if not path.is_file():
             raise BankError(f"there is no bank at {path}")
+        return Bank.decode(path.read_bytes(), str(path))
+
+    @staticmethod
+    def decode(data: bytes, name: str) -> Bank:
+        """As ``load``, of the content of such a file.
+
+        Args:
+            name: what errors call it.
+        """
         try:
-            index = faiss.deserialize_index(np.fromfile(path, np.uint8))
-        except (RuntimeError, ValueError) as error:
+            index = faiss.deserialize_index(np.frombuffer(data, np.uint8))
+        except (RuntimeError, ValueError, MemoryError) as error:
             raise BankError(
-                f"{path} is not a FAISS index ({error})", fix="export the bundle again"
+                f"{name} is not a FAISS index ({error})", fix="export the bundle again"
             ) from error
         if not isinstance(index, faiss.IndexFlat) or index.metric_type != faiss.METRIC_L2:
-            raise BankError(f"{path} holds a {type(index).__name__}, not a flat L2 index")
+            raise BankError(f"{name} holds a {type(index).__name__}, not a flat L2 index")
         return Bank(index.reconstruct_n(0, index.ntotal))
 
     def check(self, queries_ND: Array) -> Array:

@@ -18,9 +18,17 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Annotated, Any, Literal, NoReturn, TypeAlias, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+)
 
 from runtime.errors import BundleError, InputError
 from runtime.preprocess import PlanesSpec, PreprocessSpec
@@ -30,6 +38,15 @@ FORMAT = "engineworks-bundle"
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 _CHUNK_BYTES = 1 << 20
+_MAX_FILE_BYTES = 1 << 40
+
+Name: TypeAlias = Annotated[str, Field(min_length=1, max_length=1000)]
+# what is read of the parts that are there to inform people: of a verdict, of a comparison of
+# tensors (whose stage, graph and output lead to its measures), of the origin of a plan
+_Comparisons: TypeAlias = dict[str, dict[str, dict[str, dict[str, FiniteFloat | None]]]]
+_COMPARISONS = ("parity", "parity_half", "parity_int8")
+_RULES: TypeAdapter[Any] = TypeAdapter(dict[Literal["op_types", "patterns", "nodes"], list[str]])
+_PLANS: TypeAdapter[Any] = TypeAdapter(dict[str, dict[str, dict[str, Any]]])
 
 
 class _Part(BaseModel):
@@ -43,7 +60,7 @@ class FileEntry(_Part):
     """What a file of the bundle must be, byte for byte."""
 
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-    size_bytes: int = Field(ge=0)
+    size_bytes: int = Field(ge=0, le=_MAX_FILE_BYTES)
 
 
 class GraphEntry(_Part):
@@ -58,10 +75,20 @@ class GraphEntry(_Part):
     machine without torch.
     """
 
-    inputs: dict[str, TensorSpec]
-    outputs: dict[str, TensorSpec]
-    variants: dict[str, str]
+    inputs: dict[Name, TensorSpec]
+    outputs: dict[Name, TensorSpec]
+    variants: dict[Name, str]
     keep_float: dict[str, Any] = {}
+
+    @field_validator("keep_float")
+    @classmethod
+    def _readable_rules(cls, rules: dict[str, Any]) -> dict[str, Any]:
+        for pattern in _RULES.validate_python(rules).get("patterns", []):
+            try:
+                re.compile(pattern)
+            except (re.error, RecursionError, OverflowError) as error:
+                raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+        return rules
 
 
 class Threshold(_Part):
@@ -70,8 +97,17 @@ class Threshold(_Part):
     ``source`` says where it came from, e.g. ``false-reject budget 0.01 on 209 training images``.
     """
 
-    value: float
+    value: FiniteFloat
     source: str
+
+
+class _Verdict(_Part):
+    """What is read of the verdict of an export; there may be more."""
+
+    model_config = ConfigDict(extra="allow")
+
+    ship: str
+    reasons: list[str] = []
 
 
 class Manifest(_Part):
@@ -79,18 +115,33 @@ class Manifest(_Part):
 
     format: Literal["engineworks-bundle"] = "engineworks-bundle"
     schema_version: Literal[1] = 1
-    system: str
-    graphs: dict[str, GraphEntry]
+    system: Name
+    graphs: dict[Name, GraphEntry]
     preprocess: PreprocessSpec | PlanesSpec
     labels: tuple[str, ...] = ()
-    thresholds: dict[str, Threshold] = {}
+    thresholds: dict[Name, Threshold] = {}
     params: dict[str, Any] = {}
-    assets: dict[str, str] = {}
-    gate: dict[str, float] = {}
+    assets: dict[Name, str] = {}
+    gate: dict[Name, float] = {}
     provenance: dict[str, Any] = {}
     reports: dict[str, Any] = {}
     files: dict[str, FileEntry] = {}
     digest: str = ""
+
+    @field_validator("reports")
+    @classmethod
+    def _readable_reports(cls, reports: dict[str, Any]) -> dict[str, Any]:
+        if "verdict" in reports:
+            _Verdict.model_validate(reports["verdict"])
+        for name in _COMPARISONS:
+            TypeAdapter(_Comparisons).validate_python(reports.get(name, {}))
+        return reports
+
+    @field_validator("provenance")
+    @classmethod
+    def _readable_provenance(cls, provenance: dict[str, Any]) -> dict[str, Any]:
+        _PLANS.validate_python(provenance.get("plans", {}))
+        return provenance
 
     def canonical_json(self) -> bytes:
         """The manifest without its digest, in the one spelling that the digest is taken of.
@@ -132,6 +183,24 @@ class Bundle:
             raise BundleError(f"bundle {self.root} has no file '{name}'")
         return self.root / PurePosixPath(name)
 
+    def content(self, name: str) -> bytes:
+        """The bytes of a file, verified as they are read: nobody can have exchanged it since.
+
+        Raises:
+            BundleError: no such file, or not the one of the manifest any more.
+        """
+        path = self.path(name)
+        entry = self.manifest.files[name]
+        _check_plain(path)
+        with path.open("rb") as file:
+            data = file.read(entry.size_bytes + 1)
+        if len(data) != entry.size_bytes or hashlib.sha256(data).hexdigest() != entry.sha256:
+            raise BundleError(
+                f"{path} was changed after the bundle was checked",
+                fix="copy or export the bundle again",
+            )
+        return data
+
     def asset(self, role: str) -> Path:
         """Path of the file that plays ``role`` (e.g. ``bank``).
 
@@ -144,6 +213,10 @@ class Bundle:
                 fix="export it again with this version of engineworks",
             )
         return self.path(self.manifest.assets[role])
+
+    def asset_content(self, role: str) -> bytes:
+        """The bytes of the file that plays ``role``; see ``asset`` and ``content``."""
+        return self.content(self.asset(role).relative_to(self.root).as_posix())
 
     def params(self, schema: type[AnyParams]) -> AnyParams:
         """The system's parameters.

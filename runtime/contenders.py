@@ -86,13 +86,19 @@ def describe_images(samples: Sequence[Array]) -> dict[str, Any]:
 
 
 def of_bundle(
-    bundle: Bundle, backend: str, threads: int, prepare: Prepare = lambda _: None
+    bundle: Bundle,
+    backend: str,
+    threads: int,
+    prepare: Prepare = lambda _: None,
+    *,
+    host_code: bool = False,
 ) -> list[Contender]:
     """One contender per usable backend and precision that the bundle has graphs for.
 
     Args:
         backend: only this one; ``auto`` takes all that can be used here.
         prepare: called with each system before it is timed.
+        host_code: see ``runtime.systems.open_engines``.
 
     Raises:
         UsageError, BackendError: there is no such backend, or not here.
@@ -112,7 +118,9 @@ def of_bundle(
                 choose(bundle, name, precision)
             except BundleError:
                 continue  # the bundle was exported without that precision
-            system = open_system(bundle, backend=name, precision=precision, threads=threads)
+            system = open_system(
+                bundle, backend=name, precision=precision, threads=threads, host_code=host_code
+            )
             prepare(system)
             found.append(
                 Contender(
@@ -171,6 +179,7 @@ def measure(
     seconds: float,
     evaluation: Path | None,
     prepare: Prepare = lambda _: None,
+    host_code: bool = False,
     say: Say,
 ) -> list[bench.Row]:
     """Time all contenders.
@@ -180,7 +189,7 @@ def measure(
         run: training run of the bundle; adds eager PyTorch.
         seconds: spent on each row, warm-up not counted.
         evaluation: labelled folder; adds accuracy to each row that offers it.
-        prepare: see ``of_bundle``.
+        prepare, host_code: see ``of_bundle``.
 
     Returns:
         Rows by batch size and what the clock covers, in the order of the contenders.
@@ -193,7 +202,7 @@ def measure(
         package = importlib.import_module("training.systems").system_package(bundle.manifest.system)
         eager = importlib.import_module(f"{package}.eager")
         found += eager.contenders(run, bundle, threads=threads, say=say)
-    found += of_bundle(bundle, backend, threads, prepare)
+    found += of_bundle(bundle, backend, threads, prepare, host_code=host_code)
     with ExitStack() as stack:
         for contender in found:
             stack.callback(contender.close)

@@ -203,13 +203,20 @@ def origin_of(bundle: Bundle, graph: str, variant: str) -> PlanOrigin:
 
 
 def check_origin(
-    bundle: Bundle, graph: str, variant: str, here: Machine | None = None
+    bundle: Bundle,
+    graph: str,
+    variant: str,
+    here: Machine | None = None,
+    *,
+    host_code: bool = False,
 ) -> PlanOrigin:
     """Refuse a plan that was built elsewhere, or from another graph than the bundle's.
 
     Args:
         variant: e.g. ``int8-plan``.
         here: the machine that is to run it; this one where not given.
+        host_code: whether the caller lets it bring program code of its own. A bundle cannot allow
+            that for itself.
 
     Returns:
         What it was built on and how.
@@ -225,6 +232,13 @@ def check_origin(
         raise EngineError(
             f"'{variant}' of graph '{graph}' cannot be loaded here: {reason}",
             fix=f"build it here: {rebuild_command(bundle, variant, origin)}",
+        )
+    if origin.config.version_compatible and not host_code:
+        raise EngineError(
+            f"'{variant}' of graph '{graph}' brings program code of its own, as version-compatible "
+            "plans do",
+            fix="pass --allow-host-code if you built it yourself, or build it without "
+            "--version-compatible",
         )
     return origin
 
@@ -275,4 +289,4 @@ def _takes(config: PlanConfig, built: Machine, here: Machine) -> bool:
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split("."))
+    return tuple(int(part) for part in re.findall(r"\d+", version))

@@ -11,11 +11,15 @@ from typing import Annotated, Literal, Self
 
 import cv2
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 from runtime.errors import InputError
 from runtime.planes import check_planes
 from runtime.tensors import Array
+
+# a network's input is made for a batch at once: no picture needs more, and a wrong one takes it all
+_MAX_SIDE, _MAX_AREA = 1 << 16, 1 << 24
+Side = Annotated[int, Field(ge=1, le=_MAX_SIDE)]
 
 _INTERPOLATION = {"bilinear": cv2.INTER_LINEAR, "cubic": cv2.INTER_CUBIC}
 
@@ -36,17 +40,21 @@ class PreprocessSpec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    size: tuple[PositiveInt, PositiveInt]
+    size: tuple[Side, Side]
     resize: Literal["squash", "crop", "letterbox"] = "squash"
     interpolation: Literal["bilinear", "area", "cubic"] = "area"
-    mean: Annotated[tuple[float, ...], Field(min_length=1)] = (0.485, 0.456, 0.406)
-    std: tuple[PositiveFloat, ...] = (0.229, 0.224, 0.225)
+    mean: Annotated[
+        tuple[Annotated[FiniteFloat, Field(ge=-1e6, le=1e6)], ...],
+        Field(min_length=1, max_length=16),
+    ] = (0.485, 0.456, 0.406)
+    std: tuple[Annotated[FiniteFloat, Field(ge=1e-6, le=1e6)], ...] = (0.229, 0.224, 0.225)
     pad_value: int = Field(default=114, ge=0, le=255)
 
     @model_validator(mode="after")
     def _one_std_per_mean(self) -> Self:
         if len(self.mean) != len(self.std):
             raise ValueError(f"{len(self.mean)} means and {len(self.std)} standard deviations")
+        _check_area(self.size)
         return self
 
 
@@ -63,14 +71,26 @@ class PlanesSpec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    size: tuple[PositiveInt, PositiveInt]
-    multiple: PositiveInt
+    size: tuple[Side, Side]
+    multiple: int = Field(ge=1, le=1024)
+
+    @model_validator(mode="after")
+    def _size_within_reason(self) -> Self:
+        _check_area(self.size)
+        return self
 
     def padded(self, height: int, width: int) -> tuple[int, int]:
         """Size of the network input for an image of (height, width)."""
         return -(-height // self.multiple) * self.multiple, -(
             -width // self.multiple
         ) * self.multiple
+
+
+def _check_area(size: tuple[int, int]) -> None:
+    if size[0] * size[1] > _MAX_AREA:
+        raise ValueError(
+            f"a network input of {size[0]} x {size[1]} has more than {_MAX_AREA} pixels"
+        )
 
 
 def check_image(image: Array, channels: int = 3) -> None:

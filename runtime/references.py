@@ -9,15 +9,14 @@ other, so they carry the SHA-256 of its float graph.
 from __future__ import annotations
 
 import io
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 
-from runtime import images
+from runtime import images, npy
 from runtime.bundle import write_atomic
 from runtime.errors import InputError
 from runtime.preprocess import PreprocessSpec, place
@@ -64,14 +63,21 @@ class Prototypes:
         Raises:
             InputError: there is no such file, it is damaged, or holds something else.
         """
-        content = _read(path, {"names": "U", "rows": "f", "encoder": "U"}, "prototypes")
+        kinds = {"names": "U", "rows": "f", "encoder": "U"}
+        content = _arrays(_content(path), str(path), kinds, "prototypes")
         names, rows = content["names"], content["rows"]
         fits = names.ndim == 1 and rows.ndim == 2 and len(names) == len(rows)
         if not fits or content["encoder"].shape != (1,) or len(set(names.tolist())) != len(names):
             raise InputError(
                 f"{path} does not hold a vector for each of its names", fix="make the file again"
             )
-        return cls(tuple(names.tolist()), rows.astype(np.float32), str(content["encoder"][0]))
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite
+            rows = rows.astype(np.float32)
+        if not np.isfinite(rows).all():
+            raise InputError(
+                f"{path} holds prototypes that are not finite", fix="make the file again"
+            )
+        return cls(tuple(names.tolist()), rows, str(content["encoder"][0]))
 
 
 def average(rows_KP: Array, widths: Sequence[int]) -> Array:
@@ -147,10 +153,22 @@ def load_references(path: Path) -> dict[str, list[Array]]:
     Raises:
         InputError: there is no such file, it is damaged, or holds something else.
     """
-    content = _read(path, {"names": "U", "pictures": "u"}, "references")
+    return decode_references(_content(path), str(path))
+
+
+def decode_references(data: bytes, name: str) -> dict[str, list[Array]]:
+    """As ``load_references``, of the content of such a file.
+
+    Args:
+        name: what errors call it.
+    """
+    content = _arrays(data, name, {"names": "U", "pictures": "u"}, "references")
     names, pictures = content["names"].tolist(), content["pictures"]
-    if pictures.ndim != 4 or pictures.dtype != np.uint8 or not 0 < len(names) == len(pictures):
-        raise InputError(f"{path} does not hold a name for each of its pictures")
+    whole = pictures.ndim == 4 and pictures.dtype == np.uint8 and pictures.size > 0
+    if not whole or pictures.shape[3] != 3 or not isinstance(names, list):
+        raise InputError(f"{name} does not hold (N, S, S, 3) pictures with their names")
+    if len(names) != len(pictures):
+        raise InputError(f"{name} does not hold a name for each of its pictures")
     found: dict[str, list[Array]] = {name: [] for name in names}
     for name, picture in zip(names, pictures, strict=True):
         found[name].append(picture)
@@ -168,16 +186,22 @@ def _write(path: Path, **arrays: Array) -> None:
     write_atomic(path, content.getvalue())
 
 
-def _read(path: Path, kinds: Mapping[str, str], what: str) -> dict[str, Array]:
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _arrays(data: bytes, name: str, kinds: Mapping[str, str], what: str) -> dict[str, Array]:
     """The arrays of a file, each of the NumPy kind that it must have."""
     try:
-        # NumPy would leave a file open that it cannot read
-        with np.load(io.BytesIO(path.read_bytes())) as file:
-            content: dict[str, Any] = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:
+        content = npy.decode_archive(data, name)
+    except InputError as error:
         raise InputError(
-            f"{path} cannot be read as {what}: {error}", fix="make it with `cli.py refs`"
+            f"{name} cannot be read as {what}: {error.message}",
+            fix=error.fix if "allowed" in error.message else "make it with `cli.py refs`",
         ) from error
     if {name: array.dtype.kind for name, array in content.items()} != kinds:
-        raise InputError(f"{path} does not hold {what}", fix="make it with `cli.py refs`")
+        raise InputError(f"{name} does not hold {what}", fix="make it with `cli.py refs`")
     return content

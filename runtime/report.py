@@ -193,7 +193,9 @@ def of_inference(bundle: Bundle, out: Path, facts: Mapping[str, object]) -> Repo
     page = Report(f"{manifest.system}: {out.name}").values("Run", facts)
     verdict = manifest.reports.get("verdict")
     if verdict:
-        page.heading(f"Verdict of the export: ship {verdict['ship']}").points(verdict["reasons"])
+        page.heading(f"Verdict of the export: ship {verdict['ship']}").points(
+            verdict.get("reasons", ())
+        )
     limits = {
         name: f"{limit.value:.4f} ({limit.source})" for name, limit in manifest.thresholds.items()
     }

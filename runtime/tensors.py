@@ -8,10 +8,10 @@ that layout.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Annotated, Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from runtime.errors import EngineError, InputError
 
@@ -29,6 +29,13 @@ class DeviceArray(Protocol):
     def __cuda_array_interface__(self) -> dict[str, Any]: ...
 
 
+DType: TypeAlias = Literal[
+    "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64",
+    "float16", "float32", "float64",
+]  # fmt: skip
+# a fixed axis, or the name of a free one
+Axis: TypeAlias = Annotated[int, Field(ge=0, lt=2**31)] | Annotated[str, Field(max_length=1000)]
+
 Feeds: TypeAlias = Mapping[str, "Array | DeviceArray"]
 
 
@@ -41,8 +48,8 @@ class TensorSpec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    dtype: str
-    shape: tuple[int | str, ...]
+    dtype: DType
+    shape: Annotated[tuple[Axis, ...], Field(max_length=16)]
 
     def check(self, name: str, array: Array | DeviceArray) -> None:
         """Refuse an array that the graph cannot take.

@@ -8,10 +8,10 @@ from pathlib import Path
 import onnxruntime as ort
 
 from runtime.errors import EngineError
-from runtime.tensors import Array, Feeds, TensorSpec, check_feeds, check_host
+from runtime.tensors import Array, DType, Feeds, TensorSpec, check_feeds, check_host
 from runtime.threads import available_threads
 
-_DTYPES = {
+_DTYPES: dict[str, DType] = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
     "tensor(double)": "float64",

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from runtime.bundle import Bundle
+from runtime.contract import CheckedEngine
 from runtime.engines import BACKENDS, Engine, check_backend, open_engine
 from runtime.errors import BackendError, BundleError, UsageError
+from runtime.graphs import check_graph
 from runtime.plans import PLAN_VARIANTS, check_origin
 from runtime.references import SUFFIX, Prototypes, References, read_references
 from runtime.results import Detections
@@ -213,28 +215,40 @@ def variant_of(variants: Mapping[str, str], backend: str, precision: str) -> str
 
 
 def open_engines(
-    bundle: Bundle, backend: str, precision: str, *, threads: int | None = None
+    bundle: Bundle,
+    backend: str,
+    precision: str,
+    *,
+    threads: int | None = None,
+    host_code: bool = False,
 ) -> dict[str, Engine]:
     """Open every graph of a bundle; ``backend`` and ``precision`` as ``choose`` resolved them.
 
+    Args:
+        host_code: let plans bring program code of their own, as version-compatible ones do.
+
     Raises:
-        BackendError, BundleError, EngineError: see ``open_engine`` and ``plans.check_origin``.
+        BackendError, BundleError, EngineError: see ``open_engine`` and ``plans.check_origin``; or a
+            graph is not the one that the manifest describes.
     """
     engines: dict[str, Engine] = {}
     for name, graph in bundle.manifest.graphs.items():
         variant = variant_of(graph.variants, backend, precision)
         if variant is None:
             raise BundleError(f"graph '{name}' has no '{precision}' variant for '{backend}'")
-        host_code = False
         if variant in PLAN_VARIANTS:
-            host_code = check_origin(bundle, name, variant).config.version_compatible
-        engines[name] = open_engine(
-            bundle.path(graph.variants[variant]),
+            check_origin(bundle, name, variant, host_code=host_code)
+        data = bundle.content(graph.variants[variant])
+        if variant not in PLAN_VARIANTS:
+            check_graph(data, f"{graph.variants[variant]} of bundle {bundle.root}")
+        engine = open_engine(
+            data,
             backend,
             precision=precision,
             threads=threads,
-            host_code=host_code,
+            host_code=host_code and variant in PLAN_VARIANTS,
         )
+        engines[name] = CheckedEngine(engine, name, graph)
     return engines
 
 
@@ -245,11 +259,13 @@ def open_system(
     precision: str = "auto",
     threads: int | None = None,
     engines: Mapping[str, Engine] | None = None,
+    host_code: bool = False,
 ) -> System:
     """Open a verified bundle for inference.
 
     Args:
         engines: use these instead of opening the bundle's graphs (tests, calibration).
+        host_code: see ``open_engines``.
 
     Raises:
         UsageError, BackendError, BundleError, EngineError: see ``choose`` and ``open_engine``.
@@ -262,9 +278,10 @@ def open_system(
             fix="install the engineworks that wrote it",
         )
     module = system_module(name)
+    module.contract(bundle).check(bundle)
     backend, precision = choose(bundle, backend, precision)
     if engines is None:
-        engines = open_engines(bundle, backend, precision, threads=threads)
+        engines = open_engines(bundle, backend, precision, threads=threads, host_code=host_code)
     system: System = module.System(
         bundle, engines, backend=backend, precision=precision, threads=threads
     )

@@ -15,11 +15,12 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from runtime import datasets
-from runtime.bundle import Bundle, Manifest
+from runtime.bundle import Bundle, Manifest, Name
+from runtime.contract import Contract, Signature
 from runtime.engines import Engine
 from runtime.errors import EngineError
 from runtime.metrics import leave_one_out_top1
-from runtime.preprocess import apply
+from runtime.preprocess import PreprocessSpec, apply
 from runtime.results import Embedding
 from runtime.sources import PICTURES
 from runtime.tensors import Array
@@ -43,9 +44,23 @@ class Params(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    name: str
+    name: Name
     stages: tuple[int, ...] | None = None
     args: dict[str, Any] = {}
+
+
+def contract(bundle: Bundle) -> Contract:
+    """What this system demands of its bundle."""
+    bundle.params(Params)
+    manifest = bundle.manifest
+    outputs = manifest.graphs[GRAPH].outputs if GRAPH in manifest.graphs else {}
+    axes = {name: "BC" if name == TOKEN else "BChw" for name in outputs}
+    height, width = manifest.preprocess.size
+    return Contract(
+        preprocess=PreprocessSpec,
+        graphs={GRAPH: Signature({"images": "B3HW"}, axes)},
+        sizes={"H": height, "W": width},
+    )
 
 
 def map_names(manifest: Manifest) -> list[str]:

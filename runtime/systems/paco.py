@@ -16,10 +16,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from runtime import datasets, draw
 from runtime.bundle import Bundle
+from runtime.contract import Contract, Signature
 from runtime.engines import Engine
-from runtime.errors import BundleError, DatasetError, EngineError
+from runtime.errors import DatasetError, EngineError
 from runtime.metrics import ClassificationMetrics, log_softmax
-from runtime.preprocess import apply
+from runtime.preprocess import PreprocessSpec, apply
 from runtime.results import Classification
 from runtime.sources import PICTURES
 from runtime.tensors import Array
@@ -38,7 +39,18 @@ class Params(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    num_top: int = Field(default=5, ge=1)
+    num_top: int = Field(default=5, ge=1, le=1_000_000)
+
+
+def contract(bundle: Bundle) -> Contract:
+    """What this system demands of its bundle."""
+    bundle.params(Params)
+    height, width = bundle.manifest.preprocess.size
+    return Contract(
+        preprocess=PreprocessSpec,
+        graphs={"classify": Signature({"images": "B3HW"}, {"logits": "BC", "embedding": "BF"})},
+        sizes={"H": height, "W": width, "C": len(bundle.manifest.labels)},
+    )
 
 
 class System:
@@ -63,12 +75,6 @@ class System:
         self.precision = precision
         self.spec = manifest.preprocess
         self.labels = manifest.labels
-        num_classes = manifest.graphs["classify"].outputs["logits"].shape[1]
-        if len(self.labels) != num_classes:
-            raise BundleError(
-                f"bundle {bundle.root} has {len(self.labels)} labels for {num_classes} classes",
-                fix="export the bundle again",
-            )
 
     def infer(self, images: Sequence[Array]) -> list[Classification]:
         """Classify images.

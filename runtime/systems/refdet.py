@@ -17,14 +17,16 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from itertools import product
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field
 
 from runtime import boxes, draw
 from runtime.bundle import Bundle, write
+from runtime.contract import Contract, Signature
 from runtime.engines import Engine
-from runtime.errors import BundleError, DatasetError, EngineError, InputError, UsageError
+from runtime.errors import DatasetError, EngineError, InputError, UsageError
 from runtime.frames import Frames
 from runtime.metrics import DetectionMetrics, st_iou
 from runtime.objects import Frame, LabelledFrame, read_objects
@@ -33,7 +35,7 @@ from runtime.references import (
     Prototypes,
     References,
     average,
-    load_references,
+    decode_references,
     read_references,
     save_references,
 )
@@ -70,8 +72,8 @@ class InferenceConfig(_Part):
 
     conf: float = Field(default=0.25, ge=0, le=1)
     iou: float = Field(default=0.45, ge=0, le=1)
-    max_objects: int = Field(default=100, ge=1)
-    max_evaluated: int | None = Field(default=None, ge=2)
+    max_objects: int = Field(default=100, ge=1, le=1_000_000)
+    max_evaluated: int | None = Field(default=None, ge=2, le=1 << 31)
 
 
 class Params(_Part):
@@ -83,8 +85,28 @@ class Params(_Part):
     """
 
     reference_preprocess: PreprocessSpec
-    widths: tuple[PositiveInt, ...] = Field(min_length=1)
+    widths: tuple[Annotated[int, Field(ge=1, le=1 << 20)], ...] = Field(min_length=1, max_length=64)
     inference: InferenceConfig = InferenceConfig()
+
+
+def contract(bundle: Bundle) -> Contract:
+    """What this system demands of its bundle."""
+    params = bundle.params(Params)
+    height, width = bundle.manifest.preprocess.size
+    rows, columns = params.reference_preprocess.size
+    return Contract(
+        preprocess=PreprocessSpec,
+        graphs={
+            "encode": Signature({"images": "R3hw"}, {"prototypes": "RP"}),
+            "detect": Signature(
+                {"images": "B3HW", "prototypes": "NP"},
+                {"boxes": "BM4", "scores": "BM", "classes": "BM"},
+                integers=frozenset({"classes"}),
+            ),
+        },
+        sizes={"H": height, "W": width, "h": rows, "w": columns, "P": sum(params.widths), "4": 4},
+        assets=("references",),
+    )
 
 
 # --- the mathematics -----------------------------------------------------------------------------
@@ -326,13 +348,6 @@ class System:
         threads: int | None = None,
     ) -> None:
         manifest, params = bundle.manifest, bundle.params(Params)
-        width = manifest.graphs["detect"].inputs["prototypes"].shape[1]
-        if sum(params.widths) != width:
-            raise BundleError(
-                f"bundle {bundle.root} takes prototypes of {width} values, its parameters say "
-                f"{sum(params.widths)}",
-                fix="export the bundle again",
-            )
         assert isinstance(manifest.preprocess, PreprocessSpec)
         self.bundle = bundle
         self.engines = engines
@@ -514,14 +529,23 @@ class System:
 
     def _run(self, images_BCHW: Array, prototypes_NP: Array) -> tuple[Array, Array, Array]:
         answer = self.engines["detect"].run({"images": images_BCHW, "prototypes": prototypes_NP})
-        return answer["boxes"], answer["scores"], answer["classes"]
+        classes, num_names = answer["classes"], len(self.labels) + len(prototypes_NP)
+        if classes.size and not 0 <= classes.min() <= classes.max() < num_names:
+            raise EngineError(
+                f"the 'detect' graph found classes {classes.min()} to {classes.max()}, there are "
+                f"{num_names}",
+                fix="export the bundle again",
+            )
+        return answer["boxes"], answer["scores"], classes
 
     def _prompted(self) -> Prototypes:
         """What is looked for; the bundle's own references are encoded when they are needed."""
         if self._prompt is not None:
             return self._prompt
         if self._default is None:
-            self._default = self.encode(load_references(self.bundle.asset("references")))
+            content = self.bundle.asset_content("references")
+            references = decode_references(content, str(self.bundle.asset("references")))
+            self._default = self.encode(references)
         return self._default
 
 

@@ -16,14 +16,15 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Self
 
 import cv2
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 from runtime import datasets, draw, images, planes, tiling
 from runtime.bundle import Bundle, Threshold
+from runtime.contract import Contract, Signature
 from runtime.datasets import StripeSample
 from runtime.engines import Engine
 from runtime.errors import EngineError, InputError
@@ -58,18 +59,21 @@ class InferenceConfig(_Part):
         false_candidates: per normal image that the threshold lets through, on average.
     """
 
-    tile: int | None = Field(default=None, ge=16)
-    overlap: int = Field(default=64, ge=0)
-    suppression: float = Field(default=5.0, ge=0)
-    max_candidates: int = Field(default=50, ge=1)
-    match_radius: float = Field(default=2.0, ge=0)
-    false_candidates: float = Field(default=0.1, ge=0)
+    tile: int | None = Field(default=None, ge=16, le=1 << 16)
+    overlap: int = Field(default=64, ge=0, le=1 << 16)
+    suppression: float = Field(default=5.0, ge=0, le=1000)
+    max_candidates: int = Field(default=50, ge=1, le=1_000_000)
+    match_radius: float = Field(default=2.0, ge=0, le=1000)
+    false_candidates: float = Field(default=0.1, ge=0, le=1e6)
 
     @model_validator(mode="after")
     def _overlap_within_a_tile(self) -> Self:
         if self.tile is not None and self.overlap >= self.tile:
             raise ValueError("overlap must be smaller than tile")
         return self
+
+
+Value = Annotated[FiniteFloat, Field(ge=-1e30, le=1e30)]  # of a sensor
 
 
 class Params(_Part):
@@ -80,8 +84,25 @@ class Params(_Part):
             and drawing.
     """
 
-    value_range: tuple[float, float]
+    value_range: tuple[Value, Value]
     inference: InferenceConfig
+
+    @model_validator(mode="after")
+    def _a_range(self) -> Self:
+        if not self.value_range[0] < self.value_range[1]:
+            raise ValueError("value_range must rise")
+        return self
+
+
+def contract(bundle: Bundle) -> Contract:
+    """What this system demands of its bundle."""
+    bundle.params(Params)
+    return Contract(
+        preprocess=PlanesSpec,
+        graphs={"segment": Signature({"planes": "B3HW"}, {"logits": "B1HW"})},
+        sizes={},
+        thresholds=("candidate",),
+    )
 
 
 # --- the mathematics -----------------------------------------------------------------------------

@@ -199,5 +199,5 @@ class TestAFileOfReferences:
         with pytest.raises(InputError, match="does not hold references"):
             load_references(tmp_path / "kept.npz")
         np.savez(tmp_path / "o.npz", names=np.array(["a"]), pictures=np.zeros((2, 3), np.uint8))
-        with pytest.raises(InputError, match="a name for each"):
+        with pytest.raises(InputError, match="pictures with their names"):
             load_references(tmp_path / "o.npz")

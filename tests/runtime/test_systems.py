@@ -155,16 +155,18 @@ class TestOpening:
         variant: str,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        opened: list[tuple[Path, str, str, int | None]] = []
-        monkeypatch.setattr(
-            "runtime.systems.open_engine",
-            lambda model, backend, *, precision, threads, host_code: opened.append(
-                (model, backend, precision, threads)
-            ),
-        )
+        entry = tiny.manifest.graphs["features"]
+        opened: list[tuple[bytes, str, str, int | None]] = []
+
+        def open_engine(
+            model: bytes, backend: str, *, precision: str, threads: int, host_code: bool
+        ) -> FunctionEngine:
+            opened.append((model, backend, precision, threads))
+            return FunctionEngine(lambda feeds: {}, entry.inputs, entry.outputs)
+
+        monkeypatch.setattr("runtime.systems.open_engine", open_engine)
         assert list(open_engines(tiny, backend, precision, threads=3)) == ["features"]
-        file = tiny.manifest.graphs["features"].variants[variant]
-        assert opened == [(tiny.path(file), backend, precision, 3)]
+        assert opened == [(tiny.content(entry.variants[variant]), backend, precision, 3)]
 
     @pytest.mark.parametrize("owner", ["openvino", "ort"])
     def test_a_backend_prefers_its_own_int8_graph_and_no_other_takes_it(self, owner: str) -> None:

@@ -35,6 +35,7 @@ import numpy as np
 from runtime import datasets, draw, images
 from runtime.bank import Bank
 from runtime.bundle import Bundle
+from runtime.contract import Contract, Signature
 from runtime.engines import Engine
 from runtime.errors import EngineError
 from runtime.metrics import AnomalyMetrics
@@ -53,6 +54,25 @@ DISCRIMINATE = "discriminate"  # the graph of a bundle without one
 _EVALUATION_BATCH = 8
 
 
+def contract(bundle: Bundle) -> Contract:
+    """What this system demands of its bundle."""
+    judged = DISCRIMINATE in bundle.manifest.graphs
+    if judged:
+        rows, columns = bundle.params(DiscriminatorParams).grid
+        graphs = {DISCRIMINATE: Signature({"images": "B3HW"}, {"scores": "BN"})}
+    else:
+        rows, columns = bundle.params(Params).grid
+        graphs = {FEATURES: Signature({"images": "B3HW"}, {"features": "BND"})}
+    height, width = bundle.manifest.preprocess.size
+    return Contract(
+        preprocess=PreprocessSpec,
+        graphs=graphs,
+        sizes={"H": height, "W": width, "N": rows * columns},
+        thresholds=("image", "pixel"),
+        assets=() if judged else ("bank",),
+    )
+
+
 class _BankJudge:
     """Patch scores from features and their nearest rows in the bank."""
 
@@ -60,7 +80,7 @@ class _BankJudge:
 
     def __init__(self, bundle: Bundle, *, backend: str, threads: int | None) -> None:
         self.params = bundle.params(Params)
-        self.bank = Bank.load(bundle.asset("bank"))
+        self.bank = Bank.decode(bundle.asset_content("bank"), str(bundle.asset("bank")))
         self.search = FastSearch(self.bank, self.params.k, backend=backend, threads=threads)
         self._threads = threads
         # the influence map is part of the answer even where its weight is 0

@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
-import numpy as np
-from pydantic import Field
+from typing import Annotated, Self, TypeAlias
 
-from runtime.systems.noising.signals import Part, Statistics
+import numpy as np
+from pydantic import Field, FiniteFloat, model_validator
+
+from runtime.systems.noising.signals import SIGNALS, Measure, Part, Spread, Statistics
 from runtime.tensors import Array
+
+Grid: TypeAlias = tuple[Annotated[int, Field(ge=1, le=4096)], Annotated[int, Field(ge=1, le=4096)]]
+Smoothing: TypeAlias = Annotated[FiniteFloat, Field(ge=0, le=256)]
 
 
 class Params(Part):
     """What the bundle of a ``noising`` system says beyond graphs, bank and preprocessing."""
 
-    grid: tuple[int, int]
-    k: int
-    noise_range: tuple[float, float]
-    distance_weight: float
-    weights: dict[str, float]
-    smoothing: float
+    grid: Grid
+    k: int = Field(ge=1, le=10_000)
+    noise_range: tuple[Measure, Measure]
+    distance_weight: Measure
+    weights: dict[str, Measure]
+    smoothing: Smoothing
     mean_distance: Statistics
     signals: dict[str, Statistics]
-    score_std: float = Field(gt=0)
+    score_std: Spread
+
+    @model_validator(mode="after")
+    def _of_all_signals(self) -> Self:
+        if set(self.weights) != set(SIGNALS) or set(self.signals) != set(SIGNALS):
+            raise ValueError(f"weights and signals must name exactly {', '.join(SIGNALS)}")
+        return self
 
 
 class DiscriminatorParams(Part):
@@ -30,8 +41,8 @@ class DiscriminatorParams(Part):
         scores: of the graph's scores, over the patches of held-out training images.
     """
 
-    grid: tuple[int, int]
-    smoothing: float
+    grid: Grid
+    smoothing: Smoothing
     scores: Statistics
 
     def standardise(self, scores_N: Array) -> Array:

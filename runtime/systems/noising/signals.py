@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Annotated, TypeAlias
 
 import cv2
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 from runtime.bank import Bank
 from runtime.tensors import Array
@@ -23,11 +24,16 @@ class Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
+# a statistic, and one that is divided by; float32 holds both
+Measure: TypeAlias = Annotated[FiniteFloat, Field(ge=-1e30, le=1e30)]
+Spread: TypeAlias = Annotated[FiniteFloat, Field(ge=1e-30, le=1e30)]
+
+
 class Statistics(Part):
     """Mean and standard deviation over held-out training patches."""
 
-    mean: float
-    std: float = Field(gt=0)
+    mean: Measure
+    std: Spread
 
 
 def influence(queries_ND: Array, neighbours_NKD: Array, distances_NK: Array) -> Array:

@@ -23,8 +23,8 @@ from runtime.bundle import Bundle
 from runtime.datasets import MvtecSample, mvtec
 from runtime.errors import BankError, BundleError, DatasetError, EngineError, InputError
 from runtime.systems import noising, open_system
-from runtime.systems.noising.extend import extend
 from runtime.systems.noising import signals as mathematics
+from runtime.systems.noising.extend import extend
 from runtime.systems.noising.fit import FitConfig, Fitted, ablation, calibrate, fit, hold_out
 from runtime.systems.noising.signals import (
     SIGNALS,

@@ -18,7 +18,7 @@ from runtime.errors import BundleError, DatasetError, EngineError, InputError
 from runtime.metrics import ClassificationMetrics
 from runtime.preprocess import PreprocessSpec, apply
 from runtime.systems import open_engines
-from runtime.systems.paco import NAME, Params, System
+from runtime.systems.paco import NAME, Params, System, contract
 from runtime.tensors import Array, TensorSpec
 from runtime.testing import (
     FunctionEngine,
@@ -171,8 +171,9 @@ class TestABundle:
             system(bundle(params=params))
 
     def test_without_a_label_for_every_class_is_refused(self) -> None:
-        with pytest.raises(BundleError, match="3 labels for 4 classes"):
-            system(bundle(num_classes=4))
+        made = bundle(num_classes=4)
+        with pytest.raises(BundleError, match=r"'logits'.*\(batch, 4\).*C = 3"):
+            contract(made).check(made)
 
     def test_closes_its_engines(self) -> None:
         opened = system(bundle())

@@ -28,6 +28,7 @@ from runtime.systems.refdet import (
     Params,
     System,
     bring_references,
+    contract,
     evaluate,
 )
 from runtime.tensors import Array, TensorSpec
@@ -304,8 +305,9 @@ class TestABundle:
 
     def test_whose_prototypes_have_another_width_is_refused(self) -> None:
         params = Params(reference_preprocess=REFERENCES, widths=(2, 2)).model_dump(mode="json")
-        with pytest.raises(BundleError, match="prototypes of 3 values, its parameters say 4"):
-            System(bundle(params=params), {}, backend="none", precision="float")
+        made = bundle(params=params)
+        with pytest.raises(BundleError, match=r"'prototypes'.*3\), and not.*P = 4"):
+            contract(made).check(made)
 
     def test_closes_its_engines(self) -> None:
         opened = system()
