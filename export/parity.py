@@ -78,6 +78,29 @@ def check(
     return parities
 
 
+def check_shapes(
+    outputs: Mapping[str, TensorSpec], promised: Mapping[str, tuple[int | str, ...]]
+) -> None:
+    """Refuse outputs of another layout or width than the system promises.
+
+    Args:
+        promised: output name -> shape, with names for free axes.
+
+    Raises:
+        ParityError: an output is missing or of another shape; every one at fault is named.
+    """
+    faults = [
+        f"'{name}' is {outputs[name].shape if name in outputs else 'missing'}, not {shape}"
+        for name, shape in promised.items()
+        if name not in outputs or outputs[name].shape != shape
+    ]
+    if faults:
+        raise ParityError(
+            f"the graph's outputs are not what the system promises: {'; '.join(faults)}",
+            fix="compare the net's maps with what the configuration says of them",
+        )
+
+
 def _compare(name: str, got: Array | None, want: Array) -> Parity:
     if got is None or got.shape != want.shape:
         raise ParityError(

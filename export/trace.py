@@ -16,7 +16,7 @@ import onnx
 import torch
 
 from export import passes
-from export.parity import Parity, check
+from export.parity import Parity, check, check_shapes
 from export.systems import Source, backbone, recipe
 from runtime import bundle
 from runtime.bundle import Bundle, GraphEntry, Manifest
@@ -103,6 +103,8 @@ def _write(
         for i, (name, source) in enumerate(sources.items()):
             report(f"tracing {name}", i, len(sources))
             model = passes.prepare(to_onnx(source))
+            outputs = _specs(model.graph.output)
+            check_shapes(outputs, source.shapes)
             path = Path(scratch) / f"{name}.onnx"
             onnx.save(model, path)
             worst = compare_with_torch(source, path, tolerance=rules.tolerance)
@@ -111,7 +113,7 @@ def _write(
             keep = rules.keep_float if source.keep_float is None else source.keep_float
             entries[name] = GraphEntry(
                 inputs=_specs(model.graph.input),
-                outputs=_specs(model.graph.output),
+                outputs=outputs,
                 variants={"float": path.name},
                 keep_float=keep.model_dump(mode="json"),
             )

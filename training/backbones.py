@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -17,11 +18,14 @@ import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from timm.layers import PatchEmbed
+from timm.layers.format import Format
+from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
 from torch import Tensor, nn
 
 from runtime.bundle import sha256_file
 from runtime.errors import ConfigError, WeightsError
-from runtime.systems.backbone import WEIGHTS
+from runtime.systems.backbone import GRAPH, WEIGHTS, map_names
 from training.config import BackboneConfig
 from training.features import EngineBackbone, FeatureCache, FeatureStore, read_backbone
 
@@ -35,12 +39,14 @@ class Backbone:
 
     Attributes:
         net: images (B, 3, H, W) -> one map (B, C, h, w) per stage.
-        channels: C of each map.
+        channels: C of each map, as timm has it; the net was run once, and its maps agree.
+        grids: (h, w) of each map.
         provenance: plain values for the run's record.
     """
 
     net: nn.Module
     channels: tuple[int, ...]
+    grids: tuple[tuple[int, int], ...]
     provenance: dict[str, str]
 
 
@@ -69,18 +75,10 @@ def create(
     pretrained = weights and config.weights == "hub"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net: Any = _create(config, pretrained)
-    pretrained_cfg: Mapping[str, Any] = net.pretrained_cfg
-    if config.stages is None:
-        net = LastMap(net, frozen_norms=config.frozen_norms)
-        channels = (net.channels,)
-    else:
-        _trim(net)
-        channels = tuple(net.feature_info.channels())
+        net, channels = _cut(_create(config, pretrained, size), config)
+    pretrained_cfg: Mapping[str, Any] = model_of(net).pretrained_cfg
     if config.channels_last:
         net.to(memory_format=torch.channels_last)
-    if config.compile:
-        net.compile()
     provenance = {"backbone": config.name, "weights": config.weights}
     if pretrained:
         provenance["weights"] = f"hub: {pretrained_cfg.get('hf_hub_id') or pretrained_cfg['url']}"
@@ -92,14 +90,31 @@ def create(
         provenance |= {"weights": path.name, "sha256": sha256_file(path)}
     if weights:
         provenance["tensors_sha256"] = tensors_sha256(net.state_dict())
-    model = getattr(net, "model", net)
-    if size is not None and hasattr(model, "set_input_size"):
-        model.set_input_size(img_size=size)
-    return Backbone(
-        net=net,
-        channels=channels,
-        provenance=provenance,
-    )
+    with _explained(config, size):
+        if size is not None and hasattr(model_of(net), "set_input_size"):
+            model_of(net).set_input_size(img_size=size)
+        grids = _grids(config, net, channels, size or native_size(net))
+    if config.compile:
+        net.compile()
+    return Backbone(net=net, channels=channels, grids=grids, provenance=provenance)
+
+
+def model_of(net: nn.Module) -> Any:
+    """What timm made, without what is around it here."""
+    return net.model if isinstance(net, LastMap | ChannelsFirst) else getattr(net, "model", net)
+
+
+def is_transformer(net: nn.Module) -> bool:
+    """Whether a net normalises its layers: its residual stream then has channels of any size."""
+    return any(isinstance(part, nn.LayerNorm) for part in net.modules())
+
+
+def native_size(net: nn.Module) -> tuple[int, int]:
+    """(height, width) of the pictures that a net of ``create`` was made for."""
+    model = model_of(net)
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    height, width = size or model.pretrained_cfg["input_size"][1:]
+    return height, width
 
 
 def _by_engine(config: BackboneConfig, *, weights: bool, size: tuple[int, int] | None) -> Backbone:
@@ -107,10 +122,18 @@ def _by_engine(config: BackboneConfig, *, weights: bool, size: tuple[int, int] |
     eager = create(config.plain(), weights=False, size=bundle.manifest.preprocess.size)
     if weights:
         eager.net.load_state_dict(read_weights(bundle.asset(WEIGHTS)))
+    outputs = bundle.manifest.graphs[GRAPH].outputs
+    maps = [outputs[name].shape[1:] for name in map_names(bundle.manifest)]
+    if maps != [(c, *grid) for c, grid in zip(eager.channels, eager.grids, strict=True)]:
+        raise ConfigError(
+            f"the engine {bundle.root} gives maps (C, h, w) of {maps}, '{config.name}' gives "
+            f"{eager.channels} channels on grids {eager.grids}",
+            fix=f"export it again: cli.py export backbone:{config.name} --out BUNDLE",
+        )
     net = EngineBackbone(
         eager.net, bundle, backend=config.engine_backend, precision=config.engine_precision
     )
-    return Backbone(net=net, channels=eager.channels, provenance=net.provenance)
+    return Backbone(net=net, channels=eager.channels, grids=eager.grids, provenance=net.provenance)
 
 
 def feature_cache(config: BackboneConfig, net: nn.Module, *, max_bytes: int) -> FeatureCache:
@@ -131,36 +154,19 @@ def feature_cache(config: BackboneConfig, net: nn.Module, *, max_bytes: int) -> 
     return FeatureCache(max_bytes, store=store, net=name)
 
 
-def _create(config: BackboneConfig, pretrained: bool) -> Any:
-    if not timm.is_model(config.name):
-        near = timm.list_models(f"*{config.name.split('_')[0]}*")[:5]
-        raise ConfigError(
-            f"timm has no net '{config.name}'",
-            fix=f"choose one of {', '.join(near)}, ..."
-            if near
-            else "see timm.list_models() for the names",
-        )
-    whole = config.stages is None
-    cut = {"num_classes": 0} if whole else {"features_only": True, "out_indices": config.stages}
-    try:
-        net: Any = timm.create_model(config.name, pretrained=pretrained, **cut, **config.args)
-    except (AssertionError, IndexError, TypeError) as error:
-        raise ConfigError(
-            f"'{config.name}' cannot be made with arguments {dict(config.args)}: {error}"
-            if whole
-            else f"'{config.name}' cannot be cut at stages {list(config.stages or ())} with "
-            f"arguments {dict(config.args)}: {error}",
-            fix="stages count from 0 at the stem; layer2 and layer3 of a ResNet are [2, 3]",
-        ) from error
-    except (OSError, RuntimeError) as error:
-        if not pretrained:
-            raise
-        raise WeightsError(
-            f"the pretrained weights of '{config.name}' cannot be fetched: "
-            f"{str(error).splitlines()[0]}",
-            fix="connect to the hub once, or give a local file with "
-            "--set backbone.weights=FILE.safetensors",
-        ) from error
+# what timm raises where a net, its arguments and its pictures do not go together
+_UNFIT = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+def _create(config: BackboneConfig, pretrained: bool, size: tuple[int, int] | None) -> Any:
+    """A net as timm makes it, for pictures of that size."""
+    _check_name(config.name)
+    net = _made(config, pretrained, {})
+    native, model = net.pretrained_cfg["input_size"][1:], getattr(net, "model", net)
+    has_one_size = net.pretrained_cfg.get("fixed_input_size", False)
+    if has_one_size and not hasattr(model, "set_input_size") and size not in (None, native):
+        # a net that timm takes apart has to know it from the start
+        net = _made(config, pretrained, {"img_size": size})
     if config.checkpointing:
         try:
             net.set_grad_checkpointing()
@@ -169,6 +175,139 @@ def _create(config: BackboneConfig, pretrained: bool) -> Any:
                 f"'{config.name}' has no gradient checkpointing", fix="set it to false"
             ) from error
     return net
+
+
+def _check_name(name: str) -> None:
+    if not timm.is_model(name):
+        near = timm.list_models(f"*{name.split('_')[0]}*")[:5]
+        raise ConfigError(
+            f"timm has no net '{name}'",
+            fix=f"choose one of {', '.join(near)}, ..."
+            if near
+            else "see timm.list_models() for the names",
+        )
+    try:
+        get_pretrained_cfg(name)
+    except RuntimeError as error:
+        arch, _, tag = name.partition(".")
+        known = [full for full in get_arch_pretrained_cfgs(arch) if full != arch]
+        raise ConfigError(
+            f"timm has no weights '{tag}' of '{arch}'",
+            fix=f"write {arch}, or one of {', '.join(known[:5])}" if known else f"write {arch}",
+        ) from error
+
+
+def _made(config: BackboneConfig, pretrained: bool, sized: Mapping[str, Any]) -> Any:
+    whole = config.stages is None
+    cut = {"num_classes": 0} if whole else {"features_only": True, "out_indices": config.stages}
+    arguments = {**cut, **sized, **config.args}
+    try:
+        return timm.create_model(config.name, pretrained=pretrained, **arguments)
+    except _UNFIT as error:
+        if pretrained and isinstance(error, RuntimeError):
+            _made(config, False, sized)  # if this can be made, it is the weights
+            raise _no_weights(config, error) from error
+        given = f"arguments {dict(config.args)}"
+        if sized:
+            given = f"pictures of {_pixels(sized['img_size'])} and {given}"
+        raise ConfigError(
+            f"'{config.name}' cannot be made with {given}: {_cause(error)}"
+            if whole
+            else f"'{config.name}' cannot be cut at stages {list(config.stages or ())} with "
+            f"{given}: {_cause(error)}",
+            fix="stages count from 0 at the stem; layer2 and layer3 of a ResNet are [2, 3]",
+        ) from error
+    except OSError as error:
+        if not pretrained:
+            raise
+        raise _no_weights(config, error) from error
+
+
+def _no_weights(config: BackboneConfig, error: Exception) -> WeightsError:
+    return WeightsError(
+        f"the pretrained weights of '{config.name}' cannot be fetched: {_cause(error)}",
+        fix="connect to the hub once, or give a local file with "
+        "--set backbone.weights=FILE.safetensors",
+    )
+
+
+def _cause(error: Exception) -> str:
+    """The first line of what a library says, or the kind of its error where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _pixels(size: tuple[int, int]) -> str:
+    return f"{size[0]} x {size[1]} pixels"
+
+
+@contextmanager
+def _explained(config: BackboneConfig, size: tuple[int, int] | None) -> Iterator[None]:
+    """Turn what a net says of pictures that it cannot take into an error of the configuration."""
+    try:
+        yield
+    except _UNFIT as error:
+        own = _pixels(get_pretrained_cfg(config.name).input_size[1:])
+        raise ConfigError(
+            f"'{config.name}' cannot take pictures of {_pixels(size) if size else own}: "
+            f"{_cause(error)}",
+            fix=f"it was made for {own}: give pictures of that size, of a multiple of its patches "
+            "and windows, or choose another net",
+        ) from error
+
+
+def _cut(net: Any, config: BackboneConfig) -> tuple[Any, tuple[int, ...]]:
+    """A net that gives maps (B, C, h, w) alone, and the C of each."""
+    if config.stages is None:
+        with _explained(config, None):
+            last = LastMap(net, frozen_norms=config.frozen_norms)
+        return last, (last.channels,)
+    _trim(net)
+    channels = tuple(net.feature_info.channels())
+    return (ChannelsFirst(net) if _is_channels_last(net) else net), channels
+
+
+def _is_channels_last(net: Any) -> bool:
+    return bool(getattr(net, "output_fmt", Format.NCHW) == Format.NHWC)
+
+
+def _grids(
+    config: BackboneConfig, net: nn.Module, channels: tuple[int, ...], size: tuple[int, int]
+) -> tuple[tuple[int, int], ...]:
+    """(h, w) of each map, found by running the net once: its maps are what timm says of them.
+
+    Raises:
+        ConfigError: other maps.
+        ValueError: patches that would leave a strip of the pictures unseen.
+    """
+    patches = getattr(model_of(net), "patch_embed", None)
+    if isinstance(patches, PatchEmbed) and not patches.dynamic_img_pad:
+        h, w = patches.patch_size
+        if size[0] % h or size[1] % w:
+            raise ValueError(f"they are not filled by patches of {_pixels((h, w))}")
+    was_training = net.training
+    like = next(net.parameters())
+    with torch.no_grad():
+        maps = net.eval()(torch.zeros(1, 3, *size, dtype=like.dtype, device=like.device))
+    net.train(was_training)
+    found = [tuple(m.shape) for m in maps]
+    if any(len(shape) != 4 for shape in found) or [shape[1] for shape in found] != list(channels):
+        raise ConfigError(
+            f"'{config.name}' gives maps of shapes {found} for pictures of {_pixels(size)}; they "
+            f"should be (1, C, h, w) with C of {list(channels)}",
+            fix="choose another net, or other stages of this one",
+        )
+    return tuple((shape[2], shape[3]) for shape in found)
+
+
+class ChannelsFirst(nn.Module):
+    """A timm feature net that keeps the channels last: images (B, 3, H, W) -> maps (B, C, h, w)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images_BCHW: Tensor) -> list[Tensor]:
+        return [map_BHWC.permute(0, 3, 1, 2) for map_BHWC in self.model(images_BCHW)]
 
 
 class LastMap(nn.Module):
@@ -190,6 +329,10 @@ class LastMap(nn.Module):
         self.frozen_norms = frozen_norms
         self.channels = int(model.num_features)
         self.has_token = getattr(model, "cls_token", None) is not None
+        self._num_prefix_tokens = getattr(model, "num_prefix_tokens", 0)
+        if self.has_token and not self._num_prefix_tokens:
+            raise ValueError("it does not tell its class token from the patches")
+        self._is_channels_last = _is_channels_last(model)
         self._remove_unused()
 
     def forward(self, images_BCHW: Tensor) -> list[Tensor]:
@@ -199,13 +342,11 @@ class LastMap(nn.Module):
         """The class token (B, C) of a net that has one, and the map (B, C, h, w)."""
         features = self.model.forward_features(images_BCHW)
         if features.ndim == 3:  # tokens: the first ones stand for the whole image
-            tokens_BNC = features[:, getattr(self.model, "num_prefix_tokens", 0) :]
+            tokens_BNC = features[:, self._num_prefix_tokens :]
             h, w = self._grid(images_BCHW, tokens_BNC.shape[1])
             token_BC = features[:, 0] if self.has_token else None
             return token_BC, tokens_BNC.transpose(1, 2).unflatten(2, (h, w))
-        if features.shape[1] != self.channels:  # some nets keep the channels last
-            features = features.permute(0, 3, 1, 2)
-        return None, features
+        return None, features.permute(0, 3, 1, 2) if self._is_channels_last else features
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
@@ -220,16 +361,16 @@ class LastMap(nn.Module):
         """(h, w) of square patches that cover the image."""
         height, width = images_BCHW.shape[2:]
         patch = math.isqrt(height * width // num_tokens)
-        return height // patch, width // patch
+        h, w = height // patch, width // patch
+        if h * w != num_tokens:
+            raise ValueError(f"its {num_tokens} tokens are no grid of square patches")
+        return h, w
 
     def _remove_unused(self) -> None:
         """Empty the modules whose parameters the last map does not depend on."""
-        config = self.model.pretrained_cfg
-        size = getattr(getattr(self.model, "patch_embed", None), "img_size", None)
-        height, width = size or config["input_size"][1:]
         was_training = self.model.training
         with torch.enable_grad():
-            (last,) = self.eval()(torch.zeros(1, config["input_size"][0], height, width))
+            (last,) = self.eval()(torch.zeros(1, 3, *native_size(self)))
             last.sum().backward()
         self.train(was_training)
         for module in list(self.model.modules()):

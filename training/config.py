@@ -96,8 +96,8 @@ class BackboneConfig(Config):
     Attributes:
         name: timm's name, e.g. ``resnet18``.
         stages: indices of its feature maps, from 0 at the stem: layer2 and layer3 of a ResNet are
-            2 and 3. null: the last map of the whole net, as its classifier would pool it; the
-            tokens of a transformer are laid out as a grid.
+            2 and 3, those of a plain transformer are its blocks. null: the last map of the whole
+            net, as its classifier would pool it; tokens of patches are laid out as a grid.
         weights: ``hub`` (timm's pretrained weights), ``none`` (random, from the run's seed) or the
             path of a safetensors file with timm's names.
         args: further arguments of ``timm.create_model``, e.g. ``{pad_type: same}``.

@@ -42,6 +42,8 @@ class Source:
         examples: tuples of argument tensors; the first is traced, all are compared. A free axis
             is larger than 1 in the first.
         free: input name -> axis -> name of that axis, for axes that are not fixed.
+        shapes: output name -> its promised shape, with names for free axes; of the outputs that the
+            rest of the system knows by their layout and width.
         before_choice: takes ``forward``'s arguments and gives, in the order of ``outputs``, what is
             left of them by ``export.passes.before_choice``, for a module that chooses candidates:
             where two are nearly equal, two libraries may choose differently, and both be right.
@@ -53,6 +55,7 @@ class Source:
     outputs: tuple[str, ...]
     examples: tuple[tuple[Any, ...], ...]
     free: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
+    shapes: Mapping[str, tuple[int | str, ...]] = field(default_factory=dict)
     before_choice: Callable[..., Any] | None = None
     keep_float: KeepFloat | None = None
 

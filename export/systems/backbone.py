@@ -62,13 +62,11 @@ def prepare(folder: Path, config: BackboneConfig, size: tuple[int, int] | None) 
         ConfigError, WeightsError: see ``training.backbones.create``.
     """
     made = backbones.create(config, size=size)
-    model: Any = made.net.model if isinstance(made.net, LastMap) else made.net
-    known = model.pretrained_cfg
-    own = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    known = backbones.model_of(made.net).pretrained_cfg
     state = {name: value.contiguous() for name, value in made.net.state_dict().items()}
     save_file(state, folder / _WEIGHTS)
     spec = PreprocessSpec(
-        size=size or own or known["input_size"][1:],
+        size=size or backbones.native_size(made.net),
         resize="crop",
         mean=known["mean"],
         std=known["std"],
@@ -90,12 +88,13 @@ def _read(folder: Path) -> tuple[BackboneConfig, PreprocessSpec]:
 def graphs(folder: Path) -> dict[str, Source]:
     """``features``: images (batch, 3, H, W) -> ``Outputs.names``, all float32."""
     config, spec = _read(folder)
-    net = backbones.create(config, weights=False, size=spec.size).net
+    made = backbones.create(config, weights=False, size=spec.size)
+    net = made.net
     net.load_state_dict(read_weights(folder / _WEIGHTS))
     module = Outputs(net, config.stages).eval()
     generator = torch.Generator().manual_seed(0)
     examples = torch.randn(3, 3, *spec.size, generator=generator)
-    is_transformer = any(isinstance(part, nn.LayerNorm) for part in net.modules())
+    maps = [name for name in module.names if name != backbone.TOKEN]
     return {
         backbone.GRAPH: Source(
             module=module,
@@ -103,7 +102,11 @@ def graphs(folder: Path) -> dict[str, Source]:
             outputs=module.names,
             examples=((examples[:2],), (examples[2:],)),
             free={"images": {0: "batch"}},
-            keep_float=TRANSFORMER if is_transformer else None,
+            keep_float=TRANSFORMER if backbones.is_transformer(net) else None,
+            shapes={
+                name: ("batch", width, *grid)
+                for name, width, grid in zip(maps, made.channels, made.grids, strict=True)
+            },
         )
     }
 

@@ -4,15 +4,16 @@ backbone and discriminator in one, and no bank.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from export.systems import Contents, Recipe, Source
+from export.systems import TRANSFORMER, Contents, Recipe, Source
 from runtime.bundle import Threshold
 from runtime.systems.noising import DISCRIMINATE, FEATURES
-from training.backbones import read_weights
+from training.backbones import is_transformer, read_weights
 from training.run import open_run, read_json
 from training.systems.noising.config import TaskConfig
 from training.systems.noising.discriminator import DiscriminatorTraining
@@ -32,19 +33,23 @@ def graphs(run: Path) -> dict[str, Source]:
     generator = torch.Generator().manual_seed(0)
     height, width = config.preprocess.size
     examples = torch.randn(3, 3, height, width, generator=generator)
+    features = model.features if isinstance(model, DiscriminatorTraining) else model
+    num_patches = math.prod(features.grid(height, width))
 
-    def source(module: nn.Module, output: str) -> Source:
+    def source(module: nn.Module, output: str, *shape: int) -> Source:
         return Source(
             module=module,
             inputs=("images",),
             outputs=(output,),
             examples=((examples[:2],), (examples[2:],)),
             free={"images": {0: "batch"}},
+            shapes={output: ("batch", *shape)},
+            keep_float=TRANSFORMER if is_transformer(features.backbone) else None,
         )
 
     if isinstance(model, DiscriminatorTraining):
-        return {DISCRIMINATE: source(model.judge().eval(), "scores")}
-    return {FEATURES: source(model, "features")}
+        return {DISCRIMINATE: source(model.judge().eval(), "scores", num_patches)}
+    return {FEATURES: source(model, "features", num_patches, features.width)}
 
 
 def contents(run: Path) -> Contents:

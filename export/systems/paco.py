@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 
-from export.systems import Contents, Recipe, Source
+from export.systems import TRANSFORMER, Contents, Recipe, Source
 from runtime.systems.paco import Params
+from training.backbones import is_transformer
 from training.run import open_run, read_json
 from training.systems.paco.config import TaskConfig
 from training.systems.paco.eager import trained_net
@@ -19,14 +20,18 @@ def graphs(run: Path) -> dict[str, Source]:
     assert isinstance(opened.config, TaskConfig)
     generator = torch.Generator().manual_seed(0)
     height, width = opened.config.preprocess.size
+    net = trained_net(opened)
+    num_classes, embedding = net.classifier.weight.shape
     examples = torch.randn(3, 3, height, width, generator=generator)
     return {
         "classify": Source(
-            module=trained_net(opened),
+            module=net,
             inputs=("images",),
             outputs=("logits", "embedding"),
             examples=((examples[:2],), (examples[2:],)),
             free={"images": {0: "batch"}},
+            keep_float=TRANSFORMER if is_transformer(net) else None,
+            shapes={"logits": ("batch", num_classes), "embedding": ("batch", embedding)},
         )
     }
 

@@ -55,6 +55,7 @@ def graphs(run: Path) -> dict[str, Source]:
             outputs=("prototypes",),
             examples=((shaken(spec, 2),), (shaken(spec, 1),)),
             free={"images": {0: "batch"}},
+            shapes={"prototypes": ("batch", sum(prototype_widths(config.detector)))},
         ),
         "detect": Source(
             module=detect,

@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from export.parity import check, compare
+from export.parity import check, check_shapes, compare
 from runtime.errors import ParityError
-from runtime.tensors import Array
+from runtime.tensors import Array, TensorSpec
 
 arrays = hnp.arrays(
     np.float32,
@@ -81,3 +81,10 @@ class TestAnOutputBeyondTheTolerance:
             compare({}, {"y": np.ones(2)})
         with pytest.raises(ParityError, match=r"shape \(1, 2\)"):
             compare({"y": np.ones((1, 2))}, {"y": np.ones(2)})
+
+
+def test_a_promised_shape_is_compared_name_by_name() -> None:
+    outputs = {"map": TensorSpec(dtype="float32", shape=("batch", 4, 4, 8))}
+    check_shapes(outputs, {"map": ("batch", 4, 4, 8)})
+    with pytest.raises(ParityError, match=r"'map' is \('batch', 4, 4, 8\), not .*'rest' is miss"):
+        check_shapes(outputs, {"map": ("batch", 8, 4, 4), "rest": ("batch", 1)})

@@ -230,8 +230,9 @@ class TestWeightsFromTheHub:
     def test_that_cannot_be_reached_are_no_quiet_random_numbers(
         self, error: Exception, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def unreachable(*_: Any, **__: Any) -> None:
-            raise error
+        def unreachable(*_: Any, pretrained: bool, **__: Any) -> None:
+            if pretrained:  # the net itself can be made
+                raise error
 
         monkeypatch.setattr(timm, "create_model", unreachable)
         with pytest.raises(WeightsError, match="cannot be fetched: no ") as caught:
@@ -248,6 +249,81 @@ class TestRandomWeights:
         assert first["tensors_sha256"] != other["tensors_sha256"]
         assert first["weights"] == "random, seed 1"
         assert torch.equal(torch.get_rng_state(), before)
+
+
+class TestMapsAreWhatTheyAreSaidToBe:
+    @pytest.mark.parametrize(
+        ("name", "stages", "size"),
+        [
+            ("test_mambaout", (1, 2), (256, 192)),  # C = h of a map: its shape does not tell
+            ("test_mambaout", None, (64, 96)),
+            ("swin_s3_tiny_224", (0, 1), (64, 96)),  # made for another size
+            ("test_vit3", (0, 8), (64, 48)),  # four register tokens beside the patches
+            ("test_vit", (2, 5), (64, 48)),
+            ("test_maxvit", (1, 2), (96, 64)),
+        ],
+    )
+    def test_a_change_in_the_picture_shows_where_it_is(
+        self, name: str, stages: tuple[int, ...] | None, size: tuple[int, int]
+    ) -> None:
+        made = backbones.create(BackboneConfig(name=name, stages=stages, weights="none"), size=size)
+        height, width = size
+        plain = torch.zeros(1, 3, *size)
+        changed = plain.clone()
+        changed[:, :, height // 4 : height // 2, width // 2 : 3 * width // 4] = 3
+        with torch.no_grad():
+            pairs = zip(made.net.eval()(plain), made.net(changed), strict=True)
+            found = [(after - before).abs().sum(1)[0] for before, after in pairs]
+        assert [tuple(m.shape) for m in found] == list(made.grids)
+        for difference_HW, (h, w) in zip(found, made.grids, strict=True):
+            y, x = divmod(int(difference_HW.argmax()), w)
+            # a cell of tolerance: convolutions and attention spread what changed
+            assert h // 4 - 1 <= y <= h // 2
+            assert w // 2 - 1 <= x <= 3 * w // 4
+
+    @pytest.mark.parametrize("stages", [(2, 5), None])
+    def test_patches_that_leave_a_strip_unseen_are_refused(
+        self, stages: tuple[int, ...] | None
+    ) -> None:
+        config = BackboneConfig(
+            name="test_vit", stages=stages, weights="none", args={"patch_size": 20}
+        )
+        with pytest.raises(ConfigError, match="not filled by patches of 20 x 20") as caught:
+            backbones.create(config, size=(64, 80))
+        assert "160 x 160 pixels" in (caught.value.fix or "")
+        assert backbones.create(config, size=(60, 80)).grids[0] == (3, 4)
+
+    @pytest.mark.parametrize(
+        ("name", "stages", "size", "cause"),
+        [
+            ("test_maxvit", (1, 2), (100, 100), "divisible by window"),
+            ("test_vit", (2, 5), (100, 100), "patches of 16 x 16 pixels"),
+            ("pit_ti_224", None, (64, 64), "class token"),
+            ("resnet18.nope", (1,), (64, 64), "no weights 'nope' of 'resnet18'"),
+            ("test_nfnet", (1, 5), (64, 64), r"cut at stages \[1, 5\]"),
+        ],
+    )
+    def test_an_unfit_net_is_an_error_with_its_cause(
+        self, name: str, stages: tuple[int, ...] | None, size: tuple[int, int], cause: str
+    ) -> None:
+        config = BackboneConfig(name=name, stages=stages, weights="none")
+        with pytest.raises(ConfigError, match=cause):
+            backbones.create(config, size=size)
+
+    def test_other_channels_than_timm_says_are_refused(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        make = timm.create_model
+
+        def wrong(*args: Any, **kwargs: Any) -> nn.Module:
+            net = make(*args, **kwargs)
+            net.output_fmt = "NCHW"
+            return net
+
+        monkeypatch.setattr(timm, "create_model", wrong)
+        config = BackboneConfig(name="test_mambaout", stages=(1,), weights="none")
+        with pytest.raises(ConfigError, match=r"\(1, 16, 8, 32\).*should be .* of \[32\]"):
+            backbones.create(config, size=(128, 64))
 
 
 class TestANetThatTimmDoesNotHave:

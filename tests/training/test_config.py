@@ -63,6 +63,14 @@ class TestAConfiguration:
             BackboneConfig(name="resnet18", stages=stages)
 
 
+class TestOfPaco:
+    def test_stands_on_one_map(self) -> None:
+        config = load_config("paco", overrides=["backbone.stages=[2]"])
+        assert config.backbone.stages == (2,)  # type: ignore[attr-defined]
+        with pytest.raises(ConfigError, match=r"backbone.*one map"):
+            load_config("paco", overrides=["backbone.stages=[1,2]"])
+
+
 class TestOfNoising:
     def test_has_defaults(self) -> None:
         config = load_config("noising")

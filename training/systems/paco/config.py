@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from runtime.preprocess import PreprocessSpec
 from training.config import BackboneConfig, Config, SystemConfig
@@ -140,7 +140,7 @@ class TaskConfig(SystemConfig):
     """A classifier on a timm backbone, trained with part contrast.
 
     Attributes:
-        backbone: the net up to its last feature map.
+        backbone: the net up to its last feature map, or to one of its stages.
         preprocess: pixels to network input, for evaluation and inference.
         frozen: train the classifier alone, on features computed once (a linear probe); views,
             parts and loss are not used, except for ``loss.label_smoothing``.
@@ -161,3 +161,10 @@ class TaskConfig(SystemConfig):
     parts: PartsConfig = PartsConfig()
     loss: LossConfig = LossConfig()
     num_overlays: int = Field(default=16, ge=0)
+
+    @field_validator("backbone")
+    @classmethod
+    def _one_map(cls, backbone: BackboneConfig) -> BackboneConfig:
+        if backbone.stages is not None and len(backbone.stages) > 1:
+            raise ValueError("a classifier stands on one map: leave stages at null, or name one")
+        return backbone
