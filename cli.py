@@ -338,9 +338,8 @@ def export(
     Plans are TensorRT's, and only for the machine that builds them. With --refs its objects are
     what the bundle looks for where nothing else is asked for.
     """
-    import tempfile
-
     from runtime import bundle as bundles
+    from runtime import files
 
     if int8 and samples is None:
         raise UsageError("--int8 needs sample images", fix="pass --samples DIR")
@@ -361,7 +360,7 @@ def export(
     from_bundle = (source / bundles.MANIFEST_NAME).is_file()
     say = _say(context)
     bundles.check_out(out, replace=exist_ok)
-    with tempfile.TemporaryDirectory() as scratch:
+    with files.scratch(out.parent) as scratch:
         if from_bundle:
             floats = bundles.read(source)
         else:
@@ -369,7 +368,7 @@ def export(
             from export.trace import trace, trace_backbone
 
             unchanged = refs is None and not int8 and not deployed
-            target = out if unchanged else Path(scratch) / "float"
+            target = out if unchanged else scratch / "float"
             if wanted is None:
                 floats = trace(source, target, exist_ok=exist_ok)
             else:
@@ -377,7 +376,7 @@ def export(
         if refs is not None:
             from runtime.systems.refdet import bring_references
 
-            target = Path(scratch) / "prompted" if int8 or deployed else out
+            target = scratch / "prompted" if int8 or deployed else out
             floats = bring_references(floats, refs, target, exist_ok=exist_ok)
         if int8:
             from export.build import BuildConfig, build
@@ -393,7 +392,7 @@ def export(
                 fail_on_drop=fail_on_drop,
                 threads=threads,
             )
-            target = Path(scratch) / "int8" if deployed else out
+            target = scratch / "int8" if deployed else out
             floats = build(floats, target, config, exist_ok=exist_ok, say=say)
         if deployed:
             from export.deploy import DeployConfig, deploy
@@ -820,9 +819,9 @@ class _Progress:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    from runtime.bundle import write_atomic
+    from runtime import files
 
-    write_atomic(path, json.dumps(content, indent=2) + "\n")
+    files.write(path, json.dumps(content, indent=2) + "\n")
 
 
 def _print_table(title: str, header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:

@@ -13,7 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from calibration.ranges import DEFAULT_PERCENTILE
 from calibration.samples import Sample
-from runtime.bundle import Bundle, write_atomic
+from runtime import files
+from runtime.bundle import Bundle
 from runtime.errors import CalibrationError
 from runtime.preprocess import PlanesSpec, PreprocessSpec
 from runtime.tensors import Array
@@ -135,7 +136,7 @@ class Table(_Part):
     def save(self, path: Path) -> None:
         """Write it as JSON, in one step."""
         content = self.model_dump(mode="json")
-        write_atomic(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+        files.write(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def load(path: Path) -> Table:

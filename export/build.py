@@ -8,7 +8,6 @@ metric against the float system's, time both, say what should ship, write the bu
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
@@ -32,6 +31,7 @@ from runtime.bundle import Bundle, Manifest, check_out, read, write
 from runtime.engines import BACKENDS, Engine, open_engine
 from runtime.engines.ort import OrtEngine
 from runtime.errors import BackendError, DatasetError, ExportError, GateError, UsageError
+from runtime.files import scratch
 from runtime.plans import PROVENANCE
 from runtime.systems import open_engines, open_system, reader_of, variant_of
 from runtime.tensors import Array
@@ -147,8 +147,7 @@ def build(
                 means=table.means(name),
                 threads=config.threads,
             )
-    with tempfile.TemporaryDirectory() as scratch:
-        trial = Path(scratch)
+    with scratch(out.parent) as trial:
         candidate = _assemble(bundle, floats, table, keep, trial / "0")
         want = _metrics(candidate, _int8_backends()[0], "float", config)
         gate = _gate(candidate, want, config, say)

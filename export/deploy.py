@@ -8,7 +8,6 @@ from and on, write the bundle.
 from __future__ import annotations
 
 import importlib.util
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from runtime.contenders import images_for
 from runtime.engines import BACKENDS
 from runtime.engines.ort import OrtEngine
 from runtime.errors import BackendError, BundleError, ParityError, UsageError
+from runtime.files import scratch
 from runtime.plans import (
     DEFAULT_BATCH,
     PLANS,
@@ -109,8 +109,8 @@ def deploy(
         ranges = {name: profiles_of(name, graph, config.plan) for name, graph in graphs.items()}
         _check_axes(graphs, config.plan)
     halves = [kind for kind in TYPES if kind in (*config.halves, *config.plans)]
-    with tempfile.TemporaryDirectory(prefix="engineworks-") as scratch:
-        work = _Work(bundle, Path(scratch))
+    with scratch(out.parent) as folder:
+        work = _Work(bundle, folder)
         if halves:
             feeds = record(bundle, _images(bundle, config.samples), threads=config.threads)
             for kind in halves:

@@ -25,7 +25,7 @@ import tensorrt as trt
 from google.protobuf.message import DecodeError
 
 from export.legality import check_legal
-from runtime.bundle import write_atomic
+from runtime import files
 from runtime.engines.recorder import Recorder
 from runtime.errors import BackendError, ExportError
 from runtime.plans import Machine, PlanConfig, Profile, Shape, ShapeRange
@@ -124,7 +124,7 @@ def _compile(
     cache = None if timing_cache is None else _load_cache(settings, timing_cache)
     data = _build(builder, network, settings, monitor)
     if data is not None and timing_cache is not None and cache is not None:
-        write_atomic(timing_cache, bytes(memoryview(cache.serialize())))
+        files.write(timing_cache, bytes(memoryview(cache.serialize())))
     return data, int(network.num_layers)
 
 

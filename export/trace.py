@@ -5,7 +5,6 @@ The only call of ``torch.onnx`` in the project. What leaves here has been compar
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable, Mapping
 from contextlib import closing
 from importlib import metadata
@@ -22,6 +21,7 @@ from runtime import bundle
 from runtime.bundle import Bundle, GraphEntry, Manifest
 from runtime.engines import open_engine
 from runtime.errors import ExportError, RunError
+from runtime.files import scratch
 from runtime.tensors import Array, TensorSpec
 from training.config import BackboneConfig
 from training.run import open_run
@@ -76,10 +76,10 @@ def trace_backbone(
         ConfigError, WeightsError: see ``training.backbones.create``.
         ExportError, ParityError, BundleError: as ``trace``.
     """
-    with tempfile.TemporaryDirectory(prefix="engineworks-") as folder:
-        record = {"backbone": backbone.prepare(Path(folder), config, size)}
+    with scratch(out.parent) as folder:
+        record = {"backbone": backbone.prepare(folder, config, size)}
         name = backbone.NAME
-        return _write(name, Path(folder), out, record, progress=progress, exist_ok=exist_ok)
+        return _write(name, folder, out, record, progress=progress, exist_ok=exist_ok)
 
 
 def _write(
@@ -96,7 +96,7 @@ def _write(
     rules = recipe(system)
     contents = rules.contents(folder)
     sources = rules.graphs(folder)
-    with tempfile.TemporaryDirectory(prefix="engineworks-") as scratch:
+    with scratch(out.parent) as work:
         files = {path.name: path for path in contents.assets.values()}
         entries: dict[str, GraphEntry] = {}
         parities: dict[str, Any] = {}
@@ -105,7 +105,7 @@ def _write(
             model = passes.prepare(to_onnx(source))
             outputs = _specs(model.graph.output)
             check_shapes(outputs, source.shapes)
-            path = Path(scratch) / f"{name}.onnx"
+            path = work / f"{name}.onnx"
             onnx.save(model, path)
             worst = compare_with_torch(source, path, tolerance=rules.tolerance)
             parities[name] = {output: p.model_dump() for output, p in worst.items()}

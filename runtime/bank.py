@@ -18,7 +18,7 @@ import numpy as np
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import faiss
 
-from runtime.bundle import write_atomic
+from runtime import files
 from runtime.coreset import Progress, greedy_k_centre
 from runtime.errors import BankError
 from runtime.tensors import Array
@@ -172,7 +172,7 @@ class Bank:
 
     def save(self, path: Path) -> None:
         """Write a FAISS index file, atomically."""
-        write_atomic(path, faiss.serialize_index(_flat_index(self.rows_MD)).tobytes())
+        files.write(path, faiss.serialize_index(_flat_index(self.rows_MD)).tobytes())
 
     @staticmethod
     def load(path: Path) -> Bank:

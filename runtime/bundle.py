@@ -2,8 +2,8 @@
 
 This module owns the format; ``docs/bundle-format.md`` states it as promises. ``read`` checks
 everything (schema, digest, names, sizes, SHA-256) before any other code opens a file of it;
-``write`` builds the folder beside its destination and renames it, so a reader never sees half: the
-old bundle, for the instant between two renames none, then the new one.
+``write`` builds the folder beside its destination and exchanges them, so a reader never sees half:
+the old bundle or the new one.
 """
 
 from __future__ import annotations
@@ -11,10 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
-import shutil
-import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -30,7 +28,10 @@ from pydantic import (
     field_validator,
 )
 
+from runtime.claims import claim, real
 from runtime.errors import BundleError, InputError
+from runtime.files import NewFolder, is_temporary, recover
+from runtime.files import write as write_file
 from runtime.preprocess import PlanesSpec, PreprocessSpec
 from runtime.tensors import TensorSpec
 
@@ -47,6 +48,8 @@ _Comparisons: TypeAlias = dict[str, dict[str, dict[str, dict[str, FiniteFloat | 
 _COMPARISONS = ("parity", "parity_half", "parity_int8")
 _RULES: TypeAdapter[Any] = TypeAdapter(dict[Literal["op_types", "patterns", "nodes"], list[str]])
 _PLANS: TypeAdapter[Any] = TypeAdapter(dict[str, dict[str, dict[str, Any]]])
+_MAX_READS, _READ_AGAIN_S = 50, 0.01  # of a bundle that is replaced while it is read
+_WAIT_S = 10.0  # for another change of thresholds
 
 
 class _Part(BaseModel):
@@ -268,7 +271,12 @@ def load_manifest(root: Path) -> Manifest:
             fix="give the folder that `cli.py export ... --out` wrote",
         )
     _check_plain(path)
-    data = path.read_bytes()
+    return _checked(root, path.read_bytes())
+
+
+def _checked(root: Path, data: bytes) -> Manifest:
+    """The manifest that a text holds; see ``load_manifest``."""
+    path = root / MANIFEST_NAME
     try:
         content = json.loads(data, parse_constant=_refuse_constant)
     # no UTF-8, no JSON, NaN and Infinity, which are not JSON, or brackets without an end
@@ -321,17 +329,23 @@ def _check_plain(path: Path) -> None:
         )
 
 
+def _present(root: Path) -> set[str]:
+    """The files in a bundle's folder, links included; not its manifest, nor one being replaced."""
+    return {
+        path.relative_to(root).as_posix()
+        for path in root.rglob("*")
+        if (path.is_symlink() or not path.is_dir())
+        and not (path.parent == root and is_temporary(path.name))
+    } - {MANIFEST_NAME}
+
+
 def verify(root: Path, manifest: Manifest) -> None:
     """Check that the folder holds exactly the files of the manifest, with their hashes.
 
     Raises:
         BundleError: a file is missing, extra, no plain file, of another size or another SHA-256.
     """
-    present = {
-        path.relative_to(root).as_posix()
-        for path in root.rglob("*")
-        if path.is_symlink() or not path.is_dir()
-    } - {MANIFEST_NAME}
+    present = _present(root)
     missing, extra = sorted(set(manifest.files) - present), sorted(present - set(manifest.files))
     if missing or extra:
         raise BundleError(
@@ -356,21 +370,40 @@ def verify(root: Path, manifest: Manifest) -> None:
 
 
 def read(root: Path) -> Bundle:
-    """Open a bundle after checking all of it.
+    """Open a bundle after checking all of it; one that is replaced meanwhile is read again.
 
     Raises:
         BundleError: see ``load_manifest`` and ``verify``.
     """
-    manifest = load_manifest(root)
-    verify(root, manifest)
+    for attempt in range(_MAX_READS):
+        before = _identity(root)
+        try:
+            manifest = load_manifest(root)
+            verify(root, manifest)
+            break
+        except (BundleError, OSError):
+            replaced = recover(root) or before != _identity(root)
+            if not replaced or attempt == _MAX_READS - 1:
+                raise
+            time.sleep(_READ_AGAIN_S)
     return Bundle(root=root, manifest=manifest)
+
+
+def _identity(root: Path) -> tuple[int, int] | None:
+    """What differs between a folder and the one that takes its place."""
+    try:
+        state = root.stat()
+    except OSError:
+        return None
+    return state.st_ino, state.st_ctime_ns
 
 
 def check_out(out: Path, *, replace: bool) -> None:
     """Refuse a destination that ``write`` would refuse; to be asked before long work.
 
     Raises:
-        BundleError: ``out`` exists, and is no bundle or may not be replaced.
+        BundleError: ``out`` exists, and is no bundle, holds files that are not the bundle's, or may
+            not be replaced.
     """
     if not out.exists():
         return
@@ -380,6 +413,19 @@ def check_out(out: Path, *, replace: bool) -> None:
         raise BundleError(
             f"{out} already exists", fix="choose another --out, or pass --exist-ok to replace it"
         )
+    if foreign := sorted(_present(out) - _listed(out)):
+        raise BundleError(
+            f"{out} holds files that are not the bundle's and would be lost: {foreign}",
+            fix="move them out of it, or choose another --out",
+        )
+
+
+def _listed(root: Path) -> set[str]:
+    """The files that a manifest lists, which need not be whole."""
+    try:
+        return set(json.loads((root / MANIFEST_NAME).read_bytes())["files"])
+    except (ValueError, RecursionError, LookupError, TypeError):
+        return set()
 
 
 def write(
@@ -398,38 +444,33 @@ def write(
     Raises:
         BundleError: ``out`` exists and may not be replaced, a name is not a plain path, or the
             manifest refers to a file that is not given.
+        InUseError: another process is writing it.
     """
-    check_out(out, replace=replace)
-    for name in files:
-        _check_name(out, name)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
-        staging = Path(scratch) / "new"
-        staging.mkdir()
-        entries = {}
-        for name, source in sorted(files.items()):
-            target = staging / PurePosixPath(name)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, target)
-            _sync(target)
-            entries[name] = FileEntry(sha256=sha256_file(target), size_bytes=target.stat().st_size)
-        sealed = manifest.model_copy(update={"files": entries}).sealed()
-        write_atomic(staging / MANIFEST_NAME, _manifest_text(sealed))
-        written = load_manifest(staging)
-        _put_in_place(staging, out, retired=Path(scratch) / "old")
+    place = real(out)
+    with claim(place):
+        recover(place)
+        check_out(out, replace=replace)
+        for name in files:
+            _check_name(out, name)
+        with NewFolder(place.parent) as folder:
+            entries = {}
+            for name, source in sorted(files.items()):
+                copied = folder.copy(name, source)
+                size = copied.stat().st_size
+                entries[name] = FileEntry(sha256=sha256_file(copied), size_bytes=size)
+            sealed = manifest.model_copy(update={"files": entries}).sealed()
+            text = _manifest_text(sealed)
+            written = _checked(out, text.encode())
+            folder.write(MANIFEST_NAME, text)
+            check_out(out, replace=replace)  # what is there may be another's by now
+            try:
+                folder.place(place, replace=replace)
+            except FileExistsError as error:
+                raise BundleError(
+                    f"{out} appeared while the bundle was made, and is left alone",
+                    fix="choose another --out",
+                ) from error
     return Bundle(root=out, manifest=written)
-
-
-def _put_in_place(staging: Path, out: Path, *, retired: Path) -> None:
-    if out.exists():
-        out.rename(retired)
-    try:
-        staging.rename(out)
-    except BaseException:
-        if retired.exists():
-            retired.rename(out)
-        raise
-    _sync(out.parent)
 
 
 def set_threshold(bundle: Bundle, name: str, value: float) -> Bundle:
@@ -438,45 +479,24 @@ def set_threshold(bundle: Bundle, name: str, value: float) -> Bundle:
     Raises:
         BundleError: the bundle has no threshold of that name.
         InputError: the value is not finite.
+        InUseError: another process is writing the bundle.
     """
     if not math.isfinite(value):
         raise InputError(f"a threshold cannot be {value}", fix="give a finite number")
-    thresholds = bundle.manifest.thresholds
-    if name not in thresholds:
-        raise BundleError(
-            f"bundle {bundle.root} has no threshold '{name}'",
-            fix=f"choose one of {', '.join(sorted(thresholds)) or '(it has none)'}",
-        )
-    moved = {**thresholds, name: Threshold(value=value, source="set by hand")}
-    manifest = bundle.manifest.model_copy(update={"thresholds": moved}).sealed()
-    write_atomic(bundle.root / MANIFEST_NAME, _manifest_text(manifest))
+    with claim(bundle.root, wait_s=_WAIT_S):
+        # as it is now: another process may have moved another threshold
+        manifest = load_manifest(bundle.root)
+        thresholds = manifest.thresholds
+        if name not in thresholds:
+            raise BundleError(
+                f"bundle {bundle.root} has no threshold '{name}'",
+                fix=f"choose one of {', '.join(sorted(thresholds)) or '(it has none)'}",
+            )
+        moved = {**thresholds, name: Threshold(value=value, source="set by hand")}
+        manifest = manifest.model_copy(update={"thresholds": moved}).sealed()
+        write_file(bundle.root / MANIFEST_NAME, _manifest_text(manifest))
     return Bundle(root=bundle.root, manifest=manifest)
-
-
-def write_atomic(path: Path, content: str | bytes) -> None:
-    """Replace a file in one step: temporary file beside it, fsync, rename."""
-    data = content.encode() if isinstance(content, str) else content
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    temporary = Path(name)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-        _sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _manifest_text(manifest: Manifest) -> str:
     return json.dumps(manifest.model_dump(mode="json"), indent=2, allow_nan=False) + "\n"
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

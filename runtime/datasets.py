@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import atexit
-import shutil
-import tempfile
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from runtime import images, planes
 from runtime.errors import BackendError, DatasetError, ImageError
+from runtime.files import scratch
 from runtime.images import SUFFIXES
 from runtime.tensors import Array
 
@@ -334,8 +334,9 @@ def _unpack(path: Path, _mtime_ns: int) -> dict[int, PackedPicture]:
     """Write the pictures of all rows one behind the other into a temporary file."""
     from pyarrow import ArrowException
 
-    folder = Path(tempfile.mkdtemp(prefix="engineworks-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    kept = ExitStack()
+    atexit.register(kept.close)
+    folder = kept.enter_context(scratch(path.parent))
     unpacked = folder / "pictures"
     found: dict[int, PackedPicture] = {}
     try:

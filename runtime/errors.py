@@ -12,6 +12,8 @@
         ├── RunError          a training run is missing, incomplete or in the way
         ├── BundleError       a bundle is missing, corrupt, of another schema or system
         ├── BankError         a memory bank cannot be built, read or searched
+        ├── InUseError        another process is writing there
+        ├── ResourceError     the operating system refuses: no file, no right, no room, no memory
         ├── BackendError      a backend, device or package that was asked for is not there
         ├── EngineError       a graph cannot be loaded or run
         ├── ExportError       a model cannot be turned into a graph
@@ -83,6 +85,14 @@ class BundleError(EngineworksError):
 
 
 class BankError(EngineworksError):
+    pass
+
+
+class InUseError(EngineworksError):
+    pass
+
+
+class ResourceError(EngineworksError):
     pass
 
 

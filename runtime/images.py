@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import secrets
 import sys
 import tempfile
 import threading
@@ -15,6 +14,7 @@ from typing import TypeVar
 import cv2
 import numpy as np
 
+from runtime import files
 from runtime.errors import ImageError
 from runtime.tensors import Array
 
@@ -128,22 +128,8 @@ def write(path: Path, image: Array) -> None:
         raise ImageError(f"{path} cannot be encoded: {error.err}") from error
     if not done:
         raise ImageError(f"{path}: the format cannot hold {image.shape}", fix="write it as .png")
-    put(path, encoded.tobytes())
-
-
-def put(path: Path, data: bytes) -> None:
-    """Write a file in one step; folders on the way are made.
-
-    Nothing is forced onto the disk: that takes longer than encoding, and a picture can be made
-    again.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    # not forced onto the disk: that takes longer than encoding, and it can be made again
+    files.write(path, encoded.tobytes(), durable=False)
 
 
 def content(path: Path) -> bytes:

@@ -21,6 +21,7 @@ import numpy as np
 
 from runtime import images
 from runtime.errors import ImageError, InputError
+from runtime.files import write as write_file
 from runtime.sources import Reader
 from runtime.tensors import Array
 
@@ -176,12 +177,12 @@ def write(path: Path, planes_HWC: Array) -> None:
     if suffix == ".npy":
         buffer = io.BytesIO()
         np.save(buffer, planes_HWC)
-        images.put(path, buffer.getvalue())
+        write_file(path, buffer.getvalue(), durable=False)
     elif suffix in (".tif", ".tiff"):
         pages = [np.ascontiguousarray(planes_HWC[..., i]) for i in range(3)]
-        images.put(path, cv2.imencodemulti(suffix, pages)[1].tobytes())
+        write_file(path, cv2.imencodemulti(suffix, pages)[1].tobytes(), durable=False)
     elif suffix == ".png" and planes_HWC.dtype != np.float32:
-        images.put(path, cv2.imencode(suffix, planes_HWC)[1].tobytes())
+        write_file(path, cv2.imencode(suffix, planes_HWC)[1].tobytes(), durable=False)
     else:
         raise ImageError(
             f"{path} cannot hold planes of {planes_HWC.dtype}", fix="write .npy or .tif"

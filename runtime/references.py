@@ -16,8 +16,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from runtime import images, npy
-from runtime.bundle import write_atomic
+from runtime import files, images, npy
 from runtime.errors import InputError
 from runtime.preprocess import PreprocessSpec, place
 from runtime.sources import PICTURES
@@ -183,7 +182,7 @@ def _write(path: Path, **arrays: Array) -> None:
     content = io.BytesIO()
     np.savez_compressed(content, **arrays)  # type: ignore[arg-type]
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, content.getvalue())
+    files.write(path, content.getvalue())
 
 
 def _content(path: Path) -> bytes:

@@ -14,8 +14,8 @@ from typing import Self
 import cv2
 import numpy as np
 
-from runtime import images, video
-from runtime.bundle import Bundle, write_atomic
+from runtime import files, images, video
+from runtime.bundle import Bundle
 from runtime.errors import InputError
 from runtime.tensors import Array
 
@@ -143,7 +143,7 @@ class Report:
     def write(self, path: Path) -> Path:
         """Write the page in one step; folders on the way are made."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, self.html())
+        files.write(path, self.html())
         return path
 
     def _add(self, part: str) -> Self:

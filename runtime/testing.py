@@ -5,7 +5,6 @@ small bundle of real graphs that every command takes. Nothing here needs PyTorch
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from runtime import images, planes
 from runtime.bundle import Bundle, GraphEntry, Manifest, Threshold, write
 from runtime.engines import BACKENDS, open_engine
 from runtime.errors import BackendError, EngineError
+from runtime.files import scratch
 from runtime.preprocess import PlanesSpec, PreprocessSpec, apply
 from runtime.references import save_references
 from runtime.systems import backbone, noising, paco, refdet, stripe
@@ -352,8 +352,7 @@ def write_tiny_noising_bundle(
         graphs["int8-u8"] = tiny_features(size, zero_point=128)
     rng = np.random.default_rng(1)
     pictures = [draw_part(rng, size, defective=False)[0] for _ in range(12)]
-    with tempfile.TemporaryDirectory() as scratch:
-        work = Path(scratch)
+    with scratch(folder.parent) as work:
         files, entry = _save_graph("features", graphs, work)
         features = _run(work / "features.onnx", apply(spec, pictures))["features"]
         config = FitConfig(k=3, coreset_ratio=0.3, smoothing=2.0, false_reject=0.0)
@@ -397,8 +396,7 @@ def write_tiny_paco_bundle(
     pictures = [draw_flower(rng, size, label) for label in labels for _ in range(8)]
     wanted = np.eye(len(labels)).repeat(8, axis=0)
     zero_points = {"float": None, "int8": 0, "int8-u8": 128} if int8 else {"float": None}
-    with tempfile.TemporaryDirectory() as scratch:
-        work = Path(scratch)
+    with scratch(folder.parent) as work:
         # trained by ridge regression on one where the class is right, else zero; then made
         # confident. The ridge keeps the weights small, and so what INT8 does to the answers.
         blank = tiny_classifier(size, np.zeros((len(labels), _WIDTH)), np.zeros(len(labels)))
@@ -438,8 +436,8 @@ def write_tiny_backbone_bundle(
     """
     zero_points = {"float": None, "int8": 0, "int8-u8": 128} if int8 else {"float": None}
     graphs = {name: tiny_maps(size, zero_point=zero) for name, zero in zero_points.items()}
-    with tempfile.TemporaryDirectory() as scratch:
-        files, entry = _save_graph(backbone.GRAPH, graphs, Path(scratch))
+    with scratch(folder.parent) as work:
+        files, entry = _save_graph(backbone.GRAPH, graphs, work)
         manifest = Manifest(
             system=backbone.NAME,
             graphs={backbone.GRAPH: entry},
@@ -469,8 +467,8 @@ def write_tiny_stripe_bundle(
     zero_points = {"float": None, "int8": 0, "int8-u8": 128} if int8 else {"float": None}
     graphs = {name: tiny_segment(zero_point=zero_point) for name, zero_point in zero_points.items()}
     params = stripe.Params(value_range=_SENSOR, inference=inference or stripe.InferenceConfig())
-    with tempfile.TemporaryDirectory() as scratch:
-        files, entry = _save_graph("segment", graphs, Path(scratch))
+    with scratch(folder.parent) as work:
+        files, entry = _save_graph("segment", graphs, work)
         manifest = Manifest(
             system=stripe.NAME,
             graphs={"segment": entry},
@@ -516,8 +514,7 @@ def write_tiny_refdet_bundle(
         name: [draw_reference(rng, (_REFERENCE, _REFERENCE), name) for _ in range(2)]
         for name in names
     }
-    with tempfile.TemporaryDirectory() as scratch:
-        work = Path(scratch)
+    with scratch(folder.parent) as work:
         files, graphs = {"references.npz": work / "references.npz"}, {}
         save_references(files["references.npz"], pictures, references)
         for name, make in (("encode", tiny_encode), ("detect", partial(tiny_detect, size))):

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from runtime.bundle import write_atomic
+from runtime import files
 from runtime.errors import RunError
 
 NAME = "checkpoint.safetensors"
@@ -38,7 +38,7 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
     """
     tensors: dict[str, Tensor] = {}
     skeleton = _pack(state, tensors, "")
-    write_atomic(path, to_bytes(tensors, metadata={"tree": json.dumps(skeleton)}))
+    files.write(path, to_bytes(tensors, metadata={"tree": json.dumps(skeleton)}))
 
 
 def load(path: Path) -> dict[str, Any]:

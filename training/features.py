@@ -13,7 +13,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
-import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from runtime import files
 from runtime.bundle import Bundle, read
 from runtime.engines import BACKENDS, Engine
 from runtime.errors import ConfigError
@@ -295,12 +295,9 @@ class FeatureStore:
         """Keep an array, in the place of what has the name; not one larger than the store."""
         path = self._path(name)
         path.parent.mkdir(exist_ok=True)
-        descriptor, scratch = tempfile.mkstemp(dir=self.root, prefix=".")
-        temporary = Path(scratch)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                np.save(file, values)
-                size = file.tell()
+        with files.naming(path), files.NewFile(self.root) as new:
+            np.save(new.file, values)
+            size = new.file.tell()
             if size <= self.max_bytes:
                 with self._total() as total:
                     if path.exists():
@@ -308,10 +305,8 @@ class FeatureStore:
                         path.unlink()  # or it would be counted again where room is made
                     if total[0] + size > self.max_bytes:
                         total[0] = self._make_room(size)
-                    temporary.replace(path)
+                    new.place(path, replace=False, durable=False)
                     total[0] += size
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def _path(self, name: str) -> Path:
         return self.root / name[:2] / f"{name}.npy"

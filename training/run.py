@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
-from runtime.bundle import write_atomic
+from runtime import files
 from runtime.errors import RunError
 from training.config import SystemConfig, dump, parse, read_text, schema_of
 
@@ -80,9 +80,9 @@ class Run:
 
     def save(self) -> None:
         """Write configuration and record."""
-        write_atomic(self.root / CONFIG_NAME, dump(self.config))
+        files.write(self.root / CONFIG_NAME, dump(self.config))
         content = json.dumps(self.info.model_dump(mode="json"), indent=2, allow_nan=False)
-        write_atomic(self.root / INFO_NAME, content + "\n")
+        files.write(self.root / INFO_NAME, content + "\n")
 
 
 def is_run(root: Path) -> bool:

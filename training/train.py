@@ -29,7 +29,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.tensorboard import SummaryWriter
 
-from runtime.bundle import write_atomic
+from runtime import files
 from runtime.errors import BackendError, ConfigError, RunError
 from training import checkpoint
 from training.allocator import keep_freed_memory
@@ -188,14 +188,14 @@ def train(
                 with torch.no_grad(), section("evaluation"):
                     row |= task.evaluate(kept.eval())
                 history.append(row)
-                write_atomic(root / "metrics.csv", _table(history))
+                files.write(root / "metrics.csv", _table(history))
                 for name, value in row.items():
                     writer.add_scalar(name, value, epoch + 1)
                 weights = to_bytes({k: v.cpu().contiguous() for k, v in kept.state_dict().items()})
-                write_atomic(root / "weights" / "last.safetensors", weights)
+                files.write(root / "weights" / "last.safetensors", weights)
                 if task.best is None or _better(row[task.best[0]], best, task.best[1]):
                     best = row[task.best[0]] if task.best else None
-                    write_atomic(root / "weights" / "best.safetensors", weights)
+                    files.write(root / "weights" / "best.safetensors", weights)
                 save_checkpoint()
                 run = run.updated(epoch=position.epoch, step=position.step)
             accelerator.wait_for_everyone()

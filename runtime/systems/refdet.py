@@ -11,7 +11,6 @@ for each scale of a feature pyramid.
 
 from __future__ import annotations
 
-import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
@@ -22,7 +21,7 @@ from typing import Annotated
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from runtime import boxes, draw
+from runtime import boxes, draw, files
 from runtime.bundle import Bundle, write
 from runtime.contract import Contract, Signature
 from runtime.engines import Engine
@@ -326,11 +325,11 @@ def bring_references(
         )
     references = read_references(pictures)
     name = manifest.assets["references"]
-    with tempfile.TemporaryDirectory() as scratch:
-        brought = Path(scratch) / Path(name).name
+    with files.scratch(out.parent) as scratch:
+        brought = scratch / Path(name).name
         save_references(brought, references, bundle.params(Params).reference_preprocess)
-        files = {each: bundle.path(each) for each in manifest.files} | {name: brought}
-        return write(out, manifest, files, replace=exist_ok)
+        content = {each: bundle.path(each) for each in manifest.files} | {name: brought}
+        return write(out, manifest, content, replace=exist_ok)
 
 
 class System:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from runtime import bundle as bundles
+from runtime import files as files_of_the_system
 from runtime.bundle import (
     MANIFEST_NAME,
     Bundle,
@@ -367,7 +367,7 @@ class TestWriting:
         assert read(made.root).path("bank.faiss").read_bytes() == FILES["bank.faiss"]
 
     @pytest.mark.parametrize("replace", [True, False])
-    @pytest.mark.parametrize("broken", ["copyfile", "fsync", "rename into place"])
+    @pytest.mark.parametrize("broken", ["copy", "fsync", "rename into place"])
     def test_that_fails_in_the_middle_leaves_all_as_it_was(
         self,
         tmp_path: Path,
@@ -394,13 +394,13 @@ class TestWriting:
             return call
 
         with monkeypatch.context() as patch:
-            if broken == "copyfile":
-                patch.setattr(bundles.shutil, "copyfile", fail_late(shutil.copyfile, 3))
+            if broken == "copy":
+                patch.setattr(shutil, "copyfileobj", fail_late(shutil.copyfileobj, 3))
             elif broken == "fsync":
-                patch.setattr(bundles.os, "fsync", fail_late(os.fsync, 2))
+                patch.setattr(os, "fsync", fail_late(os.fsync, 2))
             else:
-                # the old bundle is moved away first, where there is one
-                patch.setattr(Path, "rename", fail_late(Path.rename, 2 if replace else 1))
+                rename = files_of_the_system._rename_with_flag
+                patch.setattr(files_of_the_system, "_rename_with_flag", fail_late(rename, 1))
             with pytest.raises(OSError, match="disk full"):
                 write(out, manifest(labels=("new",)), sources(work), replace=replace)
 
@@ -487,7 +487,7 @@ class TestMovingAThreshold:
             raise OSError("disk full")
 
         with monkeypatch.context() as patch:
-            patch.setattr(bundles.os, "fsync", broken)
+            patch.setattr(os, "fsync", broken)
             with pytest.raises(OSError, match="disk full"):
                 set_threshold(made, "image", 2.25)
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
 from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 
-from runtime import images
+from runtime import files, images
 from runtime.bank import Bank
 from runtime.bundle import Bundle, write
 from runtime.errors import BundleError, InputError
@@ -65,10 +64,10 @@ def extend(
         ]
     old = Bank.load(bundle.asset("bank"))
     new = old.extended(np.concatenate(features), max_rows)
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "bank.faiss"
+    with files.scratch(out.parent) as scratch:
+        path = scratch / "bank.faiss"
         new.save(path)
-        files = {name: bundle.path(name) for name in bundle.manifest.files}
-        files[bundle.manifest.assets["bank"]] = path
-        write(out, bundle.manifest, files, replace=exist_ok)
+        content = {name: bundle.path(name) for name in bundle.manifest.files}
+        content[bundle.manifest.assets["bank"]] = path
+        write(out, bundle.manifest, content, replace=exist_ok)
     return len(new) - len(old)

@@ -16,9 +16,9 @@ from pydantic import JsonValue
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from runtime import datasets
+from runtime import datasets, files
 from runtime.bank import Bank
-from runtime.bundle import Threshold, write_atomic
+from runtime.bundle import Threshold
 from runtime.errors import DatasetError, RunError
 from runtime.metrics import AnomalyMetrics
 from runtime.systems.noising import target_mask
@@ -298,4 +298,4 @@ class Task:
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    write_atomic(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+    files.write(path, json.dumps(content, indent=2, allow_nan=False) + "\n")

@@ -15,8 +15,8 @@ from pydantic import JsonValue
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from runtime import datasets, draw, images
-from runtime.bundle import sha256_file, write_atomic
+from runtime import datasets, draw, files, images
+from runtime.bundle import sha256_file
 from runtime.errors import ConfigError, DatasetError
 from runtime.metrics import ClassificationMetrics
 from runtime.preprocess import place
@@ -191,7 +191,7 @@ class Task:
 
     def finish(self, run: Run, model: nn.Module, progress: Progress) -> dict[str, JsonValue]:
         """Write the labels; judge the kept weights, and draw what they confuse and look at."""
-        write_atomic(run.root / "labels.json", json.dumps(self.labels, indent=2) + "\n")
+        files.write(run.root / "labels.json", json.dumps(self.labels, indent=2) + "\n")
         if self.judged is None:
             return {}
         model.load_state_dict(backbones.read_weights(run.weights()))

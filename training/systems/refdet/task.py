@@ -12,8 +12,7 @@ from pydantic import JsonValue
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from runtime import references
-from runtime.bundle import write_atomic
+from runtime import files, references
 from runtime.frames import Frames
 from runtime.objects import ObjectData, object_splits, read_objects
 from runtime.preprocess import apply
@@ -159,7 +158,7 @@ class Task:
     def finish(self, run: Run, model: nn.Module, progress: Progress) -> dict[str, JsonValue]:
         """Write the base classes' names, and what the bundle looks for unless told otherwise."""
         assert isinstance(model, Training)
-        write_atomic(run.root / "labels.json", json.dumps(self.labels, indent=2) + "\n")
+        files.write(run.root / "labels.json", json.dumps(self.labels, indent=2) + "\n")
         shown = self.training if self.judged is None else self.judged
         names = sorted(shown.references)[:_BUNDLED]
         pictures = {name: self._pictures(shown, name) for name in names}

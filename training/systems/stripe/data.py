@@ -8,7 +8,6 @@ own.
 from __future__ import annotations
 
 import math
-import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,7 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from runtime import planes, tiling
-from runtime.bundle import write_atomic
+from runtime import files, planes, tiling
 from runtime.errors import ConfigError, DatasetError
 from runtime.tensors import Array
 from training.systems.stripe import defects
@@ -112,29 +110,25 @@ def pack(paths: Sequence[Path], folder: Path, key: str) -> Strips:
     if path.with_suffix(".json").is_file():
         return Strips(path)
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{secrets.token_hex(8)}.tmp"
     shapes, lowest, highest = list[tuple[int, int]](), math.inf, -math.inf
     dtype: np.dtype[Any] | None = None
-    try:
-        with temporary.open("wb") as file:
-            for strip in paths:
-                strip_HWC = planes.read(strip)
-                planes.check_planes(strip_HWC)
-                dtype = dtype or strip_HWC.dtype
-                if strip_HWC.dtype != dtype:
-                    raise DatasetError(
-                        f"the strips have values of {dtype} and of {strip_HWC.dtype}",
-                        fix="convert them to one type: they share one value_range",
-                    )
-                shapes.append(strip_HWC.shape[:2])
-                lowest = min(lowest, float(strip_HWC.min()))
-                highest = max(highest, float(strip_HWC.max()))
-                file.write(np.ascontiguousarray(strip_HWC.transpose(2, 0, 1)).data)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with files.naming(path), files.NewFile(folder) as new:
+        for strip in paths:
+            strip_HWC = planes.read(strip)
+            planes.check_planes(strip_HWC)
+            dtype = dtype or strip_HWC.dtype
+            if strip_HWC.dtype != dtype:
+                raise DatasetError(
+                    f"the strips have values of {dtype} and of {strip_HWC.dtype}",
+                    fix="convert them to one type: they share one value_range",
+                )
+            shapes.append(strip_HWC.shape[:2])
+            lowest = min(lowest, float(strip_HWC.min()))
+            highest = max(highest, float(strip_HWC.max()))
+            new.file.write(np.ascontiguousarray(strip_HWC.transpose(2, 0, 1)).data)
+        new.place(path, durable=False)
     index = _Index(dtype=str(dtype), shapes=tuple(shapes), lowest=lowest, highest=highest)
-    write_atomic(path.with_suffix(".json"), index.model_dump_json())
+    files.write(path.with_suffix(".json"), index.model_dump_json())
     return Strips(path)
 
 

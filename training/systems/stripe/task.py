@@ -13,8 +13,8 @@ from pydantic import BaseModel, JsonValue, RootModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from runtime import datasets, planes
-from runtime.bundle import Threshold, write_atomic
+from runtime import datasets, files, planes
+from runtime.bundle import Threshold
 from runtime.preprocess import PlanesSpec
 from runtime.systems import stripe
 from runtime.tensors import Array
@@ -175,4 +175,4 @@ def _run(model: nn.Module) -> Callable[[Array], Array]:
 
 
 def _write(path: Path, content: BaseModel) -> None:
-    write_atomic(path, content.model_dump_json(indent=2) + "\n")
+    files.write(path, content.model_dump_json(indent=2) + "\n")

@@ -1,0 +1,53 @@
+"""What the operating system refuses, as errors with the path, the reason and a way out.
+
+The command line turns every ``OSError`` and ``MemoryError`` that nobody explained better into one
+of these; nowhere else need an error of the system be caught just to be said more nicely.
+"""
+
+from __future__ import annotations
+
+import errno
+
+from runtime.errors import EngineworksError, ResourceError
+
+_WAYS_OUT = {
+    errno.ENOSPC: "make room on the disk, or choose a place on another one",
+    errno.EDQUOT: "make room within your quota, or choose another place",
+    errno.EFBIG: "raise the limit of file sizes (ulimit -f), or choose another file system",
+    errno.EROFS: "choose a place that can be written to",
+    errno.EACCES: "give this user the right to it, or choose another place",
+    errno.EPERM: "give this user the right to it, or choose another place",
+    errno.ENOENT: "check the path: it, or a folder on the way, is not there",
+    errno.ENOTDIR: "choose another place: a part of the path is a file",
+    errno.EISDIR: "give the path of a file: this is a folder",
+    errno.EEXIST: "choose another name, or remove what is there",
+    errno.ENOTEMPTY: "choose another name, or empty the folder",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "mend the link: it leads in a circle",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "close other programs: the system has no more open files to give",
+    errno.EBUSY: "choose another place: this one is in use, or where a disk is mounted",
+    errno.EXDEV: "choose a place on one file system",
+    errno.EIO: "check the disk, and copy what is on it",
+    errno.ENOMEM: "give the process more memory",
+    errno.EAGAIN: "raise the limit of processes and threads (ulimit -u)",
+    errno.ENODEV: "check the device",
+    errno.ENXIO: "check the device",
+    errno.ETIMEDOUT: "check the network",
+    errno.ECONNREFUSED: "check the address, and that something listens there",
+}
+_NO_MEMORY = "give it smaller pictures or a smaller --batch, or more memory"
+
+
+def explain(error: OSError | MemoryError) -> EngineworksError:
+    """The error that a user is to see in the place of one of the system."""
+    if isinstance(error, MemoryError):
+        detail = f": {error}" if str(error) else ""
+        return ResourceError(f"there is not enough memory{detail}", fix=_NO_MEMORY)
+    reason = error.strerror or str(error) or type(error).__name__
+    places = [str(name) for name in (error.filename, error.filename2) if name is not None]
+    where = " and ".join(places)
+    fix = _WAYS_OUT.get(error.errno or 0)
+    if error.errno == errno.ENOENT and "temporary directory" in reason:
+        fix = "set TMPDIR to a folder that can be written to"
+    return ResourceError(f"{where}: {reason}" if where else reason, fix=fix)
