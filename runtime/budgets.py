@@ -57,6 +57,7 @@ class Budget:
             )
 
 
+FILE_BYTES = Budget("ENGINEWORKS_MAX_FILE_BYTES", 1 << 30, "bytes")
 PIXELS = Budget("ENGINEWORKS_MAX_PIXELS", 1 << 27, "pixels")
 FRAME_PIXELS = Budget("ENGINEWORKS_MAX_FRAME_PIXELS", 1 << 26, "pixels per frame")
 ARRAY_BYTES = Budget("ENGINEWORKS_MAX_ARRAY_BYTES", 1 << 30, "bytes of arrays")

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 import sys
 import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import IO, TypeVar
 
 import cv2
 import numpy as np
 
-from runtime import files
+from runtime import budgets, files
 from runtime.errors import ImageError
+from runtime.headers import MAX_PAGES, check_size, jpeg_segments
 from runtime.tensors import Array
 
 SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
@@ -29,9 +31,8 @@ _REMARK = re.compile(
 # What of it means that pixels were made up. Bytes too many before the end mark (d9) are a habit of
 # some cameras; before any other mark data has gone missing.
 _DAMAGE = re.compile(rb"remature end|bad \w+ code|instead of RST|before marker 0x(?!d9)")
-_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # no stuffed zero, no restart, no fill byte
-_STANDALONE = (0x01, 0xD8)  # markers without a length
-_END = 0xD9
+_SCAN, _END = 0xDA, 0xD9  # markers of a JPEG
+_ROWS = 256  # of a 16-bit picture that are brought to 8 bits at once
 
 _stderr_lock = threading.Lock()
 
@@ -54,7 +55,8 @@ def read(path: Path) -> Array:
         (H, W, 3) uint8 RGB.
 
     Raises:
-        ImageError: missing, truncated, corrupt, or no picture. A changed byte in a format without
+        ImageError: missing, truncated, corrupt, no picture, or larger than ``runtime.budgets``
+            allows. A changed byte in a format without
             checksums (JPEG, BMP, TIFF, WebP) is noticed only where decoding trips over it.
     """
     return decode(content(path), str(path))
@@ -69,9 +71,12 @@ def decode(data: bytes, name: str) -> Array:
     """
     pixels = _decode(data, name, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
     if pixels.dtype == np.uint16:
-        pixels = ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
+        wide, pixels = pixels, np.empty(pixels.shape, np.uint8)
+        for row in range(0, len(wide), _ROWS):
+            part = wide[row : row + _ROWS].astype(np.uint32)
+            pixels[row : row + _ROWS] = (part + 128) // 257
     _check_8_bit(name, pixels)
-    return np.asarray(cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB))
+    return np.asarray(cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=pixels))
 
 
 def read_mask(path: Path) -> Array:
@@ -99,13 +104,22 @@ def decode_pages(data: bytes, name: str) -> list[Array]:
     Returns:
         (H, W) or (H, W, C) each, of the file's dtype; colours are blue, green, red, alpha. Most
         formats have one page.
+
+    Raises:
+        ImageError: as ``read``, or more pages than ``headers.MAX_PAGES``.
     """
+    _check_whole(data, name)
+    check_size(data, name, all_pages=True)
 
     def pages(buffer: Array) -> list[Array] | None:
-        done, found = cv2.imdecodemulti(buffer, cv2.IMREAD_UNCHANGED)
+        # not all at once: an animation says only at its end how many there are
+        done, found = cv2.imdecodemulti(buffer, cv2.IMREAD_UNCHANGED, range=(0, MAX_PAGES + 1))
         return list(found) if done and found else None
 
-    return _decode_with(pages, data, name)
+    found = _decode_with(pages, data, name)
+    if len(found) > MAX_PAGES:
+        raise ImageError(f"{name} has more than {MAX_PAGES} pages", fix="save one image per file")
+    return found
 
 
 def write(path: Path, image: Array) -> None:
@@ -139,24 +153,57 @@ def content(path: Path) -> bytes:
         ImageError: it cannot be read.
     """
     try:
-        return path.read_bytes()
+        # a pipe would wait for a writer
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+        with os.fdopen(descriptor, "rb") as file:
+            found = os.fstat(file.fileno())
+            if not stat.S_ISREG(found.st_mode):
+                raise ImageError(f"{path} is no plain file", fix="give files with pictures")
+            budgets.FILE_BYTES.check(found.st_size, str(path), ImageError)
+            return file.read()
     except OSError as error:
         raise ImageError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:  # a name with a zero byte
+        raise ImageError(f"cannot read {str(path)!r}: {error}") from error
 
 
 def _decode(data: bytes, name: str, flags: int) -> Array:
+    _check_whole(data, name)
+    check_size(data, name)
     return _decode_with(lambda buffer: cv2.imdecode(buffer, flags), data, name)
 
 
-def _decode_with(decoder: Callable[[Array], _Decoded | None], data: bytes, name: str) -> _Decoded:
-    if _is_truncated(data):
-        raise ImageError(f"{name} is truncated", fix="copy the file again")
+def _check_whole(data: bytes, name: str) -> None:
     if not data:
         raise ImageError(f"{name} is empty", fix="copy the file again")
+    if _is_truncated(data):
+        raise ImageError(f"{name} is truncated", fix="copy the file again")
+
+
+def _without_strays(data: bytes) -> bytes:
+    """A JPEG without the bytes between the segments of its header: they cost no pixel.
+
+    The decoder remarks on them as it does on data that has gone missing.
+    """
+    if not data.startswith(_JPEG_START):
+        return data
+    kept, at, strays = [data[:2]], 2, 0
+    for kind, start, end in jpeg_segments(data):
+        kept.append(data[start:end])
+        strays += start - at
+        at = end
+        if kind == _SCAN:
+            break
+    return b"".join([*kept, data[at:]]) if strays else data
+
+
+def _decode_with(decoder: Callable[[Array], _Decoded | None], data: bytes, name: str) -> _Decoded:
     try:
-        pixels, remarks = _decode_quietly(decoder, data)
+        pixels, remarks = _decode_quietly(decoder, _without_strays(data))
     except cv2.error as error:
         raise ImageError(f"{name} cannot be decoded: {error.err}") from error
+    except MemoryError as error:
+        raise ImageError(f"{name} needs more memory than there is") from error
     if pixels is None or _DAMAGE.search(remarks):
         raise ImageError(f"{name} is corrupt or no picture", fix="copy the file again")
     return pixels
@@ -174,7 +221,7 @@ def _decode_quietly(
     buffer = np.frombuffer(data, np.uint8)
     if sys.__stderr__ is None:  # the process was started without one
         return decoder(buffer), b""
-    with _stderr_lock, tempfile.TemporaryFile() as printed:
+    with _stderr_lock, _scratch() as printed:
         stderr = os.dup(2)
         os.dup2(printed.fileno(), 2)
         try:
@@ -188,6 +235,13 @@ def _decode_quietly(
     if others := b"".join(line for line in lines if line not in remarks):
         os.write(2, others)
     return pixels, b"".join(remarks)
+
+
+def _scratch() -> IO[bytes]:
+    """A file for a moment; on Linux in memory, for containers that can write nowhere."""
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create("stderr"), "w+b")
+    return tempfile.TemporaryFile()
 
 
 def _check_8_bit(name: str, pixels: Array) -> None:
@@ -205,15 +259,9 @@ def _is_truncated(data: bytes) -> bool:
 
 
 def _jpeg_breaks_off(data: bytes) -> bool:
-    """Walk the segments to the end-of-image marker: an embedded thumbnail has one of its own."""
-    at = 2
-    while found := _MARKER.search(data, at):
-        kind, at = data[found.start() + 1], found.end()
-        if kind == _END:
-            return False
-        if kind not in _STANDALONE:
-            at += int.from_bytes(data[at : at + 2], "big")
-    return True
+    """Whether no end-of-image marker follows: an embedded thumbnail has one of its own."""
+    segments = jpeg_segments(data)
+    return not segments or segments[-1][0] != _END
 
 
 def _png_breaks_off(data: bytes) -> bool:

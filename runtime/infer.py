@@ -26,7 +26,8 @@ from itertools import chain, count
 from pathlib import Path
 from typing import IO, Any
 
-from runtime import draw, images, video
+from runtime import draw, images, live, video
+from runtime.decoding import LIVE_RATE, Frame
 from runtime.errors import ImageError, InputError, UsageError, VideoError
 from runtime.results import Detections
 from runtime.sources import Source
@@ -59,6 +60,7 @@ class Summary:
             decoded pictures, the rest writing results and waiting for overlays. ``decode_seconds``
             is spent beside it, in the decoder's thread (0 for a live stream).
         num_dropped: frames of a live stream that were skipped to stay current.
+        freezes: (time, seconds) of a live stream's pictures that stood still.
     """
 
     num_done: int = 0
@@ -68,6 +70,7 @@ class Summary:
     wait_seconds: float = 0.0
     decode_seconds: float = 0.0
     num_dropped: int = 0
+    freezes: list[tuple[float, float]] = field(default_factory=list)
 
     @property
     def num_failed(self) -> int:
@@ -120,7 +123,8 @@ def infer(
         track: give detections in a video or stream the numbers of their tracks.
         frame_step: only every n-th frame of a video or stream.
         progress: called with (done, total); total is 0 where it is not known.
-        say: called with a line per picture, its name and result; not for frames.
+        say: called with a line per picture, its name and result; not for frames. Of a live stream
+            with what happens to it, from another thread.
 
     Returns:
         Counts and times. Pictures that cannot be read are in ``failures``, not raised.
@@ -146,7 +150,7 @@ def infer(
         dataset = stack.enter_context(_Coco(out, names)) if coco else None
         if drawer:
             stack.enter_context(drawer)
-        decoder = stack.enter_context(_Decoder(source, frame_step, size))
+        decoder = stack.enter_context(_Decoder(source, frame_step, size, say))
         try:
             for items in decoder.batches():
                 pictures = [item.image for item in items if item.image is not None]
@@ -180,6 +184,7 @@ def infer(
     summary.wait_seconds = decoder.wait_seconds
     summary.decode_seconds = decoder.decode_seconds
     summary.num_dropped = decoder.num_dropped
+    summary.freezes = decoder.freezes
     return summary
 
 
@@ -198,21 +203,23 @@ def _num_expected(source: Source, step: int) -> int:
 class _Decoder:
     """Decodes in a thread, a bounded number of pictures ahead, in order."""
 
-    def __init__(self, source: Source, step: int, batch: int) -> None:
+    def __init__(self, source: Source, step: int, batch: int, say: Say | None) -> None:
         self.wait_seconds = 0.0
         self.decode_seconds = 0.0
         self.num_dropped = 0
+        self.freezes: list[tuple[float, float]] = []
+        self._say = say or (lambda _: None)
         self._source = source
         self._step = step
         self._batch = batch
         self._queue: queue.Queue[_Item | BaseException | None] = queue.Queue(_QUEUE_BATCHES * batch)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, daemon=True)
-        self._live: video.LiveStream | None = None
+        self._live: live.LiveStream | None = None
 
     def __enter__(self) -> _Decoder:
         if self._source.kind == "stream":  # has a thread of its own
-            self._live = video.LiveStream(self._source.address, step=self._step)
+            self._live = live.LiveStream(self._source.address, step=self._step, say=self._say)
         else:
             self._thread.start()
         return self
@@ -220,7 +227,7 @@ class _Decoder:
     def __exit__(self, *_error: object) -> None:
         self._stop.set()
         if self._live is not None:
-            self.num_dropped = self._live.num_dropped
+            self.num_dropped, self.freezes = self._live.num_dropped, self._live.freezes
             self._live.close()
         else:
             self._thread.join()
@@ -281,8 +288,8 @@ class _Decoder:
             except ImageError as error:
                 yield _Item(str(path), error=error.message)
 
-    def _frames(self, frames: Iterable[video.Frame]) -> Iterator[_Item]:
-        name = self._source.address
+    def _frames(self, frames: Iterable[Frame]) -> Iterator[_Item]:
+        name = self._source.name
         try:
             for frame in frames:
                 yield _Item(name, frame.image, index=frame.index, time_s=frame.time_s)
@@ -423,7 +430,7 @@ class _Drawer:
     def __init__(self, system: System, out: Path, source: Source, step: int) -> None:
         self._system = system
         self._step = step
-        self._is_file = source.kind == "video"
+        self._source = source
         names = overlay_names(source.paths) if source.kind == "images" else {}
         self._pictures = {path: out / "overlays" / name for path, name in names.items()}
         self._video_path = _video_path(out, source)
@@ -464,7 +471,8 @@ class _Drawer:
                 self._thumbnails[item.name] = draw.thumbnail(picture, _OVERVIEW_SIDE)
             return
         if self._video is None:
-            rate = video.info(item.name).rate if self._is_file else video.LIVE_RATE
+            of_file = self._source.kind == "video"
+            rate = video.info(self._source.address).rate if of_file else LIVE_RATE
             self._video = video.VideoWriter(self._video_path, rate / self._step)
         self._video.write(picture, item.time_s)
 

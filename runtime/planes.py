@@ -13,13 +13,12 @@ rescaled here. The planes may lie
 from __future__ import annotations
 
 import io
-import struct
 from pathlib import Path
 
 import cv2
 import numpy as np
 
-from runtime import images
+from runtime import images, npy, tiff
 from runtime.errors import ImageError, InputError
 from runtime.files import write as write_file
 from runtime.sources import Reader
@@ -31,17 +30,6 @@ TARGET, REFERENCES = "target", ("ref1", "ref2")
 MAX_SHIFT = 3.0  # pixels between captures that are still taken for registered
 
 _NUM_CHANNELS = (3, 4)
-_TIFF_STARTS = {b"II*\0": "<", b"MM\0*": ">"}
-# tags of a TIFF: what is one number per plane, what is cut into pieces, and what else is needed
-_BITS, _FORMAT = 258, 339
-_STRIPS, _STRIP_BYTES, _TILES, _TILE_BYTES = 273, 279, 324, 325
-_PHOTOMETRIC, _NUM_SAMPLES, _ARRANGEMENT = 262, 277, 284
-_WIDTH, _HEIGHT, _COMPRESSION, _STRIP_ROWS, _PREDICTOR = 256, 257, 259, 278, 317
-_TILE_WIDTH, _TILE_HEIGHT = 322, 323
-_PER_PLANE = {_BITS, _FORMAT}
-_PER_PIECE = {_STRIPS, _STRIP_BYTES, _TILES, _TILE_BYTES}
-_ONCE = {_WIDTH, _HEIGHT, _COMPRESSION, _STRIP_ROWS, _PREDICTOR, _TILE_WIDTH, _TILE_HEIGHT}
-_SIZES = {3: "H", 4: "I"}
 
 
 def check_planes(image: Array) -> None:
@@ -222,7 +210,7 @@ def _read_file(path: Path) -> Array:
     if path.suffix.lower() == ".npy":
         planes = _from_npy(data, path)
     else:
-        parts = _split_tiff(data)
+        parts = tiff.split_planes(data, str(path))
         pages = [page for part in parts for page in images.decode_pages(part, str(path))]
         stored = [page if page.ndim == 3 else page[..., None] for page in pages]
         if len({(page.shape, page.dtype) for page in stored}) > 1:
@@ -231,8 +219,10 @@ def _read_file(path: Path) -> Array:
                 fix="save one image per file, without a preview",
             )
         planes = np.concatenate(stored, axis=2)
-        if len(stored) == 1 and data[:4] in _TIFF_STARTS and planes.shape[2] in _NUM_CHANNELS:
+        if len(stored) == 1 and tiff.is_tiff(data) and planes.shape[2] in _NUM_CHANNELS:
             planes[..., :3] = planes[..., 2::-1].copy()  # the decoder has turned the order round
+    if not planes.size:
+        raise ImageError(f"{path} has no pixels", fix="leave it out")
     if planes.dtype.name not in DTYPES:
         raise ImageError(
             f"{path} holds {planes.dtype}", fix=f"save it as one of {', '.join(DTYPES)}"
@@ -244,80 +234,15 @@ def _read_file(path: Path) -> Array:
 
 def _from_npy(data: bytes, path: Path) -> Array:
     try:
-        array = np.load(io.BytesIO(data))
-    except (ValueError, EOFError, OSError) as error:
-        raise ImageError(
-            f"{path} is no NPY file: {error}", fix="write it with numpy.save"
-        ) from error
+        array = npy.decode(data, str(path))
+    except InputError as error:
+        raise ImageError(error.message, fix=error.fix) from error
     if array.ndim == 2:
-        return np.asarray(array[..., None])
+        return array[..., None]
     if array.ndim == 3 and array.shape[2] in _NUM_CHANNELS:
-        return np.asarray(array)
+        return array
     if array.ndim == 3 and array.shape[0] in _NUM_CHANNELS:
-        return np.asarray(array.transpose(1, 2, 0))
+        return array.transpose(1, 2, 0)
     raise ImageError(
         f"{path} holds an array of shape {array.shape}", fix="save it as (3, H, W) or (H, W, 3)"
     )
-
-
-def _split_tiff(data: bytes) -> list[bytes]:
-    """A TIFF whose planes are stored one behind the other, as one file per plane.
-
-    OpenCV misreads such files unless they have 8 bits. So a directory that names the strips of one
-    plane alone is appended for each; the pixels stay what and where they are.
-
-    Source: TIFF, revision 6.0, sections 2 and 8 ("PlanarConfiguration").
-    """
-    order = _TIFF_STARTS.get(data[:4])
-    if order is None:
-        return [data]
-    try:
-        entries = _directory(data, order)
-        if entries.get(_ARRANGEMENT, [0])[0] != 2 or entries.get(_NUM_SAMPLES, [1])[0] == 1:
-            return [data]
-        return [
-            _plane_of_tiff(data, order, entries, plane) for plane in range(entries[_NUM_SAMPLES][0])
-        ]
-    except struct.error:
-        return [data]  # broken: the decoder says so
-
-
-def _directory(data: bytes, order: str) -> dict[int, list[int]]:
-    """Tag -> whole numbers, of the first directory; tags of other types are left out."""
-    at = struct.unpack_from(order + "I", data, 4)[0]
-    (num,) = struct.unpack_from(order + "H", data, at)
-    found = {}
-    for i in range(num):
-        entry = at + 2 + 12 * i
-        tag, kind, count = struct.unpack_from(order + "HHI", data, entry)
-        if kind in _SIZES:
-            form = f"{order}{count}{_SIZES[kind]}"
-            inside = struct.calcsize(form) <= 4
-            place = entry + 8 if inside else struct.unpack_from(order + "I", data, entry + 8)[0]
-            found[tag] = list(struct.unpack_from(form, data, place))
-    return found
-
-
-def _plane_of_tiff(data: bytes, order: str, entries: dict[int, list[int]], plane: int) -> bytes:
-    """The file with a directory of one plane."""
-    num = entries[_NUM_SAMPLES][0]
-    kept = {tag: values for tag, values in entries.items() if tag in _ONCE}
-    kept |= {tag: entries[tag][:1] for tag in _PER_PLANE & set(entries)}
-    for tag in _PER_PIECE & set(entries):
-        pieces = len(entries[tag]) // num
-        kept[tag] = entries[tag][plane * pieces : (plane + 1) * pieces]
-    kept |= {_NUM_SAMPLES: [1], _ARRANGEMENT: [1], _PHOTOMETRIC: [1]}
-    start = len(data) + len(data) % 2
-    outside = start + 2 + 12 * len(kept) + 4
-    directory, values = struct.pack(order + "H", len(kept)), b""
-    for tag in sorted(kept):
-        kind = 4 if max(kept[tag]) >= 2**16 else 3
-        packed = struct.pack(f"{order}{len(kept[tag])}{_SIZES[kind]}", *kept[tag])
-        directory += struct.pack(order + "HHI", tag, kind, len(kept[tag]))
-        if len(packed) <= 4:
-            directory += packed.ljust(4, b"\0")
-        else:
-            directory += struct.pack(order + "I", outside + len(values))
-            values += packed.ljust(len(packed) + len(packed) % 2, b"\0")
-    header = data[:4] + struct.pack(order + "I", start)
-    return header + data[8:].ljust(start - 8, b"\0") + directory + b"\0\0\0\0" + values

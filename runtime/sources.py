@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from runtime.errors import InputError
 from runtime.images import SUFFIXES, read
 from runtime.tensors import Array
+from runtime.texts import hide_secrets
 
 VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"})
 _SCHEMES = ("rtsp://", "rtsps://", "http://", "https://", "udp://", "tcp://")
@@ -50,14 +51,20 @@ class Source:
         kind: ``images`` (files in order), ``video`` (one file) or ``stream`` (live: frames may be
             dropped).
         paths: the picture files, or the video file; empty for a stream.
-        address: what the stream decoder opens; for ``video`` and ``stream``.
+        address: what the stream decoder opens; for ``video`` and ``stream``. It may hold a
+            password: nobody is shown it.
         reader: of the files, for ``images``.
     """
 
     kind: Literal["images", "video", "stream"]
     paths: tuple[Path, ...] = ()
-    address: str = ""
+    address: str = field(default="", repr=False)
     reader: Reader = PICTURES
+
+    @property
+    def name(self) -> str:
+        """The address without its secrets, to be shown and written."""
+        return hide_secrets(self.address)
 
     @property
     def num_images(self) -> int | None:
@@ -107,7 +114,7 @@ def open_source(text: str, reader: Reader = PICTURES) -> Source:
 def _moving(source: Source, reader: Reader) -> Source:
     if not reader.takes_video:
         raise InputError(
-            f"the frames of {source.address} are no images of this system",
+            f"the frames of {source.name} are no images of this system",
             fix="give files that hold a target and its references",
         )
     return source
@@ -128,9 +135,11 @@ def _images(files: list[Path], text: str, reader: Reader) -> Source:
 
 def _listed(path: Path, reader: Reader) -> Source:
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is no text in UTF-8", fix="save the list as UTF-8") from error
+    # no file can have a zero byte in its name: this one will be missing, and the others read
+    lines = [line.strip().replace("\0", "\N{REPLACEMENT CHARACTER}") for line in text.splitlines()]
     files = tuple(path.parent / line for line in lines if line and not line.startswith("#"))
     if not files:
         raise InputError(f"{path} lists no pictures", fix="write one path per line")

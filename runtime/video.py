@@ -1,14 +1,8 @@
-"""Streams to frames and back: the only video decoder of the project (PyAV).
-
-A file is read whole, no frame is lost. A live stream is read as fast as it comes and only its
-newest frame is kept, so that answers are about now.
-"""
+"""Video files to frames and back: read whole, no frame is lost."""
 
 from __future__ import annotations
 
 import re
-import threading
-import time
 from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,34 +14,25 @@ from typing import Any
 import av
 import numpy as np
 
+from runtime.decoding import (
+    LIVE_RATE,
+    Frame,
+    Tally,
+    open_file,
+    pictures,
+    reading,
+    upright,
+    video_stream,
+)
 from runtime.errors import VideoError
 from runtime.tensors import Array
 
 CODEC = "libx264" if "libx264" in av.codecs_available else "mpeg4"
-LIVE_RATE = Fraction(25)  # players' hint for a recorded stream; its frames keep their own times
 
-_RECONNECT_S = (0.5, 1.0, 2.0, 4.0, 8.0)  # waits between attempts; then the stream is given up
-_TIMEOUT_S = 10.0  # of a connection that sends nothing
 # 24, 25, 30, 50, 60 and 30000/1001 frames per second are exact in it; MPEG-4 allows at most 65535
 _TICK = Fraction(1, 60000)
 # formats in which a time leads to its frame; of others a frame is found by counting from the start
 _SEEKABLE = ("mov", "matroska")
-
-
-@dataclass(frozen=True)
-class Frame:
-    """One picture of a stream.
-
-    Attributes:
-        index: position among the decoded frames, dropped and skipped ones counted.
-        time_s: presentation time in seconds after the first frame, from the timestamps in the
-            stream, not from ``index`` and a rate.
-        image: (H, W, 3) uint8 RGB, turned upright as the stream says.
-    """
-
-    index: int
-    time_s: float
-    image: Array
 
 
 @dataclass(frozen=True)
@@ -69,8 +54,8 @@ def info(path: str | Path) -> VideoInfo:
     Raises:
         VideoError: it cannot be opened or has no video.
     """
-    with _open_file(path) as container:
-        stream = _video_stream(container, path)
+    with open_file(path) as container:
+        stream = video_stream(container, path)
         return VideoInfo(Fraction(stream.average_rate or LIVE_RATE), _num_indexed(stream))
 
 
@@ -83,18 +68,19 @@ def frames(path: str | Path, *, step: int = 1) -> Iterator[Frame]:
         VideoError: it cannot be opened; or, after the last frame, it is damaged or ends before the
             length that its head states (MP4, MOV, AVI, Matroska; MPEG streams state none).
     """
-    with _open_file(path) as container:
-        stream = _video_stream(container, path)
+    with open_file(path) as container:
+        stream = video_stream(container, path)
         stream.thread_type = "AUTO"
-        tally = _Tally()
-        index, first_s, last_s = 0, 0.0, 0.0
+        tally = Tally()
+        clock = _Clock(stream)
+        index, last_s = 0, 0.0
         problem = None
         try:
-            for decoded in _pictures(container, stream, tally):
-                last_s = _time(decoded, path, index)
-                first_s = first_s if index else last_s
+            for decoded in pictures(container, stream, tally):
+                last_s = _time(decoded, path, index, tally)
+                time_s = clock.read(last_s)
                 if index % step == 0:
-                    yield Frame(index, last_s - first_s, _upright(decoded))
+                    yield Frame(index, time_s, upright(decoded))
                 index += 1
         except av.FFmpegError as error:
             problem = f"cannot be read after frame {index}: {error.strerror}"
@@ -119,8 +105,8 @@ class VideoFile:
         self.path = path
         self._container: Any = None
         self._next = 0  # number of the frame that the decoder gives next
-        with _open_file(path) as container, _reading(path):
-            stream = _video_stream(container, path)
+        with open_file(path) as container, reading(path):
+            stream = video_stream(container, path)
             # what a trimmed clip only decodes, and does not show, has no number
             packets = [p for p in container.demux(stream) if p.size and not p.is_discard]
             self._seekable = container.format.name.startswith(_SEEKABLE)
@@ -159,7 +145,7 @@ class VideoFile:
                 fix="check the numbers of its frames: they count from 0",
             )
         key = self._keys[bisect_right(self._keys, index) - 1]
-        with _reading(self.path):
+        with reading(self.path):
             if self._container is None or not key <= self._next <= index:
                 self._go_to(key)
             for decoded in self._decoded:
@@ -174,7 +160,7 @@ class VideoFile:
             raise VideoError(
                 f"{self.path}: frame {index} is damaged", fix="copy or record the video again"
             )
-        return _upright(decoded)
+        return upright(decoded)
 
     def close(self) -> None:
         """Release the decoder; closing twice is allowed."""
@@ -186,126 +172,14 @@ class VideoFile:
         """Have the decoder begin at a frame that needs no other."""
         if self._container is None or not self._seekable:
             self.close()
-            self._container = _open_file(self.path)
-            self._stream = _video_stream(self._container, self.path)
+            self._container = open_file(self.path)
+            self._stream = video_stream(self._container, self.path)
             self._stream.codec_context.thread_count = 1  # many files may be open in many processes
         if self._seekable:
             self._container.seek(self._ticks[key], stream=self._stream, backward=True)
-        self._tally = _Tally()
-        self._decoded = _pictures(self._container, self._stream, self._tally)
+        self._tally = Tally()
+        self._decoded = pictures(self._container, self._stream, self._tally)
         self._next = key
-
-
-class LiveStream:
-    """The newest frame of a camera or network stream.
-
-    A thread decodes all the time and keeps only the newest frame: a slow consumer gets current
-    pictures, and ``num_dropped`` counts what it missed. A connection that breaks is tried again
-    with growing pauses (``num_reconnects`` times so far); the size of the picture may change with
-    it, and times go on by the wall clock. An address that cannot be opened at the start is an error
-    at once. What has an end, such as a file on a web server, ends there.
-
-    Args:
-        address: a webcam's number (Video4Linux) or an address such as ``rtsp://...``.
-        step: only every ``step``-th frame is offered.
-    """
-
-    def __init__(self, address: str, *, step: int = 1) -> None:
-        self.num_dropped = 0
-        self.num_reconnects = 0
-        self._address = address
-        self._step = step
-        self._changed = threading.Condition()
-        self._newest: Frame | None = None
-        self._error: BaseException | None = None
-        self._ended = False
-        self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._work, daemon=True)
-        self._thread.start()
-
-    def __enter__(self) -> LiveStream:
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        self.close()
-
-    def __iter__(self) -> Iterator[Frame]:
-        """Frames until the stream ends or ``close``.
-
-        Raises:
-            VideoError: it cannot be opened, or stays broken after all attempts.
-        """
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._newest is not None or self._ended)
-                frame, self._newest = self._newest, None
-            if frame is None:
-                if self._error is not None:
-                    raise self._error
-                return
-            yield frame
-
-    def close(self) -> None:
-        """Stop decoding; waits for the read that is under way."""
-        self._closing.set()
-        self._thread.join(timeout=_TIMEOUT_S)
-
-    def _work(self) -> None:
-        try:
-            self._read()
-        except BaseException as error:  # handed over: the consumer raises it
-            self._error = error
-        with self._changed:
-            self._ended = True
-            self._changed.notify_all()
-
-    def _read(self) -> None:
-        index, last_s, attempt = 0, -1.0, 0
-        started = time.monotonic()
-        while True:
-            try:
-                with _open(self._address, live=True) as container:
-                    # the clock of the stream starts anew with each connection
-                    offset_s = None
-                    stream = _video_stream(container, self._address)
-                    for decoded in _pictures(container, stream, _Tally()):
-                        attempt = 0
-                        if self._closing.is_set():
-                            return
-                        arrived_s = time.monotonic() - started if index else 0.0
-                        stamp_s = decoded.time
-                        if offset_s is None and stamp_s is not None:
-                            offset_s = arrived_s - stamp_s
-                        if stamp_s is None or offset_s is None:
-                            time_s = arrived_s
-                        else:
-                            time_s = stamp_s + offset_s
-                        last_s = max(time_s, last_s + float(_TICK))
-                        if index % self._step == 0:
-                            self._offer(Frame(index, last_s, _upright(decoded)))
-                        index += 1
-                    if container.duration:
-                        return
-                problem = "the stream ended"
-            except (VideoError, av.FFmpegError) as error:
-                if index == 0:
-                    raise
-                problem = error.message if isinstance(error, VideoError) else error.strerror
-            if attempt == len(_RECONNECT_S):
-                raise VideoError(
-                    f"{self._address}: {problem}; gave up after {attempt} attempts",
-                    fix="check the address and the camera",
-                )
-            if self._closing.wait(_RECONNECT_S[attempt]):
-                return
-            attempt += 1
-            self.num_reconnects += 1
-
-    def _offer(self, frame: Frame) -> None:
-        with self._changed:
-            self.num_dropped += self._newest is not None
-            self._newest = frame
-            self._changed.notify_all()
 
 
 class VideoWriter:
@@ -393,75 +267,28 @@ class VideoWriter:
         self.close()
 
 
-def _open_file(path: str | Path) -> Any:
-    return _open(str(Path(path).absolute()))  # a colon in a relative path would mean a protocol
+class _Clock:
+    """Times of a file's frames that only grow, from 0."""
+
+    def __init__(self, stream: Any) -> None:
+        self._usual_s = float(1 / (stream.average_rate or LIVE_RATE))
+        self._offset_s: float | None = None
+        self._last_s = 0.0
+
+    def read(self, stamp_s: float) -> float:
+        """The time of the next frame, in seconds after the first one."""
+        if self._offset_s is None:
+            self._offset_s = -stamp_s
+        elif stamp_s + self._offset_s <= self._last_s:  # repeated, or begun anew
+            self._offset_s = self._last_s + self._usual_s - stamp_s
+        self._last_s = stamp_s + self._offset_s
+        return self._last_s
 
 
-def _open(address: str, *, live: bool = False) -> Any:
-    camera = live and address.isdecimal()
-    # UDP loses packets, and with them pictures
-    options = {"rtsp_transport": "tcp"} if address.startswith("rtsp") else {}
-    try:
-        return av.open(
-            f"/dev/video{address}" if camera else address,
-            format="v4l2" if camera else None,
-            options=options,
-            timeout=_TIMEOUT_S if live else None,
-        )
-    except (av.FFmpegError, ValueError) as error:
-        raise VideoError(
-            f"cannot open video {address}: {getattr(error, 'strerror', error)}",
-            fix="check that it exists and is a video",
-        ) from error
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except av.FFmpegError as error:
-        raise VideoError(
-            f"{path} cannot be read: {error.strerror}", fix="copy or record the video again"
-        ) from error
-
-
-def _video_stream(container: Any, address: str | Path) -> Any:
-    if not container.streams.video:
-        raise VideoError(f"{address} has no video stream", fix="give a file with pictures in it")
-    return container.streams.video[0]
-
-
-@dataclass
-class _Tally:
-    """Packets of a stream that were read, and how often one could not be decoded in full."""
-
-    num_packets: int = 0
-    num_damaged: int = 0
-    last_tick: int = 0  # of the last one, in the time base of the stream
-    longest_gap: int = 1  # between two of them, in ticks
-
-
-def _pictures(container: Any, stream: Any, tally: _Tally) -> Iterator[Any]:
-    """Decoded frames; a damaged packet costs its own frames only, also where FFmpeg conceals it."""
-    for packet in container.demux(stream):
-        if packet.size:  # the last one is empty: it drains the decoder
-            tally.num_packets += 1
-            tick = tally.last_tick if packet.dts is None else packet.dts
-            tally.longest_gap = max(tally.longest_gap, tick - tally.last_tick)
-            tally.last_tick = tick
-        try:
-            decoded = packet.decode()
-        except av.InvalidDataError:
-            tally.num_damaged += 1
-            continue
-        for frame in decoded:
-            if frame.is_corrupt:
-                tally.num_damaged += 1
-            else:
-                yield frame
-
-
-def _time(decoded: Any, path: str | Path, index: int) -> float:
+def _time(decoded: Any, path: str | Path, index: int, tally: Tally) -> float:
+    tick = tally.show()
+    if tick is not None:
+        return float(tick * decoded.time_base)
     if decoded.time is None:
         raise VideoError(
             f"{path}: frame {index} has no timestamp",
@@ -475,7 +302,7 @@ def _num_indexed(stream: Any) -> int:
     return int(min(stream.frames, len(stream.index_entries) or stream.frames))
 
 
-def _fault(stream: Any, tally: _Tally, num_frames: int, last_s: float) -> str | None:
+def _fault(stream: Any, tally: Tally, num_frames: int, last_s: float) -> str | None:
     """What was wrong with a file that was read to its end, in words."""
     if stream.container.format.name == "avi":  # counts ticks, also those without a frame
         breaks_off = stream.frames - tally.last_tick > tally.longest_gap
@@ -494,9 +321,3 @@ def _fault(stream: Any, tally: _Tally, num_frames: int, last_s: float) -> str | 
     if tally.num_damaged:
         return f"is damaged in {tally.num_damaged} places; {num_frames} frames could be decoded"
     return None if num_frames else "holds no frames"
-
-
-def _upright(decoded: Any) -> Array:
-    """RGB pixels after the quarter turns that the container asks players for (phones do)."""
-    pixels = decoded.to_ndarray(format="rgb24")
-    return np.ascontiguousarray(np.rot90(pixels, k=round(decoded.rotation / 90)))

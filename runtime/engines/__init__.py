@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from pydantic import ValidationError
+
 from runtime import gpu
-from runtime.errors import BackendError, UsageError
+from runtime.errors import BackendError, EngineError, UsageError
 from runtime.tensors import Array, Feeds, TensorSpec
 
 
@@ -204,5 +206,12 @@ def open_engine(
             error
         )
     options = {"host_code": True} if host_code else {}
-    engine: Engine = entry(model, precision=precision, threads=threads, **options)
+    try:
+        engine: Engine = entry(model, precision=precision, threads=threads, **options)
+    except ValidationError as error:
+        raise EngineError(
+            f"backend '{backend}' opened a graph whose tensors are none: "
+            f"{error.errors()[0]['msg']}",
+            fix="export the bundle again",
+        ) from error
     return engine

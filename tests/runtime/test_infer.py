@@ -18,9 +18,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime import images, video
+from runtime import images, live, video
 from runtime import infer as driver
 from runtime.bundle import Bundle
+from runtime.decoding import Frame
 from runtime.engines import Engine
 from runtime.errors import EngineError, ImageError, InputError, UsageError, VideoError
 from runtime.infer import Summary, infer, overlay_names
@@ -564,18 +565,20 @@ class TestAVideo:
 
 class TestALiveStream:
     class Camera:
-        """Stands in for ``video.LiveStream``: five frames, then what ``end`` raises."""
+        """Stands in for ``live.LiveStream``: five frames, then what ``end`` raises."""
 
         num_dropped = 7
         closed = False
         end: BaseException | None = None
 
-        def __init__(self, address: str, *, step: int) -> None:
+        freezes = ((0.1, 12.0),)
+
+        def __init__(self, address: str, *, step: int, say: Callable[[str], None]) -> None:
             self.step = step
 
-        def __iter__(self) -> Iterator[video.Frame]:
+        def __iter__(self) -> Iterator[Frame]:
             for i in range(5):
-                yield video.Frame(3 * i, i / 10, grey(i, 16 + 2 * i))
+                yield Frame(3 * i, i / 10, grey(i, 16 + 2 * i))
             if self.end is not None:
                 raise self.end
 
@@ -585,7 +588,7 @@ class TestALiveStream:
     @pytest.fixture
     def camera(self, monkeypatch: pytest.MonkeyPatch) -> type[Camera]:
         camera = type("Camera", (self.Camera,), {})
-        monkeypatch.setattr(video, "LiveStream", camera)
+        monkeypatch.setattr(live, "LiveStream", camera)
         return camera
 
     def test_is_served_one_by_one_and_counts_what_was_dropped(
@@ -598,6 +601,7 @@ class TestALiveStream:
         assert system.batches == [1] * 5
         assert [line["frame"] for line in lines(out)] == [0, 3, 6, 9, 12]
         assert summary.num_dropped == 7
+        assert list(summary.freezes) == [(0.1, 12.0)]
         assert camera.closed
         assert len(list(video.frames(out / "stream.mp4"))) == 5
 

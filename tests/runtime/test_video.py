@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import socket
 import threading
 import time
@@ -9,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -16,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime import video
+from runtime import live, video
 from runtime.errors import VideoError
 from runtime.tensors import Array
 
@@ -286,6 +288,74 @@ class TestADamagedVideo:
             assert all(frame.image.ndim == 3 for frame in got)
 
 
+class TestAHostileVideo:
+    def test_that_is_a_pipe_or_a_device_is_not_waited_for(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "a.mp4")
+        for path in (tmp_path / "a.mp4", Path("/dev/zero"), tmp_path):
+            with pytest.raises(VideoError, match="no plain file"):
+                list(video.frames(path))
+
+    def test_in_an_unknown_code_is_refused(self, tmp_path: Path) -> None:
+        data = encode(tmp_path / "a.mkv").read_bytes()
+        assert b"V_MPEG4/ISO/AVC" in data
+        (tmp_path / "b.mkv").write_bytes(data.replace(b"V_MPEG4/ISO/AVC", b"V_MPEG9/ISO/AVC"))
+        for use in (video.info, lambda path: list(video.frames(path)), video.VideoFile):
+            with pytest.raises(VideoError, match=r"not known|no video"):
+                use(tmp_path / "b.mkv")
+
+    def test_of_huge_frames_is_refused_before_one_is_decoded(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = encode(tmp_path / "a.mp4")
+        monkeypatch.setenv("ENGINEWORKS_MAX_FRAME_PIXELS", str(48 * 64 - 1))
+        with pytest.raises(VideoError, match="3,072 pixels per frame"):
+            list(video.frames(path))
+        monkeypatch.setenv("ENGINEWORKS_MAX_FRAME_PIXELS", str(48 * 64))
+        assert len(list(video.frames(path))) == len(UNEVEN)
+
+    def test_that_names_another_file_is_refused(self, tmp_path: Path) -> None:
+        other = encode(tmp_path / "a.mp4")
+        (tmp_path / "b.mp4").write_text(f"ffconcat version 1.0\nfile '{other}'\n")
+        with pytest.raises(VideoError):
+            list(video.frames(tmp_path / "b.mp4"))
+
+
+class TestTimes:
+    @pytest.mark.parametrize("frames_ahead", ["0", "2", "3"])
+    def test_of_an_avi_never_run_back(self, tmp_path: Path, frames_ahead: str) -> None:
+        path = tmp_path / "a.avi"
+        with av.open(str(path), "w") as container:
+            options = {"bf": frames_ahead, "b_strategy": "0"}
+            stream = container.add_stream("libx264", rate=10, options=options)
+            stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+            for i in range(14):
+                frame = av.VideoFrame.from_ndarray(picture(i), "rgb24")
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode())
+
+        got = list(video.frames(path))
+
+        assert [number(frame.image) for frame in got] == [i % 10 for i in range(14)]
+        assert [frame.time_s for frame in got] == pytest.approx([i / 10 for i in range(14)])
+
+    @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=30))
+    def test_only_grow_whatever_the_container_says(self, stamps: list[float]) -> None:
+        clock = video._Clock(SimpleNamespace(average_rate=Fraction(25)))
+        times = [clock.read(stamp) for stamp in stamps]
+        assert times[0] == 0
+        assert all(a < b for a, b in itertools.pairwise(times))
+
+    @given(st.lists(st.none() | st.floats(-1e9, 1e9), min_size=1, max_size=30))
+    def test_of_a_stream_only_grow_and_stay_near_the_clock(
+        self, stamps: list[float | None]
+    ) -> None:
+        clock = live._Clock()
+        times = [clock.read(stamp) for stamp in stamps]
+        assert all(a < b for a, b in itertools.pairwise(times))
+        # each may run ahead by as much as is taken for a burst, and no further
+        assert 0 <= times[0] <= times[-1] <= 1 + live._JUMP_S * len(times)
+
+
 class TestInfo:
     def test_tells_rate_and_number_of_frames(self, tmp_path: Path) -> None:
         path = encode(tmp_path / "a.mp4", [i / 20 for i in range(30)])
@@ -422,7 +492,7 @@ class Camera:
 
 @pytest.fixture
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(video, "_RECONNECT_S", (0.01, 0.02))
+    monkeypatch.setattr(live, "_RECONNECT_S", (0.01, 0.02))
 
 
 @pytest.fixture(scope="module")
@@ -452,7 +522,7 @@ class TestALiveStream:
     ) -> None:
         with (
             closing(Camera([small, large])) as camera,
-            video.LiveStream(camera.address) as stream,
+            live.LiveStream(camera.address) as stream,
         ):
             got, error = take(iter(stream))
 
@@ -467,7 +537,7 @@ class TestALiveStream:
     def test_has_times_and_indices_that_only_grow(self, small: bytes, large: bytes) -> None:
         with (
             closing(Camera([small, large, small])) as camera,
-            video.LiveStream(camera.address) as stream,
+            live.LiveStream(camera.address) as stream,
         ):
             got, _error = take(iter(stream))
 
@@ -480,7 +550,7 @@ class TestALiveStream:
         self, small: bytes
     ) -> None:
         got = []
-        with closing(Camera([small])) as camera, video.LiveStream(camera.address) as stream:
+        with closing(Camera([small])) as camera, live.LiveStream(camera.address) as stream:
             with pytest.raises(VideoError):
                 for frame in stream:
                     got.append(frame)
@@ -490,16 +560,45 @@ class TestALiveStream:
         assert len(got) < 10
         assert got[-1].index == 49
 
+    @pytest.mark.usefixtures("hurry")
+    def test_whose_picture_stands_still_is_told_of(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(live, "_FROZEN_S", 0.5)
+        path = tmp_path / "a.ts"
+        moving = [np.full((48, 64, 3), 10 * i, np.uint8) for i in range(10)]
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream("mpeg2video", rate=25)
+            stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+            for image in [*moving, *moving[-1:] * 50, *moving]:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(image, "rgb24")))
+            container.mux(stream.encode())
+        said: list[str] = []
+        with (
+            closing(Camera([path.read_bytes()])) as camera,
+            live.LiveStream(camera.address, say=said.append) as frames,
+        ):
+            take(iter(frames))
+        assert len(frames.freezes) == 1
+        since, seconds = frames.freezes[0]
+        assert since == pytest.approx(9 / 25, abs=0.2) and seconds == pytest.approx(2, abs=0.3)
+        assert sum("frozen" in line for line in said) == 1
+
+    def test_never_says_a_password(self) -> None:
+        with live.LiveStream("tcp://joe:S3cret@127.0.0.1:9") as stream:
+            _got, error = take(iter(stream))
+        assert "S3cret" not in str(error) and "***@127.0.0.1:9" in str(error)
+
     def test_that_cannot_be_opened_is_an_error_at_once(self, tmp_path: Path) -> None:
         begin = time.monotonic()
-        with video.LiveStream("tcp://127.0.0.1:9") as stream:
+        with live.LiveStream("tcp://127.0.0.1:9") as stream:
             _got, error = take(iter(stream))
 
         assert "tcp://127.0.0.1:9" in error.message
         assert time.monotonic() - begin < 5  # seconds; nothing listens there, no time-out is due
 
     def test_from_a_webcam_that_is_not_there_names_the_device(self) -> None:
-        with video.LiveStream("87") as stream:
+        with live.LiveStream("87") as stream:
             _got, error = take(iter(stream))
 
         assert "87" in error.message
@@ -508,7 +607,7 @@ class TestALiveStream:
     def test_that_has_an_end_ends(self, tmp_path: Path) -> None:
         path = encode(tmp_path / "a.mp4")
 
-        with video.LiveStream(str(path)) as stream:
+        with live.LiveStream(str(path)) as stream:
             last = list(stream)[-1]
 
         assert last.index == len(UNEVEN) - 1
@@ -516,12 +615,12 @@ class TestALiveStream:
     def test_offers_every_nth_frame(self, tmp_path: Path) -> None:
         path = encode(tmp_path / "a.mp4")
 
-        with video.LiveStream(str(path), step=4) as stream:
+        with live.LiveStream(str(path), step=4) as stream:
             assert {frame.index % 4 for frame in stream} == {0}
 
     def test_stops_promptly_and_ends_for_its_reader(self, small: bytes) -> None:
         with closing(Camera([small], seconds=0.4)) as camera:
-            stream = video.LiveStream(camera.address)
+            stream = live.LiveStream(camera.address)
             frames = iter(stream)
             next(frames)
             begin = time.monotonic()

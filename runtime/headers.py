@@ -1,0 +1,165 @@
+"""How large a picture says it is, read from its first bytes: nothing is decoded.
+
+A decoder takes the memory that a header asks for. So all that OpenCV decodes is asked here first,
+and what it would decode and this module does not know is no picture.
+
+Source: the formats' own specifications: PNG (W3C), JPEG (ITU T.81, B.2.2), GIF89a, WebP (RFC 9649),
+BMP (Microsoft), JPEG 2000 (ITU T.800, A.5.1), HEIF (ISO 23008-12, ``ispe``), Netpbm, Radiance, Sun.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Callable
+
+from runtime import budgets, tiff
+from runtime.errors import ImageError
+
+MAX_PAGES = 8  # more than an image can be made of
+
+Size = tuple[int, int]  # width, height
+
+_JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_SPOT = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # a marker: no stuffed zero, restart or fill byte
+_STANDALONE = (0x01, 0xD8)
+_SCAN, _END = 0xDA, 0xD9
+
+
+def check_size(data: bytes, name: str, *, all_pages: bool = False) -> None:
+    """Refuse a picture that would take too much memory, or is none.
+
+    Args:
+        data: the content of a picture's file.
+        name: what errors call it.
+        all_pages: whether more than the first page will be decoded.
+
+    Raises:
+        ImageError: no known format, a broken header, no pixels, more pages than ``MAX_PAGES``, or
+            more pixels than ``budgets.PIXELS`` allows.
+    """
+    try:
+        sizes = _sizes(data, MAX_PAGES + 1 if all_pages else 1)
+    except (struct.error, IndexError, OverflowError, ValueError) as error:
+        raise ImageError(
+            f"{name} is corrupt: its header breaks off", fix="copy it again"
+        ) from error
+    if not sizes:
+        raise ImageError(f"{name} is corrupt or no picture", fix="copy the file again")
+    if len(sizes) > MAX_PAGES:
+        raise ImageError(f"{name} has more than {MAX_PAGES} pages", fix="save one image per file")
+    if any(width < 1 or height < 1 for width, height in sizes):
+        raise ImageError(f"{name} says that it has no pixels", fix="copy the file again")
+    budgets.PIXELS.check(sum(width * height for width, height in sizes), name, ImageError)
+
+
+def _sizes(data: bytes, max_pages: int) -> list[Size]:
+    if tiff.is_tiff(data):
+        return [_of_tiff(page) for page in tiff.pages(data, max_pages)]
+    return next((read(data) for begins, read in _FORMATS if begins.match(data)), [])
+
+
+def _of_tiff(page: tiff.Entries) -> Size:
+    width, height = tiff.number(page, tiff.WIDTH), tiff.number(page, tiff.HEIGHT)
+    # tiles are decoded whole, and more than four channels are decoded as well
+    across, down = tiff.number(page, tiff.TILE_WIDTH), tiff.number(page, tiff.TILE_HEIGHT)
+    times = max(1, -(-tiff.number(page, tiff.NUM_SAMPLES, 1) // 4))
+    if across * down > width * height:
+        width, height = across, down
+    return width * times, height
+
+
+def jpeg_segments(data: bytes) -> list[tuple[int, int, int]]:
+    """(kind, start, end) of the segments of a JPEG, end mark included; a scan ends with its header.
+
+    Bytes between two segments are part of neither.
+    """
+    found, at = [], 2
+    while spot := _SPOT.search(data, at):
+        kind, at = data[spot.start() + 1], spot.end()
+        if kind not in _STANDALONE and kind != _END:
+            at += int.from_bytes(data[at : at + 2], "big")
+        found.append((kind, spot.start(), at))
+        if kind == _END:
+            break
+    return found
+
+
+def _of_jpeg(data: bytes) -> list[Size]:
+    for kind, start, _ in jpeg_segments(data):
+        if kind in _JPEG_FRAMES:
+            height, width = struct.unpack_from(">HH", data, start + 5)
+            return [(width, height)]
+    return []
+
+
+def _of_bmp(data: bytes) -> list[Size]:
+    (head,) = struct.unpack_from("<I", data, 14)
+    width, height = struct.unpack_from("<HH" if head == 12 else "<ii", data, 18)
+    return [(width, abs(height))]
+
+
+def _of_webp(data: bytes) -> list[Size]:
+    kind = data[12:16]
+    if kind == b"VP8X":
+        low = [int.from_bytes(data[at : at + 3], "little") + 1 for at in (24, 27)]
+    elif kind == b"VP8L":
+        (bits,) = struct.unpack_from("<I", data, 21)
+        low = [(bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1]
+    else:
+        low = [side & 0x3FFF for side in struct.unpack_from("<HH", data, 26)]
+    return [(low[0], low[1])]
+
+
+def _of_jpeg_2000(data: bytes) -> list[Size]:
+    at = data.index(b"\xff\x4f\xff\x51") + 8
+    right, bottom, left, top = struct.unpack_from(">IIII", data, at)
+    (channels,) = struct.unpack_from(">H", data, at + 32)
+    return [((right - left) * max(1, -(-channels // 4)), bottom - top)]
+
+
+def _of_avif(data: bytes) -> list[Size]:
+    places = [found.end() + 4 for found in re.finditer(rb"ispe", data[: 1 << 16])]
+    found = [struct.unpack_from(">II", data, at) for at in places]
+    return [max(((w, h) for w, h in found), key=lambda size: size[0] * size[1])]
+
+
+def _of_netpbm(data: bytes) -> list[Size]:
+    if data[:2] == b"P7":
+        sides = [
+            re.search(rb"\n%s\s+(\d{1,9})\s" % key, data[:4096]) for key in (b"WIDTH", b"HEIGHT")
+        ]
+        return [(int(sides[0][1]), int(sides[1][1]))] if sides[0] and sides[1] else []
+    text = re.sub(rb"#[^\n]*\n", b" ", data[2:4096])
+    found = re.match(rb"\s*(\d{1,9})\s+(\d{1,9})\s", text)
+    return [(int(found[1]), int(found[2]))] if found else []
+
+
+def _of_radiance(data: bytes) -> list[Size]:
+    found = re.search(rb"\n-Y (\d{1,9}) \+X (\d{1,9})\n", data[:65536])
+    return [(int(found[2]), int(found[1]))] if found else []
+
+
+def _pair(form: str, at: int) -> Callable[[bytes], list[Size]]:
+    def read(data: bytes) -> list[Size]:
+        width, height = struct.unpack_from(form, data, at)
+        return [(width, height)]
+
+    return read
+
+
+_FORMATS: tuple[tuple[re.Pattern[bytes], Callable[[bytes], list[Size]]], ...] = tuple(
+    (re.compile(begins, re.DOTALL), read)
+    for begins, read in (
+        (rb"\x89PNG\r\n\x1a\n....IHDR", _pair(">II", 16)),
+        (rb"\xff\xd8\xff", _of_jpeg),
+        (rb"BM", _of_bmp),
+        (rb"RIFF....WEBPVP8", _of_webp),
+        (rb"GIF8[79]a", _pair("<HH", 6)),
+        (rb"\x00\x00\x00\x0cjP  |\xff\x4f\xff\x51", _of_jpeg_2000),
+        (rb"....ftyp", _of_avif),
+        (rb"P[1-7Ff]", _of_netpbm),
+        (rb"#\?R", _of_radiance),
+        (rb"\x59\xa6\x6a\x95", _pair(">II", 4)),
+    )
+)

@@ -1,0 +1,63 @@
+"""Texts from outside are harmless where they are shown."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runtime.texts import cell, hide_secrets, printable
+
+_PLAIN = st.text("abcXYZ019-_.", min_size=1)
+
+
+class TestAnAddress:
+    @pytest.mark.parametrize(
+        ("text", "want"),
+        [
+            ("rtsp://joe:pw@cam:554/live", "rtsp://***@cam:554/live"),
+            ("rtsp://joe:p@ss@cam/live", "rtsp://***@cam/live"),
+            ("rtsp://joe:p/s@cam/live", "rtsp://***@cam/live"),
+            ("rtsp://joe:1234@cam/live", "rtsp://***@cam/live"),
+            ("http://joe@[fe80::1]:80/x", "http://***@[fe80::1]:80/x"),
+            ("cannot open rtsp://a:b@c/d: refused", "cannot open rtsp://***@c/d: refused"),
+            ("http://cam/x.cgi?user=joe&pwd=pw&n=1", "http://cam/x.cgi?user=***&pwd=***&n=1"),
+            ("rtsp://cam/user=joe_password=pw", "rtsp://cam/user=***"),
+            ("http://cam/picture@2x.jpg", "http://cam/picture@2x.jpg"),
+            ("http://cam:8080/picture@2x.jpg", "http://cam:8080/picture@2x.jpg"),
+            ("rtsp://cam/live", "rtsp://cam/live"),
+            ("a@b.png", "a@b.png"),
+            ("", ""),
+        ],
+    )
+    def test_keeps_its_secrets(self, text: str, want: str) -> None:
+        assert hide_secrets(text) == want
+        assert hide_secrets(want) == want
+
+    @given(st.sampled_from(["rtsp", "http", "HTTPS", "udp"]), _PLAIN, st.text(), _PLAIN)
+    def test_never_shows_a_password(self, scheme: str, name: str, password: str, host: str) -> None:
+        secret = "S3CRET" + "".join(password.split())
+        assert "S3CRET" not in hide_secrets(f"{scheme}://{name}:{secret}@{host}/x")
+
+
+class TestALine:
+    @given(st.text())
+    def test_has_nothing_that_a_terminal_obeys(self, text: str) -> None:
+        shown = printable(text)
+        shown.encode()
+        assert not any(ord(each) < 32 or 127 <= ord(each) < 160 for each in shown)
+        assert not set(shown) & set("\u202e\u2066")
+
+    @pytest.mark.parametrize("text", ["plain", "é", "日本", "a b", "👩\u200d🔧"])
+    def test_that_people_wrote_stays(self, text: str) -> None:
+        assert printable(text) == text
+
+    def test_spells_out_what_is_no_utf_8(self) -> None:
+        assert printable("a\udcff\x1b[31m") == "a\\udcff\\x1b[31m"
+
+
+class TestACell:
+    @given(st.text())
+    def test_is_never_a_formula(self, text: str) -> None:
+        assert not cell(text).startswith(("=", "+", "-", "@", "\t", "\r"))
+        assert cell(text).removeprefix("'").endswith(text.removeprefix("'"))
