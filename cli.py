@@ -6,6 +6,7 @@ Heavy imports live inside the commands, so that ``--help`` is instant and ``infe
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Callable
 from contextlib import closing
@@ -217,6 +218,7 @@ class Cli(click.Group):
 def main(context: click.Context, quiet: bool) -> None:
     """Train small-data vision systems, export INT8 bundles, run them without PyTorch."""
     context.obj = {"quiet": quiet}
+    _show_warnings()
 
 
 @main.command()
@@ -788,6 +790,26 @@ def _need(package: str, extra: str) -> None:
 def _say(context: click.Context) -> Callable[[str], None]:
     quiet = context.find_root().obj["quiet"]
     return (lambda _text: None) if quiet else (lambda text: click.echo(text, err=True))
+
+
+class _Warnings(logging.Handler):
+    """Shows what the packages warn of on stderr, each message once, also with --quiet."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._shown: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if message not in self._shown:
+            self._shown.add(message)
+            click.secho(message, fg="yellow", err=True)
+
+
+def _show_warnings() -> None:
+    handler = _Warnings()
+    for package in ("runtime", "calibration", "training", "export"):
+        logging.getLogger(package).handlers = [handler]
 
 
 class _Progress:

@@ -46,11 +46,7 @@ def choose(folder: Path, num: int, seed: int = 0, *, reader: Reader = PICTURES) 
     """
     if not folder.is_dir():
         raise DatasetError(f"there is no folder {folder}", fix="give the folder of sample images")
-    names = sorted(
-        path.relative_to(folder).as_posix()
-        for path in reader.find(folder.rglob("*"))
-        if path.is_file()
-    )
+    names = sorted(path.relative_to(folder).as_posix() for path in reader.below(folder))
     if not names:
         raise DatasetError(
             f"there are no images in {folder}",

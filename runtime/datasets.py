@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import atexit
-from contextlib import ExitStack
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from functools import cache
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias, get_args
 
-from runtime import images, planes
-from runtime.errors import BackendError, DatasetError, ImageError
-from runtime.files import scratch
+import numpy as np
+
+from runtime import folders, images, labels, masks, parquet, planes
+from runtime.errors import DatasetError, ImageError
+from runtime.folders import Tally
 from runtime.images import SUFFIXES
+from runtime.labels import Faults, Item, Labelled
+from runtime.masks import Masks
+from runtime.parquet import Found, PackedPicture
 from runtime.tensors import Array
 
 NORMAL = "good"
-Split: TypeAlias = Literal["train", "val", "test"]
+Split: TypeAlias = parquet.Split
+StripeSplit: TypeAlias = Literal["train", "valid", "test"]
 
 _SPLITS: tuple[Split, ...] = get_args(Split)
-_COLUMNS = ("image", "label", "class_name", "split")
-_ROWS_AT_ONCE = 16  # that are unpacked from a parquet file
 
 
 @dataclass(frozen=True)
@@ -45,73 +48,162 @@ def mvtec(root: Path, split: Literal["train", "test"]) -> list[MvtecSample]:
 
     The layout is known by its folder of normal pictures:
 
-    * ``train/good``, MVTec AD: tested on ``test/good`` and ``test/<defect>``, with masks in
-      ``ground_truth/<defect>/<name>_mask.png``.
+    * ``train/good``, MVTec AD: tested on ``test/good`` and ``test/<defect>``, with masks as
+      ``runtime.masks`` finds them.
     * ``images/good``, not split: ``images/<defect>`` and the same masks. Of the normal pictures,
       sorted by name, the 1st, 3rd, 5th, ... are for training; all others are for testing.
 
-    A folder for testing alone may have ``test`` and the masks only.
+    A folder for testing alone may have ``test`` and the masks only. What is left out is logged.
 
     Raises:
         DatasetError: neither layout, or no pictures for that split; the missing folder is named.
+            For testing also: masks that some defective pictures lack, or that do not fit.
     """
-    if (root / "train" / NORMAL).is_dir():
-        if split == "train":
-            return _checked(_folder(root / "train" / NORMAL, root), root / "train" / NORMAL)
-        return _checked(_folders(root / "test", root), root / "test")
-    if (root / "images" / NORMAL).is_dir():
-        training = _folder(root / "images" / NORMAL, root)[::2]
-        if split == "train":
-            return _checked(training, root / "images" / NORMAL)
-        seen = {sample.path for sample in training}
-        found = [s for s in _folders(root / "images", root) if s.path not in seen]
-        return _checked(found, root / "images")
-    if split == "test" and (root / "test").is_dir():
-        return _checked(_folders(root / "test", root), root / "test")
-    raise DatasetError(
-        f"{root} has neither train/{NORMAL} nor images/{NORMAL}",
-        fix=f"put normal pictures into train/{NORMAL}, and for testing normal ones into "
-        f"test/{NORMAL} and defective ones into test/<defect>",
-    )
+    found = _Mvtec(root)
+    labels.tell(root, found.left_out, found.notes)
+    samples = found.samples(split)
+    if split == "test":
+        found.faults.check(root)
+    return samples
 
 
-def _checked(samples: list[MvtecSample], folder: Path) -> list[MvtecSample]:
-    if not samples:
-        raise DatasetError(
-            f"{folder} {'has no pictures' if folder.is_dir() else 'does not exist'}",
-            fix=f"put pictures there; known suffixes are {', '.join(sorted(SUFFIXES))}",
+def mvtec_labels(root: Path) -> Labelled:
+    """The same set, as ``runtime.survey`` looks at it.
+
+    Raises:
+        DatasetError: as ``mvtec``, but for masks.
+    """
+    found = _Mvtec(root)
+    splits: dict[str, tuple[Item, ...]] = {
+        split: tuple(
+            Item(
+                sample.path.relative_to(root).as_posix(),
+                (sample.path,),
+                partial(images.read, sample.path),
+                sample.defect,
+                sample.mask_path,
+            )
+            for sample in found.samples(split)
         )
-    return samples
+        for split in found.splits
+    }
+    return Labelled(splits, found.left_out, found.notes, {"test": found.faults})
 
 
-def _folders(parent: Path, root: Path) -> list[MvtecSample]:
-    folders = sorted(p for p in parent.iterdir() if p.is_dir()) if parent.is_dir() else []
-    return [sample for folder in folders for sample in _folder(folder, root)]
+class _Mvtec:
+    """All of an anomaly detection set.
+
+    Attributes:
+        splits: that there are folders of.
+        left_out, notes, faults: see ``runtime.labels``; the faults are of the masks.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.left_out = Tally()
+        self._places = self._recognise(root)
+        self.splits: list[Literal["train", "test"]] = [
+            split for split, place in self._places.items() if place.is_dir()
+        ]
+        marked = masks.find_folder(root)
+        places = [place.relative_to(root).parts[0] for place in self._places.values()]
+        known = [*places, *([marked.name] if marked else ())]
+        _known_folders(root, known, self.left_out)
+        found = Masks(marked, self.left_out)
+        self._samples: dict[str, list[MvtecSample]] = {"train": [], "test": []}
+        tested, learned = self._places["test"], self._places.get("train")
+        if learned and learned.parent != tested:
+            for folder in _known_folders(learned.parent, (NORMAL,), self.left_out):
+                self._samples["train"] += _folder(folder, found, self.left_out)
+        for folder in _known_folders(tested, None, self.left_out) if tested.is_dir() else ():
+            self._samples["test"] += _folder(folder, found, self.left_out)
+        if learned and learned.parent == tested:
+            good = [sample for sample in self._samples["test"] if not sample.label]
+            self._samples["train"] = good[::2]
+            others = [s for s in self._samples["test"] if s.label]
+            self._samples["test"] = sorted([*others, *good[1::2]], key=lambda s: s.path)
+        found.finish(normal=NORMAL)
+        self.notes, self.faults = found.notes, found.faults
+
+    def samples(self, split: Literal["train", "test"]) -> list[MvtecSample]:
+        """Of one split; raises what ``mvtec`` does."""
+        if split not in self._places:
+            raise self._unknown
+        if not self._samples[split]:
+            folder = self._places[split]
+            raise DatasetError(
+                f"{folder} {'has no pictures' if folder.is_dir() else 'does not exist'}",
+                fix=f"put pictures there; known suffixes are {', '.join(sorted(SUFFIXES))}",
+            )
+        return self._samples[split]
+
+    def _recognise(self, root: Path) -> dict[Literal["train", "test"], Path]:
+        """Where the splits lie."""
+        self._unknown = DatasetError(
+            f"{root} has neither train/{NORMAL} nor images/{NORMAL}",
+            fix=f"put normal pictures into train/{NORMAL}, and for testing normal ones into "
+            f"test/{NORMAL} and defective ones into test/<defect>",
+        )
+        for name in ("train", "images"):
+            if (root / name / NORMAL).is_dir():
+                tested = root / ("test" if name == "train" else "images")
+                return {"train": root / name / NORMAL, "test": tested}
+        for folder in (root, root / "train", root / "images"):
+            if folder.is_dir():
+                _refuse_other_case(folders.entries(folder)[1], ("train", "test", "images", NORMAL))
+        if (root / "test").is_dir():
+            return {"test": root / "test"}
+        raise self._unknown
 
 
-def _folder(folder: Path, root: Path) -> list[MvtecSample]:
+def _known_folders(folder: Path, known: Collection[str] | None, left_out: Tally) -> list[Path]:
+    """The folders in a folder that have one of the known names, or all; the rest is left out.
+
+    Raises:
+        DatasetError: one has a known name in another case, and would pass for something else.
+    """
+    files, inner = folders.entries(folder, left_out)
+    folders.of_suffix(files, left_out, ())
+    if known is None:
+        _refuse_other_case(inner, (NORMAL,))
+        return inner
+    _refuse_other_case(inner, known)
+    for each in inner:
+        if each.name not in known:
+            left_out.add("folder", each.relative_to(folder.parent))
+    return [each for each in inner if each.name in known]
+
+
+def _refuse_other_case(found: Iterable[Path], known: Collection[str]) -> None:
+    """Refuse a folder that has a known name in another case: it would pass for something else.
+
+    Raises:
+        DatasetError: names it.
+    """
+    for folder in found:
+        if folder.name not in known and (name := folder.name.lower()) in known:
+            raise DatasetError(f"{folder} is not called '{name}'", fix=f"rename it to {name}")
+
+
+def _files(folder: Path, left_out: Tally, suffixes: Collection[str] = SUFFIXES) -> list[Path]:
+    """The pictures in a folder that holds nothing else."""
+    files, inner = folders.entries(folder, left_out)
+    for each in inner:
+        left_out.add("nested folder", f"{folder.name}/{each.name}")
+    return folders.of_suffix(files, left_out, suffixes)
+
+
+def _folder(folder: Path, found: Masks, left_out: Tally) -> list[MvtecSample]:
     """All pictures of one folder, which is named after their defect."""
-    defect = folder.name
-    label = int(defect != NORMAL)
-    samples = []
-    for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES):
-        mask = root / "ground_truth" / defect / f"{path.stem}_mask.png"
-        known = label and mask.is_file()
-        samples.append(MvtecSample(path, label, defect, mask if known else None))
-    return samples
+    paths, defect = _files(folder, left_out), folder.name
+    if defect == NORMAL:
+        return [MvtecSample(path, 0, defect, None) for path in paths]
+    return [
+        MvtecSample(path, 1, defect, mask)
+        for path, mask in zip(*found.pair(defect, paths), strict=True)
+    ]
 
 
 # --- classes ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class PackedPicture:
-    """An encoded picture that came from a parquet file's row: bytes ``start`` to ``stop``."""
-
-    row: int
-    file: Path
-    start: int
-    stop: int
 
 
 @dataclass(frozen=True)
@@ -154,7 +246,7 @@ def class_splits(root: Path) -> tuple[Split, ...]:
     Raises:
         DatasetError, BackendError: as ``class_folder``.
     """
-    return tuple(_find_classes(root)[0])
+    return tuple(_find_classes(root, Tally())[0])
 
 
 def class_folder(root: Path, split: Split) -> ClassFolder:
@@ -179,20 +271,50 @@ def class_folder(root: Path, split: Split) -> ClassFolder:
             a parquet file whose columns contradict each other.
         BackendError: a parquet file, and pyarrow is not installed.
     """
-    pictures, labels = _find_classes(root)
+    left_out = Tally()
+    pictures, names = _find_classes(root, left_out)
+    labels.tell(root, left_out, Tally())
     if split not in pictures:
         raise DatasetError(
             f"{root} has no pictures of the split '{split}', only of {', '.join(pictures)}",
             fix=f"put them into {split}/<class>/",
         )
-    index = {name: i for i, name in enumerate(labels)}
+    index = {name: i for i, name in enumerate(names)}
     file, in_parquet = pictures[split][0][1:]
-    packed = {} if in_parquet is None else _unpack(file, file.stat().st_mtime_ns)
+    packed = {} if in_parquet is None else parquet.unpack(file)
     samples = [
         ClassSample(path, index[name], name, None if row is None else packed[row])
         for name, path, row in pictures[split]
     ]
-    return ClassFolder(tuple(samples), labels)
+    return ClassFolder(tuple(samples), names)
+
+
+def class_labels(root: Path) -> Labelled:
+    """The same set, as ``runtime.survey`` looks at it.
+
+    Raises:
+        DatasetError, BackendError: as ``class_folder``.
+    """
+    left_out = Tally()
+    splits = tuple(_find_classes(root, left_out)[0])
+    if not any((root / split).is_dir() for split in splits) and "train" not in splits:
+        splits = splits[:1]  # one folder, for whichever split is asked for
+    base = root.parent if root.is_file() else root
+    items: dict[str, tuple[Item, ...]] = {
+        split: tuple(
+            Item(
+                sample.path.relative_to(base).as_posix()
+                + (f", row {sample.packed.row}" if sample.packed else ""),
+                (sample.path,),
+                partial(read, sample),
+                sample.class_name,
+                packed=sample.packed,
+            )
+            for sample in class_folder(root, split).samples
+        )
+        for split in splits
+    }
+    return Labelled(items, left_out)
 
 
 def read(sample: ClassSample) -> Array:
@@ -214,19 +336,17 @@ def read(sample: ClassSample) -> Array:
     return images.decode(data, name)
 
 
-# class name, file, row of a parquet file
-_Found: TypeAlias = tuple[str, Path, int | None]
-
-
-def _find_classes(root: Path) -> tuple[dict[Split, list[_Found]], tuple[str, ...]]:
+def _find_classes(root: Path, left_out: Tally) -> tuple[dict[Split, list[Found]], tuple[str, ...]]:
     """The pictures of each split that has any, and the class names by index."""
-    files = [root] if root.is_file() else sorted(root.glob("*.parquet"))
+    files = [root]
+    if not root.is_file():
+        files = [p for p in folders.entries(root)[0] if p.suffix.lower() == ".parquet"]
     if len(files) > 1:
         raise DatasetError(
             f"{root} has {len(files)} parquet files: {files[0].name}, {files[1].name}, ...",
             fix="give each data set a folder of its own",
         )
-    found, order = _find_in_parquet(files[0]) if files else _find_in_folders(root)
+    found, order = parquet.find(files[0]) if files else _find_in_folders(root, left_out)
     if "train" not in found:
         return found, tuple(order)
     known = {name for name, _, _ in found["train"]}
@@ -239,123 +359,45 @@ def _find_classes(root: Path) -> tuple[dict[Split, list[_Found]], tuple[str, ...
     return found, tuple(name for name in order if name in known)
 
 
-def _find_in_folders(root: Path) -> tuple[dict[Split, list[_Found]], list[str]]:
+def _find_in_folders(root: Path, left_out: Tally) -> tuple[dict[Split, list[Found]], list[str]]:
     """Pictures by split, and the class names in their order."""
-    if any((root / split).is_dir() for split in _SPLITS):
-        by_split = {split: _find_by_class(root / split) for split in _SPLITS}
+    files, inner = folders.entries(root, left_out)
+    _refuse_other_case(inner, _SPLITS)
+    splits = [split for split in _SPLITS if (root / split).is_dir()]
+    by_split: dict[Split, list[Found]]
+    if splits:
+        by_split = {split: _find_by_class(root / split, left_out) for split in splits}
+        folders.of_suffix(files, left_out, ())
+        for folder in inner:
+            if folder.name not in _SPLITS:
+                left_out.add("folder", folder.name)
     else:
-        by_split = dict.fromkeys(("val", "test"), _find_by_class(root))
+        by_split = dict.fromkeys(("val", "test"), _find_by_class(root, left_out))
     found = {split: pictures for split, pictures in by_split.items() if pictures}
+    if found and (empty := [split for split in splits if split not in found]):
+        raise DatasetError(
+            f"{root / empty[0]} has no pictures by class",
+            fix=f"put them into {empty[0]}/<class>, or remove the folder",
+        )
     if not found:
         raise DatasetError(
             f"{root} has no pictures by class",
             fix="put them into train/<class>, val/<class> and test/<class>, or give a parquet "
-            f"file with the columns {', '.join(_COLUMNS)}; known suffixes are "
+            f"file with the columns {', '.join(parquet.COLUMNS)}; known suffixes are "
             f"{', '.join(sorted(SUFFIXES))}",
         )
     return found, sorted({name for pictures in found.values() for name, _, _ in pictures})
 
 
-def _find_by_class(parent: Path) -> list[_Found]:
-    # a hidden folder, such as an editor leaves behind, is no class
-    paths = [path for path in sorted(parent.glob("[!.]*/*")) if path.suffix.lower() in SUFFIXES]
-    return [(path.parent.name, path, None) for path in paths]
-
-
-def _find_in_parquet(path: Path) -> tuple[dict[Split, list[_Found]], list[str]]:
-    """Rows by split, and the class names in the order of their labels."""
-    file = _open_parquet(path)
-    table = file.read(columns=list(_COLUMNS[1:]))
-    labels, names, splits = (table.column(name).to_pylist() for name in _COLUMNS[1:])
-    for row, (label, name, split) in enumerate(zip(labels, names, splits, strict=True)):
-        if not isinstance(label, int) or not isinstance(name, str) or split not in _SPLITS:
-            raise DatasetError(
-                f"{path}, row {row}: label {label!r}, class_name {name!r}, split {split!r}",
-                fix="every row needs an integer, a text and one of train, val and test",
-            )
-    name_of = dict(zip(labels, names, strict=True))
-    label_of = dict(zip(names, labels, strict=True))
-    for label, name in zip(labels, names, strict=True):
-        if name_of[label] != name:
-            raise DatasetError(
-                f"{path}: label {label} stands for both '{name}' and '{name_of[label]}'",
-                fix="give every class one label",
-            )
-        if label_of[name] != label:
-            raise DatasetError(
-                f"{path}: class '{name}' has both label {label} and {label_of[name]}",
-                fix="give every class one label",
-            )
-    rows: dict[Split, list[_Found]] = {
-        split: [(names[i], path, i) for i, value in enumerate(splits) if value == split]
-        for split in _SPLITS
-    }
-    return {split: found for split, found in rows.items() if found}, [
-        name_of[label] for label in sorted(name_of)
-    ]
-
-
-def _open_parquet(path: Path) -> Any:
-    """A ``pyarrow.parquet.ParquetFile`` with the columns of a classification set."""
-    try:
-        from pyarrow import ArrowException, types
-        from pyarrow.parquet import ParquetFile
-    except ModuleNotFoundError as error:
-        raise BackendError(
-            f"reading {path} needs pyarrow, which is not installed",
-            fix='pip install "engineworks[parquet]"',
-        ) from error
-    try:
-        # buffered: else the pictures of a whole row group are read at once
-        file = ParquetFile(path, pre_buffer=False, buffer_size=2**20)
-    except (ArrowException, OSError) as error:
-        raise DatasetError(
-            f"{path} cannot be read as parquet: {error}", fix="copy the file again"
-        ) from error
-    schema = file.schema_arrow
-    if missing := [name for name in _COLUMNS if name not in schema.names]:
-        raise DatasetError(
-            f"{path} lacks {', '.join(missing)}: its columns are {', '.join(schema.names)}",
-            fix=f"the columns must be called {', '.join(_COLUMNS)}",
-        )
-    kind = schema.field("image").type
-    if types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
-        kind = kind.field("bytes").type
-    if not (types.is_binary(kind) or types.is_large_binary(kind)):
-        raise DatasetError(
-            f"{path}: the column image holds {kind}",
-            fix="store encoded pictures: binary, or a struct with a binary field bytes",
-        )
-    return file
-
-
-@cache
-def _unpack(path: Path, _mtime_ns: int) -> dict[int, PackedPicture]:
-    """Write the pictures of all rows one behind the other into a temporary file."""
-    from pyarrow import ArrowException
-
-    kept = ExitStack()
-    atexit.register(kept.close)
-    folder = kept.enter_context(scratch(path.parent))
-    unpacked = folder / "pictures"
-    found: dict[int, PackedPicture] = {}
-    try:
-        with unpacked.open("wb") as target:
-            for batch in _open_parquet(path).iter_batches(_ROWS_AT_ONCE, columns=["image"]):
-                for value in batch.column(0).to_pylist():
-                    row, start = len(found), target.tell()
-                    data = value["bytes"] if isinstance(value, dict) else value
-                    if not data:
-                        raise DatasetError(
-                            f"{path}, row {row} has no picture", fix="leave the row out"
-                        )
-                    stop = start + target.write(data)
-                    found[row] = PackedPicture(row, unpacked, start, stop)
-    except (ArrowException, OSError) as error:
-        raise DatasetError(
-            f"the pictures of {path} cannot be unpacked into {folder}: {error}",
-            fix="copy the file again, and make room in the temporary folder",
-        ) from error
+def _find_by_class(parent: Path, left_out: Tally) -> list[Found]:
+    files, inner = folders.entries(parent, left_out)
+    folders.of_suffix(files, left_out, ())
+    found: list[Found] = []
+    for folder in inner:
+        paths = _files(folder, left_out)
+        found += [(folder.name, path, None) for path in paths]
+        if not paths:
+            left_out.add("folder without pictures", folder.relative_to(parent.parent))
     return found
 
 
@@ -382,50 +424,116 @@ class StripeSample:
     mask_path: Path | None
 
 
-def strips(root: Path, split: Literal["train", "valid", "test"]) -> list[StripeSample]:
+def strips(root: Path, split: StripeSplit) -> list[StripeSample]:
     """Images of planes, sorted by path; training images are normal.
 
     Images lie in ``train/good``, and in ``good`` and ``<defect>`` below ``valid`` and ``test``:
     one file with all planes each, or files of the same name in ``target``, ``ref1`` and ``ref2``
-    below each of these folders. Masks are ``ground_truth/<defect>/<name>_mask`` with any suffix,
-    for ``valid`` in ``ground_truth_valid`` where that exists.
+    below each of these folders. Masks are found as ``runtime.masks`` does; those of ``valid`` in
+    ``ground_truth_valid`` where that exists. What is left out is logged.
 
     Raises:
-        DatasetError: no images for that split; the missing folder is named.
+        DatasetError: no images for that split; the missing folder is named. Or masks that some
+            defective images lack, or that do not fit.
         ImageError: a target lacks a reference.
     """
-    if split == "train":
-        folders = [root / "train" / NORMAL]
-    else:
-        folders = sorted(p for p in (root / split).glob("[!.]*") if p.is_dir())
-    apart = root / "ground_truth_valid"
-    masks = apart if split == "valid" and apart.is_dir() else root / "ground_truth"
-    found = [sample for folder in folders for sample in _strips(folder, masks)]
-    if not found:
-        raise DatasetError(
-            f"{root} has no images for '{split}'",
-            fix=f"put them into {'train/good' if split == 'train' else f'{split}/<defect>'}, or "
-            "into target, ref1 and ref2 below that; known suffixes are "
-            f"{', '.join(sorted(planes.SUFFIXES))}",
-        )
-    return found
+    found = _Strips(root)
+    labels.tell(root, found.left_out, found.notes)
+    samples = found.samples(split)
+    found.faults[split].check(root / split)
+    return samples
 
 
-def _strips(folder: Path, masks: Path) -> list[StripeSample]:
-    """All images of one folder, which is named after their defect."""
-    defect = folder.name
-    label = int(defect != NORMAL)
-    place = folder / planes.TARGET if (folder / planes.TARGET).is_dir() else folder
-    paths = sorted(place.glob("[!.]*")) if place.is_dir() else []
-    known = {p.stem: p for p in (masks / defect).glob("[!.]*") if p.suffix.lower() in SUFFIXES}
-    return [
-        StripeSample(
-            path,
-            planes.files(path),
-            label,
-            defect,
-            known.get(f"{path.stem}_mask") if label else None,
+def strip_labels(root: Path) -> Labelled:
+    """The same set, as ``runtime.survey`` looks at it.
+
+    Raises:
+        DatasetError, ImageError: as ``strips``.
+    """
+    found = _Strips(root)
+    splits: dict[str, tuple[Item, ...]] = {
+        split: tuple(
+            Item(
+                sample.path.relative_to(root).as_posix(),
+                sample.paths,
+                partial(_target, sample.path),
+                sample.defect,
+                sample.mask_path,
+            )
+            for sample in found.samples(split)
         )
-        for path in paths
-        if path.suffix.lower() in planes.SUFFIXES
-    ]
+        for split in found.splits
+    }
+    return Labelled(splits, found.left_out, found.notes, found.faults)
+
+
+class _Strips:
+    """All of a set of planes.
+
+    Attributes:
+        splits: that there are folders of.
+        left_out, notes, faults: see ``runtime.labels``; the faults are of the masks.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self.left_out = Tally()
+        everything = masks.find_folder(root)
+        for_valid = masks.find_folder(root, ("ground_truth_valid",))
+        whole = Masks(everything, self.left_out)
+        apart = Masks(for_valid, self.left_out) if for_valid else whole
+        self._found: dict[StripeSplit, list[tuple[str, Path, Path | None]]] = {}
+        known = {*get_args(StripeSplit), *(f.name for f in (everything, for_valid) if f)}
+        for folder in _known_folders(root, known, self.left_out):
+            if folder.name in get_args(StripeSplit):
+                split: StripeSplit = folder.name  # type: ignore[assignment]
+                self._found[split] = self._find(folder, apart if split == "valid" else whole)
+        self.splits = [split for split in get_args(StripeSplit) if split in self._found]
+        self.notes = Tally()
+        for found in {id(each): each for each in (whole, apart)}.values():
+            found.finish(normal=NORMAL)
+            self.notes.merge(found.notes)
+        self.faults: dict[str, Faults] = {
+            "train": Faults(),
+            "valid": apart.faults,
+            "test": whole.faults,
+        }
+
+    def samples(self, split: StripeSplit) -> list[StripeSample]:
+        """Of one split; raises what ``strips`` does."""
+        if not self._found.get(split):
+            raise DatasetError(
+                f"{self._root} has no images for '{split}'",
+                fix=f"put them into {'train/good' if split == 'train' else f'{split}/<defect>'}, "
+                "or into target, ref1 and ref2 below that; known suffixes are "
+                f"{', '.join(sorted(planes.SUFFIXES))}",
+            )
+        return [
+            StripeSample(path, planes.files(path), int(defect != NORMAL), defect, mask)
+            for defect, path, mask in self._found[split]
+        ]
+
+    def _find(self, split: Path, found: Masks) -> list[tuple[str, Path, Path | None]]:
+        """Defect, place and mask of each image of a split."""
+        images_of: list[tuple[str, Path, Path | None]] = []
+        known = (NORMAL,) if split.name == "train" else None
+        for folder in _known_folders(split, known, self.left_out):
+            place = folder
+            if (folder / planes.TARGET).is_dir():
+                place = folder / planes.TARGET
+                _known_folders(folder, {planes.TARGET, *planes.REFERENCES}, self.left_out)
+            paths = _files(place, self.left_out, planes.SUFFIXES)
+            if folder.name == NORMAL:
+                images_of += [(NORMAL, path, None) for path in paths]
+            else:
+                kept, marked = found.pair(folder.name, paths)
+                images_of += [(folder.name, *pair) for pair in zip(kept, marked, strict=True)]
+        return images_of
+
+
+def _target(path: Path) -> Array:
+    """The first plane of an image as a grey picture, stretched over what it holds."""
+    plane_HW = planes.read(path)[..., 0].astype(np.float32)
+    low, high = float(plane_HW.min()), float(plane_HW.max())
+    grey_HW = np.rint(255 * (plane_HW - low) / max(high - low, 1e-12)).astype(np.uint8)
+    return np.repeat(grey_HW[..., None], 3, axis=2)

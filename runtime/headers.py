@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 
 from runtime import budgets, tiff
 from runtime.errors import ImageError
@@ -23,7 +25,58 @@ Size = tuple[int, int]  # width, height
 _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _SPOT = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # a marker: no stuffed zero, restart or fill byte
 _STANDALONE = (0x01, 0xD8)
-_SCAN, _END = 0xDA, 0xD9
+_SCAN, _END, _APP1 = 0xDA, 0xD9, 0xE1
+_EXIF = b"Exif\0\0"
+_HEAD_BYTES = 1 << 14  # in which most headers end
+_PNG, _WEBP = b"\x89PNG\r\n\x1a\n", b"WEBP"
+
+
+@dataclass(frozen=True)
+class Header:
+    """What the first bytes of a picture say.
+
+    Attributes:
+        height, width: in pixels, as stored.
+        orientation: EXIF's, 1 to 8; 1: as stored.
+    """
+
+    height: int
+    width: int
+    orientation: int = 1
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the upright picture; orientations 5 to 8 exchange the two."""
+        turned = self.orientation >= 5
+        return (self.width, self.height) if turned else (self.height, self.width)
+
+
+def read(path: Path) -> Header | None:
+    """What a picture's file says of itself; mostly a few thousand bytes of it are read.
+
+    Returns:
+        None: it cannot be read, or is of no known format; decoding says what is wrong with it.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(_HEAD_BYTES)
+            found = None if _needs_all(data) else parse(data)
+            return found or parse(data + file.read())
+    except OSError:
+        return None
+
+
+def parse(data: bytes) -> Header | None:
+    """As ``read``, of a file's content."""
+    try:
+        if tiff.is_tiff(data):
+            (page,) = tiff.pages(data, 1)
+            height, width = tiff.number(page, tiff.HEIGHT), tiff.number(page, tiff.WIDTH)
+            return Header(height, width, _valid(tiff.number(page, tiff.ORIENTATION, 1)))
+        ((width, height),) = _sizes(data, 1)
+        return Header(height, width, _orientation(data))
+    except (struct.error, IndexError, OverflowError, ValueError):
+        return None
 
 
 def check_size(data: bytes, name: str, *, all_pages: bool = False) -> None:
@@ -67,6 +120,50 @@ def _of_tiff(page: tiff.Entries) -> Size:
     if across * down > width * height:
         width, height = across, down
     return width * times, height
+
+
+def _needs_all(data: bytes) -> bool:
+    """Whether something that is needed may stand at the end of the file."""
+    return tiff.is_tiff(data) or data[8:12] == _WEBP
+
+
+def _orientation(data: bytes) -> int:
+    """How the camera was held; 1 where nothing sensible is said."""
+    for block in _exif_blocks(data):
+        content = block.removeprefix(_EXIF)
+        if tiff.is_tiff(content):
+            try:
+                return _valid(tiff.number(tiff.pages(content, 1)[0], tiff.ORIENTATION, 1))
+            except (struct.error, IndexError, OverflowError, ValueError):
+                return 1
+    return 1
+
+
+def _exif_blocks(data: bytes) -> Iterator[bytes]:
+    if data.startswith(b"\xff\xd8"):
+        for kind, start, end in jpeg_segments(data):
+            if kind == _APP1 and data.startswith(_EXIF, start + 4):
+                yield data[start + 4 : end]
+            if kind == _SCAN:
+                return
+    elif data.startswith(_PNG):
+        at = len(_PNG)
+        while at + 8 <= len(data):
+            length, name = struct.unpack_from(">I4s", data, at)
+            if name == b"eXIf":
+                yield data[at + 8 : at + 8 + length]
+            at += 12 + length
+    elif data[8:12] == _WEBP:
+        at = 12
+        while at + 8 <= len(data):
+            name, length = struct.unpack_from("<4sI", data, at)
+            if name == b"EXIF":
+                yield data[at + 8 : at + 8 + length]
+            at += 8 + length + length % 2
+
+
+def _valid(orientation: int) -> int:
+    return orientation if 1 <= orientation <= 8 else 1
 
 
 def jpeg_segments(data: bytes) -> list[tuple[int, int, int]]:

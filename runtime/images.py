@@ -20,7 +20,9 @@ from runtime.errors import ImageError
 from runtime.headers import MAX_PAGES, check_size, jpeg_segments
 from runtime.tensors import Array
 
-SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+_WRITTEN = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+# what can be read: other names of JPEG, and AVIF where this OpenCV has its decoder
+SUFFIXES = _WRITTEN | {".jfif", ".jpe"} | ({".avif"} if cv2.haveImageWriter(".avif") else set())
 
 _JPEG_START, _PNG_START = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 # how the lines of libjpeg, libpng and libtiff begin
@@ -129,11 +131,12 @@ def write(path: Path, image: Array) -> None:
     level.
 
     Raises:
-        ImageError: a suffix that is not one of ``SUFFIXES``, or a size that the format cannot hold.
+        ImageError: a suffix of another format, or a size that the format cannot hold.
     """
-    if path.suffix.lower() not in SUFFIXES:
+    if path.suffix.lower() not in _WRITTEN:
         raise ImageError(
-            f"{path} has no picture's suffix", fix=f"use one of {', '.join(sorted(SUFFIXES))}"
+            f"{path} has no suffix that pictures are written with",
+            fix=f"use one of {', '.join(sorted(_WRITTEN))}",
         )
     pixels = cv2.cvtColor(image, cv2.COLOR_RGB2BGR) if image.ndim == 3 else image
     try:

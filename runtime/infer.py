@@ -22,13 +22,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from itertools import chain, count
 from pathlib import Path
 from typing import IO, Any
 
 from runtime import draw, images, live, video
 from runtime.decoding import LIVE_RATE, Frame
 from runtime.errors import ImageError, InputError, UsageError, VideoError
+from runtime.names import overlay_names
 from runtime.results import Detections
 from runtime.sources import Source
 from runtime.systems import Promptable, Result, System
@@ -498,31 +498,6 @@ def _text(path: Path) -> Iterator[IO[str]]:
             file.flush()
             os.fsync(file.fileno())
             temporary.replace(path)
-
-
-def overlay_names(paths: Sequence[Path]) -> dict[Path, Path]:
-    """A file name for each picture's overlay: its path below the common folder, never one twice.
-
-    Returns:
-        picture -> relative PNG path.
-    """
-    if not paths:
-        return {}
-    # `..` in a list's entries must not lead out of the folder of overlays
-    places = {path: Path(os.path.abspath(path)) for path in paths}  # noqa: PTH100
-    base = Path(os.path.commonpath([place.parent for place in places.values()]))
-    wanted = {path: place.relative_to(base) for path, place in places.items()}
-    names: dict[Path, Path] = {}
-    taken = {folder for name in wanted.values() for folder in name.parents}
-    for path, name in wanted.items():
-        # a.jpg beside a.png: keep the suffix in the name, and count where that is taken as well
-        candidates = chain(
-            (name.with_suffix(".png"), name.with_name(f"{name.name}.png")),
-            (name.with_name(f"{name.name}.{i}.png") for i in count(2)),
-        )
-        names[path] = next(each for each in candidates if each not in taken)
-        taken.add(names[path])
-    return names
 
 
 def _video_path(out: Path, source: Source) -> Path:

@@ -5,39 +5,45 @@ Two layouts are known:
 * COCO: ``annotations_{train,val,test}.json`` beside ``images/``, a category per object. Pictures of
   an object lie in ``references/<name>/``; where there is no such folder, boxes of the object are
   cut out of training frames that show it, or else of the split's own. A frame that a reference was
-  cut from is not searched. Crowds are left out.
+  cut from is not searched. Crowds are left out. Boxes are pixels of the upright picture, EXIF's
+  turn included.
 * videos: ``annotations.json``, a list of ``{"video_id", "annotations": [{"bboxes": [{"frame", "x1",
   "y1", "x2", "y2"}]}]}``, and ``samples/<video_id>/`` with one video and ``object_images/``. A
   video may say of which ``object`` it is; otherwise its own id is the object's name. Objects, not
   videos, are divided between training and test. Only frames with a box are known: nothing says
   that others do not show the object.
 
-No picture is opened here.
+Labels that contradict each other or the picture's size are refused; of a picture no more than its
+header is read.
 """
 
 from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal, TypeAlias, TypeVar
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Literal, TypeAlias
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import FiniteFloat, NonNegativeInt, TypeAdapter
 
+from runtime import folders, images, labels
+from runtime.coco import MIN_AREA, CocoFile, Part, clipped, validated
 from runtime.errors import DatasetError
-from runtime.sources import PICTURES, VIDEO_SUFFIXES
+from runtime.folders import Tally
+from runtime.labels import Box, Faults, Item, Labelled
+from runtime.names import file_name
+from runtime.references import pictures_in
+from runtime.sources import VIDEO_SUFFIXES
 from runtime.tensors import Array
 
 Split: TypeAlias = Literal["train", "val", "test"]
-Box: TypeAlias = tuple[float, float, float, float]
-_T = TypeVar("_T")
 
 _SPLITS: tuple[Split, ...] = ("train", "val", "test")
 _TEST_SHARE = 0.1  # of the objects of videos
-_MIN_AREA = 2.0  # square pixels of a box
 _NUM_CUT = 5  # references that are cut out of frames, at most
 _MIN_SIDE = 12.0  # pixels of a box that is cut out
 
@@ -131,56 +137,76 @@ def read_objects(
             f"{root} has no frames for '{split}' that are not references or left out",
             fix="add labelled frames, put pictures into references/, or hold out fewer objects",
         )
+    if not found.references:
+        raise DatasetError(
+            f"{root} has no box for '{split}' of an object that is to be found",
+            fix="label the frames, or leave the split out, or hold out other objects",
+        )
     return found
+
+
+def object_labels(root: Path) -> Labelled:
+    """All splits, as ``runtime.survey`` looks at them.
+
+    Raises:
+        DatasetError: neither layout, or a damaged file.
+    """
+    if _holds_videos(root):
+        return _video_labels(root)
+    splits = object_splits(root)
+    if not splits:
+        splits = ("train",)  # that is missing is said when it is read
+    left_out, notes = Tally(), Tally()
+    items: dict[str, tuple[Item, ...]] = {}
+    faults: dict[str, Faults] = {}
+    listed: set[Path] = set()
+    for split in splits:
+        found = CocoFile(root, split)
+        notes.merge(found.notes)
+        faults[split] = found.faults
+        listed |= {path for path, _ in found.pictures}
+        items[split] = tuple(_item(root / "images", each) for each in _frames(found))
+        if not any(each.boxes for each in items[split]):
+            faults[split].note("file without a box", f"annotations_{split}.json", "label it")
+    pictures = folders.of_suffix(folders.below(root / "images", left_out), left_out)
+    for path in pictures:
+        if path not in listed:
+            left_out.add("picture that no file lists", path.relative_to(root / "images"))
+    files, inner = folders.entries(root, left_out)
+    known = {f"annotations_{split}.json" for split in splits}
+    folders.of_suffix([file for file in files if file.name not in known], left_out, ())
+    for folder in inner:
+        if folder.name not in ("images", "references"):
+            left_out.add("folder", folder.name)
+    return Labelled(items, left_out, notes, faults)
+
+
+def _item(root: Path, frame: LabelledFrame) -> Item:
+    boxes = [(x1, y1, x2, y2) for x1, y1, x2, y2 in frame.boxes_N4.tolist()]
+    return Item(
+        frame.frame.path.relative_to(root).as_posix(),
+        (frame.frame.path,),
+        partial(images.read, frame.frame.path),
+        boxes=tuple(zip(frame.objects, boxes, strict=True)),
+        frame=frame.frame.index,
+    )
 
 
 def _holds_videos(root: Path) -> bool:
     return (root / "annotations.json").is_file() and (root / "samples").is_dir()
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-
 # --- COCO ----------------------------------------------------------------------------------------
 
 
-class _Image(_Part):
-    id: int
-    file_name: str
-    width: int
-    height: int
-
-
-class _Category(_Part):
-    id: int
-    name: str
-
-
-class _Annotation(_Part):
-    image_id: int
-    category_id: int
-    bbox: Box
-    iscrowd: int = 0
-
-
-class _Coco(_Part):
-    images: tuple[_Image, ...]
-    categories: tuple[_Category, ...]
-    annotations: tuple[_Annotation, ...]
-
-
 def _read_coco(root: Path, split: Split, hold_out: Sequence[str]) -> ObjectData:
-    path = root / f"annotations_{split}.json"
-    if not path.is_file():
-        raise DatasetError(
-            f"{root} has no {path.name}",
-            fix="give a folder with COCO files beside images/, or with videos under samples/",
-        )
-    frames, known = _coco_frames(root, path)
+    file = CocoFile(root, split)
+    file.faults.check(file.path)
+    labels.tell(file.path, Tally(), file.notes)
+    frames, known = _frames(file), file.names
     if missing := sorted(set(hold_out) - known):
         raise DatasetError(
-            f"{path} has no category '{missing[0]}' to hold out",
+            f"{file.path} has no category '{missing[0]}' to hold out",
             fix=f"it has {', '.join(sorted(known))}",
         )
     if split == "train":
@@ -188,12 +214,22 @@ def _read_coco(root: Path, split: Split, hold_out: Sequence[str]) -> ObjectData:
     present = {name for each in frames for name in each.objects}
     wanted = present & set(hold_out) if hold_out and split != "train" else present
     if (root / "references").is_dir():
+        left_out = Tally()
+        there = {path.name: path for path in folders.entries(root / "references", left_out)[1]}
         references = {
-            name: _pictures_of([root / "references" / name], name) for name in sorted(wanted)
+            name: _pictures_of(
+                [there.get(name) or root / "references" / file_name(name)], name, left_out
+            )
+            for name in sorted(wanted)
         }
+        folders.tell(root / "references", left_out)
         return ObjectData(tuple(frames), references)
     learned = root / "annotations_train.json"
-    earlier = _coco_frames(root, learned)[0] if split != "train" and learned.is_file() else []
+    earlier: list[LabelledFrame] = []
+    if split != "train" and learned.is_file():
+        trained = CocoFile(root, "train")
+        trained.faults.check(trained.path)
+        earlier = _frames(trained)
     shown = {name for each in earlier for name in each.objects}
     references = {
         name: _cut_out(earlier if name in shown else frames, name) for name in sorted(wanted)
@@ -203,42 +239,8 @@ def _read_coco(root: Path, split: Split, hold_out: Sequence[str]) -> ObjectData:
     return ObjectData(tuple(each for each in frames if each.frame not in used), references)
 
 
-def _coco_frames(root: Path, path: Path) -> tuple[list[LabelledFrame], set[str]]:
-    """The frames of a file, and the names of all its categories."""
-    coco = _validated(TypeAdapter(_Coco), path)
-    names = {category.id: category.name for category in coco.categories}
-    boxes: dict[int, list[tuple[Box, str]]] = {image.id: [] for image in coco.images}
-    for each in coco.annotations:
-        if each.category_id not in names or each.image_id not in boxes:
-            raise DatasetError(
-                f"{path}: an annotation is of category {each.category_id} in image "
-                f"{each.image_id}, which are not both listed",
-                fix="list every image and every category",
-            )
-        x, y, width, height = each.bbox
-        if not each.iscrowd:
-            boxes[each.image_id].append(((x, y, x + width, y + height), names[each.category_id]))
-    frames = []
-    for image in coco.images:
-        picture = root / "images" / image.file_name
-        if not picture.is_file():
-            raise DatasetError(f"{path} names a picture {picture} that is not there")
-        kept = _clipped(boxes[image.id], image.width, image.height)
-        frames.append(_labelled(Frame(picture), kept))
-    return frames, set(names.values())
-
-
-def _clipped(
-    boxes: Iterable[tuple[Box, str]], width: float, height: float
-) -> list[tuple[Box, str]]:
-    """Boxes inside of the frame, those of at least 2 square pixels."""
-    kept = []
-    for (x1, y1, x2, y2), name in boxes:
-        x1, x2 = (min(max(x, 0.0), float(width)) for x in (x1, x2))
-        y1, y2 = (min(max(y, 0.0), float(height)) for y in (y1, y2))
-        if x2 > x1 and y2 > y1 and (x2 - x1) * (y2 - y1) >= _MIN_AREA:
-            kept.append(((x1, y1, x2, y2), name))
-    return kept
+def _frames(file: CocoFile) -> list[LabelledFrame]:
+    return [_labelled(Frame(path), boxes) for path, boxes in file.pictures]
 
 
 def _labelled(
@@ -248,12 +250,12 @@ def _labelled(
     return LabelledFrame(frame, coordinates, tuple(name for _, name in boxes), video)
 
 
-def _pictures_of(folders: Sequence[Path], name: str) -> tuple[Reference, ...]:
-    there = [folder for folder in folders if folder.is_dir()]
-    files = PICTURES.find([file for folder in there for file in sorted(folder.iterdir())])
+def _pictures_of(places: Sequence[Path], name: str, left_out: Tally) -> tuple[Reference, ...]:
+    there = [folder for folder in places if folder.is_dir()]
+    files = [file for folder in there for file in pictures_in(folder, left_out)]
     if not files:
         raise DatasetError(
-            f"there is no reference of '{name}' in {folders[0]}",
+            f"there is no reference of '{name}' in {places[0]}",
             fix="put at least one picture of each object there",
         )
     return tuple(Reference(Frame(file)) for file in files)
@@ -283,19 +285,19 @@ def _cut_out(frames: Sequence[LabelledFrame], name: str) -> tuple[Reference, ...
 # --- videos --------------------------------------------------------------------------------------
 
 
-class _Shown(_Part):
-    frame: int
-    x1: float
-    y1: float
-    x2: float
-    y2: float
+class _Shown(Part):
+    frame: NonNegativeInt
+    x1: FiniteFloat
+    y1: FiniteFloat
+    x2: FiniteFloat
+    y2: FiniteFloat
 
 
-class _Tube(_Part):
+class _Tube(Part):
     bboxes: tuple[_Shown, ...]
 
 
-class _Video(_Part):
+class _Video(Part):
     video_id: str
     annotations: tuple[_Tube, ...]
     object: str | None = None
@@ -303,10 +305,8 @@ class _Video(_Part):
 
 def _read_videos(root: Path, split: Split, hold_out: Sequence[str], seed: int) -> ObjectData:
     path = root / "annotations.json"
-    videos = _validated(TypeAdapter(list[_Video]), path)
-    by_object: dict[str, list[_Video]] = defaultdict(list)
-    for video in videos:
-        by_object[video.object or video.video_id].append(video)
+    faults = Faults()
+    by_object = _videos_by_object(path, faults)
     names = sorted(by_object)
     if missing := sorted(set(hold_out) - set(names)):
         raise DatasetError(
@@ -317,42 +317,88 @@ def _read_videos(root: Path, split: Split, hold_out: Sequence[str], seed: int) -
     chosen = [name for name in names if (name in held_out) == (split != "train")]
     frames: list[LabelledFrame] = []
     references: dict[str, tuple[Reference, ...]] = {}
+    left_out, notes = Tally(), Tally()
     for name in chosen:
-        folders = [root / "samples" / video.video_id for video in by_object[name]]
-        references[name] = _pictures_of([folder / "object_images" for folder in folders], name)
-        for folder, video in zip(folders, by_object[name], strict=True):
-            frames += _video_frames(folder, video, name)
+        places = [root / "samples" / video.video_id for video in by_object[name]]
+        references[name] = _pictures_of([p / "object_images" for p in places], name, left_out)
+        for place, video in zip(places, by_object[name], strict=True):
+            frames += _video_frames(place, video, name, notes)
+    labels.tell(root, left_out, notes)
     return ObjectData(tuple(frames), references)
 
 
-def _video_frames(folder: Path, video: _Video, name: str) -> list[LabelledFrame]:
-    files = [p for p in sorted(folder.glob("*")) if p.suffix.lower() in VIDEO_SUFFIXES]
+def _videos_by_object(path: Path, faults: Faults) -> dict[str, list[_Video]]:
+    """The videos of each object, none with labels that contradict each other.
+
+    Raises:
+        DatasetError: all that is wrong.
+    """
+    by_object: dict[str, list[_Video]] = defaultdict(list)
+    seen: set[str] = set()
+    for video in validated(TypeAdapter(list[_Video]), path):
+        by_object[video.object or video.video_id].append(video)
+        if video.video_id in seen:
+            faults.note("videos listed twice", video.video_id, "list each video once")
+        if video.video_id in ("", ".", "..") or len(PurePosixPath(video.video_id).parts) > 1:
+            fix = "name each video like its folder below samples/"
+            faults.note("videos whose id is no name of a folder", video.video_id, fix)
+        seen.add(video.video_id)
+        for box in (box for tube in video.annotations for box in tube.bboxes):
+            text = f"{video.video_id}, frame {box.frame}: {_corners(box)}"
+            if box.x2 < box.x1 or box.y2 < box.y1:
+                faults.note("boxes with negative sides", text, "give x1 < x2 and y1 < y2")
+            elif min(box.x1, box.y1) >= 0 and 0 < max(box.x2, box.y2) <= 1:
+                fix = "give boxes in pixels, not in shares of the frame"
+                faults.note("boxes within a single pixel", text, fix)
+    faults.check(path)
+    return by_object
+
+
+def _corners(box: _Shown) -> list[float]:
+    return [box.x1, box.y1, box.x2, box.y2]
+
+
+def _video_frames(folder: Path, video: _Video, name: str, notes: Tally) -> list[LabelledFrame]:
+    files = [p for p in _entries(folder) if p.suffix.lower() in VIDEO_SUFFIXES]
     if len(files) != 1:
         raise DatasetError(f"{folder} holds {len(files)} videos", fix="keep one in each folder")
     boxes: dict[int, list[tuple[Box, str]]] = defaultdict(list)
     for tube in video.annotations:
         for box in tube.bboxes:
-            boxes[box.frame].append(((box.x1, box.y1, box.x2, box.y2), name))
+            kept = clipped([((box.x1, box.y1, box.x2, box.y2), name)], np.inf, np.inf)
+            boxes[box.frame] += kept
+            if not kept:
+                notes.add(
+                    f"boxes of less than {MIN_AREA:g} square pixels left out",
+                    f"{video.video_id}, frame {box.frame}: {_corners(box)}",
+                )
     return [
-        _labelled(Frame(files[0], index), _clipped(found, np.inf, np.inf), video.video_id)
+        _labelled(Frame(files[0], index), found, video.video_id)
         for index, found in sorted(boxes.items())
     ]
 
 
-def _validated(schema: TypeAdapter[_T], path: Path) -> _T:
-    """Content of a JSON file.
+def _entries(folder: Path) -> list[Path]:
+    return folders.entries(folder)[0] if folder.is_dir() else []
 
-    Raises:
-        DatasetError: it cannot be read, or does not fit.
-    """
-    try:
-        return schema.validate_json(path.read_bytes())
-    except ValidationError as error:
-        fault = error.errors()[0]
-        place = ".".join(str(part) for part in fault["loc"])
-        raise DatasetError(
-            f"{path} is not as it should be{f' at {place}' if place else ''}: {fault['msg']}",
-            fix="give COCO's form, or a list of videos with their boxes",
-        ) from error
-    except OSError as error:
-        raise DatasetError(f"{path} cannot be read ({error})", fix="copy it again") from error
+
+def _video_labels(root: Path) -> Labelled:
+    left_out, notes = Tally(), Tally()
+    by_object = _videos_by_object(root / "annotations.json", Faults())
+    items = [
+        _item(root / "samples", each)
+        for name, videos in sorted(by_object.items())
+        for video in videos
+        for each in _video_frames(root / "samples" / video.video_id, video, name, notes)
+    ]
+    files, inner = folders.entries(root, left_out)
+    folders.of_suffix([f for f in files if f.name != "annotations.json"], left_out, ())
+    listed = {video.video_id for videos in by_object.values() for video in videos}
+    for folder in [*(f for f in inner if f.name != "samples"), *_folders(root / "samples")]:
+        if folder.name not in listed:
+            left_out.add("folder", folder.relative_to(root))
+    return Labelled({"all": tuple(items)}, left_out, notes)
+
+
+def _folders(folder: Path) -> list[Path]:
+    return folders.entries(folder)[1]

@@ -16,8 +16,9 @@ from typing import TypeAlias
 
 import numpy as np
 
-from runtime import files, images, npy
+from runtime import files, folders, images, npy
 from runtime.errors import InputError
+from runtime.folders import Tally
 from runtime.preprocess import PreprocessSpec, place
 from runtime.sources import PICTURES
 from runtime.tensors import Array
@@ -110,13 +111,14 @@ def read_references(path: Path) -> dict[str, list[Array]]:
         ImageError: a picture cannot be read.
     """
     if path.is_file():
-        files = {path.stem: PICTURES.find([path])}
+        files = {path.stem: PICTURES.find([path], Tally())}
     elif path.is_dir():
-        entries = sorted(path.iterdir())
-        flat = PICTURES.find(entry for entry in entries if entry.is_file())
-        folders = [entry for entry in entries if entry.is_dir()]
-        files = {each.name: PICTURES.find(sorted(each.iterdir())) for each in folders}
+        left_out = Tally()
+        beside, inner = folders.entries(path, left_out)
+        flat = PICTURES.find(beside, left_out)
+        files = {each.name: pictures_in(each, left_out) for each in inner}
         files = {name: found for name, found in files.items() if found}
+        folders.tell(path, left_out)
         if flat and files:
             raise InputError(
                 f"{path} holds pictures beside folders of pictures ({', '.join(files)})",
@@ -132,6 +134,14 @@ def read_references(path: Path) -> dict[str, list[Array]]:
             fix="give DIR/<name of object>/*.png, or a folder of pictures of one object",
         )
     return {name: [images.read(file) for file in found] for name, found in files.items()}
+
+
+def pictures_in(folder: Path, left_out: Tally) -> list[Path]:
+    """The pictures of one object, sorted; what lies beside them goes to ``left_out``."""
+    files, inner = folders.entries(folder, left_out)
+    for each in inner:
+        left_out.add("nested folder", each.relative_to(folder.parent))
+    return PICTURES.find(files, left_out)
 
 
 def save_references(path: Path, references: References, spec: PreprocessSpec) -> None:

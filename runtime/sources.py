@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from runtime import folders
 from runtime.errors import InputError
+from runtime.folders import Tally
 from runtime.images import SUFFIXES, read
 from runtime.tensors import Array
 from runtime.texts import hide_secrets
@@ -35,9 +37,21 @@ class Reader:
     files: Callable[[Path], tuple[Path, ...]] = lambda path: (path,)
     takes_video: bool = True
 
-    def find(self, files: Iterable[Path]) -> list[Path]:
-        """The files that name images."""
-        return [p for p in files if p.suffix.lower() in self.suffixes and self.is_image(p)]
+    def find(self, files: Iterable[Path], left_out: Tally) -> list[Path]:
+        """The files that name images; those of other suffixes go to ``left_out``."""
+        return [p for p in folders.of_suffix(files, left_out, self.suffixes) if self.is_image(p)]
+
+    def below(self, root: Path, *, tell: bool = True) -> list[Path]:
+        """All files of a folder, and of those below it, that name images; sorted.
+
+        Args:
+            tell: what is left out.
+        """
+        left_out = Tally()
+        found = self.find(folders.below(root, left_out), left_out)
+        if tell:
+            folders.tell(root, left_out)
+        return found
 
 
 PICTURES = Reader(read)
@@ -76,10 +90,10 @@ def open_source(text: str, reader: Reader = PICTURES) -> Source:
     """Tell what the user means.
 
     Args:
-        text: a picture, a folder (read recursively, sorted), a glob, a ``.txt`` list with one path
-            per line (relative to the list; order kept, ``#`` starts a comment line), a video file,
-            a webcam's number, or an address such as ``rtsp://...``. A folder that is named like a
-            webcam is meant by ``./0``.
+        text: a picture, a folder (read recursively, sorted, by the rule of ``runtime.folders``), a
+            glob (by the same rule), a ``.txt`` list with one path per line (relative to the list;
+            order kept, ``#`` starts a comment line), a video file, a webcam's number, or an address
+            such as ``rtsp://...``. A folder that is named like a webcam is meant by ``./0``.
         reader: of the system that the images are for.
 
     Raises:
@@ -91,7 +105,8 @@ def open_source(text: str, reader: Reader = PICTURES) -> Source:
     if not text:
         raise InputError("the source is empty", fix="give a file, folder, glob, list or address")
     if path.is_dir():
-        return _images(sorted(p for p in path.rglob("*") if p.is_file()), text, reader)
+        left_out = Tally()
+        return _images(folders.below(path, left_out), text, reader, left_out)
     if path.is_file():
         suffix = path.suffix.lower()
         if suffix == ".txt":
@@ -105,9 +120,8 @@ def open_source(text: str, reader: Reader = PICTURES) -> Source:
             fix=f"known are {', '.join(sorted(reader.suffixes | VIDEO_SUFFIXES))} and .txt lists",
         )
     if glob.has_magic(text):
-        # Path.glob refuses absolute patterns
-        found = sorted(Path(p) for p in glob.glob(text, recursive=True))  # noqa: PTH207
-        return _images([p for p in found if p.is_file()], text, reader)
+        left_out = Tally()
+        return _images(_matches(text, left_out), text, reader, left_out)
     raise InputError(f"there is nothing at {text}", fix="check the path, or quote the glob")
 
 
@@ -120,8 +134,26 @@ def _moving(source: Source, reader: Reader) -> Source:
     return source
 
 
-def _images(files: list[Path], text: str, reader: Reader) -> Source:
-    pictures = tuple(reader.find(files))
+def _matches(pattern: str, left_out: Tally) -> list[Path]:
+    """The files that a glob finds, sorted; each once, also where links form a loop."""
+    # Path.glob refuses absolute patterns
+    found = [Path(p) for p in glob.glob(pattern, recursive=True)]  # noqa: PTH207
+    asked = Path(pattern).parts
+    files: dict[Path, Path] = {}
+    for path in sorted(found, key=lambda path: (len(path.parts), path)):
+        if any(folders.is_litter(part) for part in path.parts if part not in asked):
+            left_out.add("hidden", path)
+        elif path.is_file():
+            itself = path.parent.resolve() / path.name
+            if itself in files:
+                left_out.add("found again through a link", path)
+            files.setdefault(itself, path)
+    return sorted(files.values())
+
+
+def _images(files: list[Path], text: str, reader: Reader, left_out: Tally) -> Source:
+    pictures = tuple(reader.find(files, left_out))
+    folders.tell(text, left_out)
     if not pictures:
         videos = [p for p in files if p.suffix.lower() in VIDEO_SUFFIXES]
         raise InputError(

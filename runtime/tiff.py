@@ -15,7 +15,7 @@ import numpy as np
 from runtime.errors import ImageError
 from runtime.tensors import Array
 
-WIDTH, HEIGHT, NUM_SAMPLES = 256, 257, 277
+WIDTH, HEIGHT, NUM_SAMPLES, ORIENTATION = 256, 257, 277, 274
 TILE_WIDTH, TILE_HEIGHT = 322, 323
 
 # what is one number per plane, what is cut into pieces, and what else a page needs
@@ -26,7 +26,7 @@ _COMPRESSION, _STRIP_ROWS, _PREDICTOR = 259, 278, 317
 _PER_PLANE = {_BITS, _FORMAT}
 _PER_PIECE = {_STRIPS, _STRIP_BYTES, _TILES, _TILE_BYTES}
 _ONCE = {WIDTH, HEIGHT, _COMPRESSION, _STRIP_ROWS, _PREDICTOR, TILE_WIDTH, TILE_HEIGHT}
-_KNOWN = _PER_PLANE | _PER_PIECE | _ONCE | {_PHOTOMETRIC, NUM_SAMPLES, _ARRANGEMENT}
+_KNOWN = _PER_PLANE | _PER_PIECE | _ONCE | {_PHOTOMETRIC, NUM_SAMPLES, _ARRANGEMENT, ORIENTATION}
 _ONE_BY_ONE = 2  # value of the arrangement
 _SEPARATED = range(2, 5)  # so many planes one by one are an image; more is something else
 

@@ -22,7 +22,7 @@ import cv2
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
-from runtime import datasets, draw, images, planes, tiling
+from runtime import datasets, draw, masks, planes, tiling
 from runtime.bundle import Bundle, Threshold
 from runtime.contract import Contract, Signature
 from runtime.datasets import StripeSample
@@ -273,7 +273,7 @@ def evaluate(
 
     Raises:
         ImageError: an image or mask that cannot be read.
-        InputError: a mask of another size than its image.
+        DatasetError: a mask of another shape than its image, or without a defect.
     """
     pixels, found = AnomalyMetrics(), CandidateMetrics(config.match_radius, threshold)
     for start in range(0, len(samples), _EVALUATION_BATCH):
@@ -281,7 +281,8 @@ def evaluate(
         strips = [planes.read(sample.path) for sample in part]
         maps = defect_maps(run, strips, spec, tile=config.tile, overlap=config.overlap)
         for sample, map_HW in zip(part, maps, strict=True):
-            mask = None if sample.mask_path is None else images.read_mask(sample.mask_path) > 0
+            marked, size = sample.mask_path, (map_HW.shape[0], map_HW.shape[1])
+            mask = None if marked is None else masks.read(marked, size)
             candidates = _candidates(map_HW, config)
             pixels.update(candidates[0].score, sample.label, map_HW, mask)
             found.update(candidates, sample.label, mask)

@@ -48,6 +48,7 @@ def split(tmp_path: Path) -> Path:
         "test/good/0.png",
         "test/dent/1.png",
         "ground_truth/scratch/1_mask.png",
+        "ground_truth/scratch/2_mask.png",
         "ground_truth/dent/1_mask.png",
         "ground_truth/good/0_mask.png",
     )
@@ -83,7 +84,7 @@ class TestTheMvtecLayout:
 
         assert dent == split / "ground_truth/dent/1_mask.png"
         assert first == split / "ground_truth/scratch/1_mask.png"
-        assert second is None, "a defective picture may have no mask"
+        assert second == split / "ground_truth/scratch/2_mask.png"
         assert good is None, "a normal picture has none, whatever lies there"
 
     def test_needs_nothing_to_train_on_where_it_is_only_tested(self, split: Path) -> None:
@@ -109,6 +110,37 @@ class TestTheUnsplitLayout:
         make(unsplit, "train/good/x.png")
 
         assert names(mvtec(unsplit, "train")) == ["good/x.png"]
+
+
+class TestWhatLiesAround:
+    def test_hidden_folders_and_appledouble_are_no_defects(
+        self, split: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        whole = names(mvtec(split, "test"))
+        make(split, "test/.ipynb_checkpoints/0.png", "test/good/._0.png", "train/good/._a.JPG")
+        make(split, "test/good/Thumbs.db", "test/good/deep/1.png", "test/dent/2.heic", "film.mp4")
+
+        assert names(mvtec(split, "test")) == whole
+        assert len(mvtec(split, "train")) == 2
+        for kind in ("hidden: 4", "nested folder: 1 (good/deep)", ".heic: 1", ".mp4: 1"):
+            assert kind in caplog.text
+
+    def test_linked_folders_are_defects_like_others(self, split: Path, tmp_path: Path) -> None:
+        (split / "test" / "dent").rename(split / "elsewhere")
+        (split / "test" / "dent").symlink_to(split / "elsewhere")
+
+        assert "dent/1.png" in names(mvtec(split, "test"))
+
+    @pytest.mark.parametrize("name", ["test/Good", "test/GOOD"])
+    def test_good_in_another_case_is_no_defect(self, split: Path, name: str) -> None:
+        make(split, f"{name}/0.png")
+        with pytest.raises(DatasetError, match="is not called 'good'"):
+            mvtec(split, "train")
+
+    def test_a_split_in_another_case_is_refused(self, split: Path) -> None:
+        (split / "train").rename(split / "Train")
+        with pytest.raises(DatasetError, match="is not called 'train'"):
+            mvtec(split, "train")
 
 
 class TestWhatIsMissing:
@@ -215,6 +247,32 @@ class TestFoldersOfClasses:
 
         assert class_folder(tmp_path, "test").labels == ("a", "b", "c")
         assert class_splits(tmp_path) == ("val", "test")
+
+    def test_are_not_what_editors_and_systems_leave_behind(
+        self, flowers: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        whole = class_folder(flowers, "train")
+        make(flowers, "train/rose/._1.JPG", "train/rose/more/1.png", "train/__MACOSX/1.png")
+        make(flowers, "train/empty/notes.txt", "valid/rose/1.png", "train/1.png")
+        caplog.clear()
+
+        assert class_folder(flowers, "train") == whole
+        assert len(caplog.messages) == 1
+        for kind in ("hidden: 3", "nested folder: 1", "without pictures: 1", "folder: 1 (valid)"):
+            assert kind in caplog.text
+
+    def test_may_be_linked(self, flowers: Path) -> None:
+        (flowers / "train" / "mallow").rename(flowers / "elsewhere")
+        (flowers / "train" / "mallow").symlink_to(flowers / "elsewhere")
+        assert class_folder(flowers, "train").labels == ("aster", "mallow", "rose")
+
+    def test_refuse_a_split_without_pictures_or_of_another_case(self, flowers: Path) -> None:
+        (flowers / "val").mkdir()
+        with pytest.raises(DatasetError, match="val has no pictures by class"):
+            class_folder(flowers, "train")
+        (flowers / "val").rename(flowers / "Val")
+        with pytest.raises(DatasetError, match="is not called 'val'"):
+            class_folder(flowers, "train")
 
     def test_without_splits_are_for_evaluation_only(self, tmp_path: Path) -> None:
         make(tmp_path, "b/1.png", "a/1.png", "video.mp4")
@@ -455,6 +513,7 @@ class TestStrips:
             "test/bright/0.png",
             "test/bright/1.png",
             "ground_truth/bright/0_mask.tif",
+            "ground_truth/bright/1_mask.PNG",
             "valid/bright/0.png",
             "ground_truth_valid/bright/0_mask.png",
         )
@@ -469,7 +528,7 @@ class TestStrips:
             ("good", "0.png", 0),
         ]
         mask = tmp_path / "ground_truth" / "bright" / "0_mask.tif"
-        assert [s.mask_path for s in test] == [mask, None, None]
+        assert [s.mask_path for s in test] == [mask, mask.with_name("1_mask.PNG"), None]
         valid = strips(tmp_path, "valid")
         assert valid[0].mask_path == tmp_path / "ground_truth_valid" / "bright" / "0_mask.png"
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from runtime import headers, images, planes
 from runtime.errors import ImageError, UsageError
+from runtime.headers import Header
 
 FORMATS = (".png", ".jpg", ".bmp", ".tif", ".webp", ".gif", ".jp2", ".avif", ".pgm", ".ppm", ".ras")
 
@@ -140,3 +141,54 @@ class TestAFile:
         at = plain.index(b"\xff\xdb")
         stray = images.decode(plain[:at] + b"\0\0" + plain[at:], "x")
         assert np.array_equal(stray, images.decode(plain, "x"))
+
+
+def turned(jpeg: bytes, orientation: int, order: str = ">") -> bytes:
+    """A JPEG whose EXIF block says how the camera was held, and nothing else."""
+    mark = b"MM\0*" if order == ">" else b"II*\0"
+    entry = struct.pack(order + "HHHIHH", 1, 0x112, 3, 1, orientation, 0)
+    exif = mark + struct.pack(order + "I", 8) + entry + struct.pack(order + "I", 0)
+    block = b"Exif\0\0" + exif
+    return jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(block) + 2) + block + jpeg[2:]
+
+
+class TestAPicture:
+    @pytest.mark.parametrize("suffix", sorted(images.SUFFIXES - {".jfif"}))
+    @settings(max_examples=6, deadline=None)
+    @given(height=st.integers(33, 70), width=st.integers(33, 70))
+    def test_has_the_size_that_it_is_decoded_to(
+        self, suffix: str, height: int, width: int
+    ) -> None:
+        assert headers.parse(encoded(suffix, height, width)) == Header(height, width)
+
+    @pytest.mark.parametrize("order", ["<", ">"])
+    @pytest.mark.parametrize("orientation", range(1, 9))
+    def test_that_was_turned_has_the_size_that_it_is_shown_in(
+        self, orientation: int, order: str
+    ) -> None:
+        data = turned(encoded(".jpg", 20, 30), orientation, order)
+        header = headers.parse(data)
+        assert header is not None and header.orientation == orientation
+        assert header.size == images.decode(data, "photo").shape[:2]
+
+    def test_with_a_long_header_is_read_on(self, tmp_path: Path) -> None:
+        data = encoded(".jpg", 20, 30)
+        comment = b"\xff\xfe" + struct.pack(">H", 60_000) + bytes(59_998)
+        (tmp_path / "a.jpg").write_bytes(data[:2] + comment + data[2:])
+        assert headers.read(tmp_path / "a.jpg") == Header(20, 30)
+
+    @pytest.mark.parametrize("suffix", sorted(images.SUFFIXES - {".jfif"}))
+    def test_that_is_cut_off_has_no_size_or_the_right_one(self, suffix: str) -> None:
+        data = encoded(suffix, 20, 30)
+        for stop in range(min(len(data), 200)):
+            assert headers.parse(data[:stop]) in (None, Header(20, 30))
+
+    @given(st.binary(max_size=80), st.sampled_from([b"", b"\xff\xd8\xff", b"BM", b"II*\0"]))
+    def test_of_any_bytes_has_some_header_or_none(self, data: bytes, start: bytes) -> None:
+        headers.parse(start + data)
+
+    def test_that_cannot_be_opened_has_none(self, tmp_path: Path) -> None:
+        (tmp_path / "a.png").write_bytes(encoded(".png", 5, 6))
+        assert headers.read(tmp_path / "a.png") == Header(5, 6)
+        assert headers.read(tmp_path / "missing.png") is None
+        assert headers.read(tmp_path) is None

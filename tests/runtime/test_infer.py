@@ -24,7 +24,8 @@ from runtime.bundle import Bundle
 from runtime.decoding import Frame
 from runtime.engines import Engine
 from runtime.errors import EngineError, ImageError, InputError, UsageError, VideoError
-from runtime.infer import Summary, infer, overlay_names
+from runtime.infer import Summary, infer
+from runtime.names import overlay_names
 from runtime.sources import PICTURES, Reader, Source, open_source
 from runtime.systems import System, open_system
 from runtime.tensors import Array

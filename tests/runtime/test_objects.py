@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,8 +71,8 @@ class TestACocoFolder:
         assert object_splits(tmp_path) == ("train", "test")
 
     @given(
-        corner=st.tuples(st.floats(-50, 90), st.floats(-50, 90)),
-        sides=st.tuples(st.floats(0, 99), st.floats(0, 99)),
+        corner=st.tuples(st.floats(-2, 50), st.floats(-1, 30)),
+        sides=st.tuples(st.floats(5, 12), st.floats(5, 11)),
     )
     @settings(max_examples=60, deadline=None)
     def test_has_no_box_outside_of_its_frames(
@@ -81,15 +82,12 @@ class TestACocoFolder:
         sides: tuple[float, float],
     ) -> None:
         root = tmp_path_factory.mktemp("coco")
-        seen = ("cup", [5, 6, 10, 20])
-        write_coco(root, boxes={"a.png": [("cup", [*corner, *sides]), seen]})
+        write_coco(root, boxes={"a.png": [("cup", [*corner, *sides])]})
         (frame,) = read_objects(root, "train").frames
         x1, y1 = np.clip(corner, 0, (60, 40))
         x2, y2 = np.clip(np.add(corner, sides), 0, (60, 40))
-        kept = (x2 - x1) * (y2 - y1) >= 2
-        assert len(frame.boxes_N4) == 1 + kept
-        if kept:  # float32
-            np.testing.assert_allclose(frame.boxes_N4[0], [x1, y1, x2, y2], atol=1e-5)
+        # float32
+        np.testing.assert_allclose(frame.boxes_N4, [[x1, y1, x2, y2]], atol=1e-5)
 
     def test_takes_references_from_their_folder(self, tmp_path: Path) -> None:
         root = write_coco(tmp_path, boxes={"a.png": [("cup", [5, 6, 10, 20])]})
@@ -231,7 +229,7 @@ class TestWhatDoesNotFit:
     def test_a_missing_picture_is_named(self, tmp_path: Path) -> None:
         root = write_coco(tmp_path, boxes={"a.png": [("cup", [5, 6, 10, 20])]})
         (root / "images" / "a.png").unlink()
-        with pytest.raises(DatasetError, match=r"a\.png that is not there"):
+        with pytest.raises(DatasetError, match=r"not there: 1 \(a\.png\)"):
             read_objects(root, "train")
 
     def test_an_object_without_a_reference_is_named(self, tmp_path: Path) -> None:
@@ -247,3 +245,120 @@ class TestWhatDoesNotFit:
         path.write_text(path.read_text().replace(f'"{what}_id": 0', f'"{what}_id": 7'))
         with pytest.raises(DatasetError, match=f"{what} 7"):
             read_objects(root, "train")
+
+
+def edit(root: Path, change: Any, split: str = "train") -> Path:
+    path = root / f"annotations_{split}.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    return root
+
+
+def turn(path: Path, orientation: int) -> None:
+    """Store a picture as a JPEG that a camera has turned."""
+    data = path.read_bytes()
+    entry = struct.pack(">HHHIHH", 1, 0x112, 3, 1, orientation, 0)
+    block = b"Exif\0\0MM\0*" + struct.pack(">I", 8) + entry + struct.pack(">I", 0)
+    path.write_bytes(data[:2] + b"\xff\xe1" + struct.pack(">H", len(block) + 2) + block + data[2:])
+
+
+class TestLabelsThatContradict:
+    boxes = {  # noqa: RUF012
+        "a.jpg": [("cup", [5, 6, 10, 20])],
+        "b.jpg": [("pen", [15, 6, 10, 20])],
+    }
+
+    @pytest.mark.parametrize(
+        ("change", "reason"),
+        [
+            (lambda c: c["images"][1].update(id=0), r"id of another: 1 \(b\.jpg\)"),
+            (lambda c: c["images"][1].update(file_name="a.jpg"), r"listed twice: 1 \(a\.jpg\)"),
+            (lambda c: c["categories"][1].update(id=0), r"categories with the id of another"),
+            (lambda c: c["categories"][1].update(name="cup"), r"with the name of another"),
+            (lambda c: c["annotations"][0].update(bbox=[15, 26, -10, -20]), r"negative sides: 1"),
+            (lambda c: c["annotations"][0].update(bbox=[0.1, 0.2, 0.3, 0.4]), r"single pixel: 1"),
+            (lambda c: c["annotations"][0].update(bbox=[70, 6, 10, 20]), r"outside of their pic"),
+            (lambda c: c["annotations"][0].update(bbox=[5, 6, 15, 46]), r"stick far out"),
+            (lambda c: c["annotations"][0].update(bbox=[5, 6, float("nan"), 9]), r"bbox"),
+            (lambda c: c["images"][0].update(width=30), r"a\.jpg: 60 x 40, not 30 x 40"),
+            (lambda c: c["images"][0].update(width=0), r"width"),
+            (lambda c: c["images"][0].update(file_name="../a.jpg"), r"outside of images/"),
+            (lambda c: c["images"][0].update(file_name="a\0.jpg"), r"not there"),
+            (lambda c: c["images"][0].update(file_name="a" * 5000), r"not there"),
+            (lambda c: c.update(annotations=[]), r"no box for 'train'"),
+        ],
+    )
+    def test_are_refused_with_the_way_out(self, tmp_path: Path, change: Any, reason: str) -> None:
+        root = edit(write_coco(tmp_path, boxes=self.boxes), change)
+        with pytest.raises(DatasetError, match=reason) as caught:
+            read_objects(root, "train")
+        assert caught.value.fix
+
+    def test_are_counted_and_told_at_once(self, tmp_path: Path) -> None:
+        def change(content: Any) -> None:
+            for each in content["annotations"]:
+                each["bbox"] = [30, 30, -5, -5]
+            content["images"][0]["height"] = 10
+
+        with pytest.raises(DatasetError, match=r"negative sides: 2.*; .*another size.*: 1"):
+            read_objects(edit(write_coco(tmp_path, boxes=self.boxes), change), "train")
+
+    def test_a_turned_photograph_must_be_labelled_upright(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        root = write_coco(tmp_path, boxes=self.boxes)
+        turn(root / "images" / "a.jpg", 6)
+        with pytest.raises(DatasetError, match=r"EXIF turns.*a\.jpg: 40 x 60, not 60 x 40"):
+            read_objects(root, "train")
+        edit(root, lambda content: content["images"][0].update(width=40, height=60))
+        assert len(read_objects(root, "train").frames) == 2
+        assert "EXIF turns, whose boxes must be of the upright picture: 1" in caplog.text
+
+    def test_what_is_done_with_boxes_is_said(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        boxes = {"a.jpg": [("cup", [5, 6, 10, 20])] * 20}
+        boxes["a.jpg"] += [("cup", [40, 6, 22, 20]), ("cup", [5, 6, 1, 1.5]), ("cup", [9, 9, 0, 4])]
+        (frame,) = read_objects(write_coco(tmp_path, boxes=boxes), "train").frames
+        assert len(frame.boxes_N4) == 21
+        assert "cut at the border of their picture: 1 (image 0: [40, 6, 22, 20])" in caplog.text
+        assert "less than 2 square pixels left out: 2" in caplog.text
+
+    def test_of_videos_are_refused(self, tmp_path: Path) -> None:
+        root = write_videos(tmp_path, {"v0": "cup", "v1": "pen"})
+        path = root / "annotations.json"
+        for wrong, reason in (
+            ('"x1": 1, "y1": 2, "x2": 9', '"x1": 12, "y1": 2, "x2": 9'),
+            ('"video_id": "v1"', '"video_id": "v0"'),
+            ('"video_id": "v1"', '"video_id": "../samples/v1"'),
+            ('"frame": 3', '"frame": -3'),
+        ):
+            text = path.read_text()
+            path.write_text(text.replace(wrong, reason))
+            with pytest.raises(DatasetError, match=r"annotations\.json"):
+                read_objects(root, "train", hold_out=["pen"])
+            path.write_text(text)
+
+    def test_held_out_objects_that_a_split_never_shows_leave_nothing_to_find(
+        self, tmp_path: Path
+    ) -> None:
+        write_coco(tmp_path, boxes=self.boxes)
+        root = write_coco(tmp_path, "val", boxes={"c.jpg": self.boxes["a.jpg"]})
+        edit(root, lambda c: c["categories"].append({"id": 9, "name": "pen"}), "val")
+        with pytest.raises(DatasetError, match="no box for 'val' of an object that is to be found"):
+            read_objects(root, "val", hold_out=["pen"])
+
+
+def test_references_of_editors_are_no_pictures_of_objects(tmp_path: Path) -> None:
+    root = write_coco(tmp_path, boxes={"a.png": [("cup", [5, 6, 10, 20])]})
+    (root / "references" / "cup" / "._0.png").write_bytes(b"\0\5\26\7")
+    (reference,) = read_objects(root, "train").references["cup"]
+    assert reference.frame.path.name == "0.png"
+
+
+def test_pictures_in_linked_folders_are_there(tmp_path: Path) -> None:
+    root = write_coco(tmp_path / "set", boxes={"x/a.png": [("cup", [5, 6, 10, 20])]})
+    (root / "images" / "x").rename(tmp_path / "elsewhere")
+    (root / "images" / "x").symlink_to(tmp_path / "elsewhere")
+    assert len(read_objects(root, "train").frames) == 1

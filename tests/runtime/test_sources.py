@@ -197,3 +197,41 @@ class TestAReader:
         with pytest.raises(InputError) as caught:
             open_source(str(tmp_path), reader)
         assert ".npy, .png" in (caught.value.fix or "")
+
+
+class TestWhatIsLeftOut:
+    def test_is_said_in_one_line(self, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+        for name in ("c.heic", "d.jfif", "._b.png", "sub/Thumbs.db", ".cache/x.png"):
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).touch()
+
+        source = open_source(str(folder))
+
+        assert [path.name for path in source.paths] == [
+            "a.JPG",
+            "b.png",
+            "d.jfif",
+            "c.webp",
+            "d.tiff",
+        ]
+        (message,) = caplog.messages
+        for kind in (".heic: 1", ".md: 1", ".mp4: 1 (film.mp4)", "hidden: 3"):
+            assert kind in message
+
+    def test_is_nothing_behind_a_link(self, folder: Path, tmp_path: Path) -> None:
+        (folder / "again").symlink_to(folder)
+        (folder / "sub").rename(folder.parent / f"{folder.name}-elsewhere")
+        (folder / "sub").symlink_to(folder.parent / f"{folder.name}-elsewhere")
+
+        for text in (str(folder), f"{folder}/**/*"):
+            names = [p.relative_to(folder).as_posix() for p in open_source(text).paths]
+            assert names == ["a.JPG", "b.png", "sub/c.webp", "sub/deep/d.tiff"]
+
+    def test_by_a_glob_is_the_same(self, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+        (folder / "__MACOSX").mkdir()
+        (folder / "__MACOSX" / "b.png").touch()
+
+        found = open_source(f"{folder}/**/*.*").paths
+
+        assert [path.name for path in found] == ["a.JPG", "b.png", "c.webp", "d.tiff"]
+        assert "hidden: 1" in caplog.text and ".mp4: 1" in caplog.text

@@ -32,7 +32,7 @@ from pathlib import Path
 
 import numpy as np
 
-from runtime import datasets, draw, images
+from runtime import datasets, draw, images, masks
 from runtime.bank import Bank
 from runtime.bundle import Bundle
 from runtime.contract import Contract, Signature
@@ -257,4 +257,5 @@ def target_mask(sample: datasets.MvtecSample, spec: PreprocessSpec) -> Array | N
     """
     if sample.mask_path is None:
         return None if sample.label else np.zeros(spec.size, bool)
-    return np.asarray(place(spec, images.read_mask(sample.mask_path), nearest=True) > 0)
+    mask_HW = masks.read(sample.mask_path).astype(np.uint8)
+    return np.asarray(place(spec, mask_HW, nearest=True) > 0)

@@ -429,7 +429,7 @@ class TestEvaluate:
         root = write_strips(tmp_path, num_good=1, num_defective=1)
         images.write(root / "ground_truth/spot/000_mask.png", np.full((9, 9), 255, np.uint8))
         system = open_system(tiny, backend="ort", precision="float", threads=1)
-        with pytest.raises(InputError, match="does not fit"):
+        with pytest.raises(DatasetError, match="another shape"):
             system.evaluate(root)
         system.close()
 
