@@ -73,6 +73,8 @@ def parse(data: bytes) -> Header | None:
             (page,) = tiff.pages(data, 1)
             height, width = tiff.number(page, tiff.HEIGHT), tiff.number(page, tiff.WIDTH)
             return Header(height, width, _valid(tiff.number(page, tiff.ORIENTATION, 1)))
+        if data[4:8] == b"ftyp" and b"irot" in data[: 1 << 16]:
+            return None  # turned, in a way that only the decoder knows
         ((width, height),) = _sizes(data, 1)
         return Header(height, width, _orientation(data))
     except (struct.error, IndexError, OverflowError, ValueError):

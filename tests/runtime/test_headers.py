@@ -156,9 +156,7 @@ class TestAPicture:
     @pytest.mark.parametrize("suffix", sorted(images.SUFFIXES - {".jfif"}))
     @settings(max_examples=6, deadline=None)
     @given(height=st.integers(33, 70), width=st.integers(33, 70))
-    def test_has_the_size_that_it_is_decoded_to(
-        self, suffix: str, height: int, width: int
-    ) -> None:
+    def test_has_the_size_that_it_is_decoded_to(self, suffix: str, height: int, width: int) -> None:
         assert headers.parse(encoded(suffix, height, width)) == Header(height, width)
 
     @pytest.mark.parametrize("order", ["<", ">"])
