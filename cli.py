@@ -5,8 +5,10 @@ Heavy imports live inside the commands, so that ``--help`` is instant and ``infe
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable
 from contextlib import closing
@@ -16,7 +18,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from runtime.errors import BackendError, EngineworksError, UsageError
+from runtime.errors import BackendError, UsageError
+from runtime.refusals import explain
+from runtime.signals import Stopped, stoppable
 
 if TYPE_CHECKING:
     from runtime.bench import Row
@@ -201,14 +205,24 @@ def net_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 class Cli(click.Group):
-    """Turns errors raised on purpose into a message and their exit code."""
+    """Turns errors and signals into a message and an exit code; no traceback reaches a user."""
 
     def invoke(self, context: click.Context) -> Any:
         try:
-            return super().invoke(context)
-        except EngineworksError as error:
-            click.secho(f"error: {error}", fg="red", err=True)
-            context.exit(error.exit_code)
+            with stoppable():
+                return super().invoke(context)
+        except (click.ClickException, click.Abort, click.exceptions.Exit):
+            raise
+        except Stopped as stopped:
+            click.secho(f"{stopped}", fg="yellow", err=True)
+            context.exit(stopped.exit_code)
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno == errno.EPIPE:
+                raise  # click ends quietly where nobody reads on
+            explained = explain(error)
+            click.secho(f"error: {explained}", fg="red", err=True)
+            _drop_unwritten()
+            context.exit(explained.exit_code)
 
 
 @click.group(cls=Cli, context_settings={"help_option_names": ["-h", "--help"]})
@@ -770,6 +784,14 @@ def _backbone(name: str, given: dict[str, str]) -> tuple[BackboneConfig, tuple[i
             fix="write e.g. --stages 2,3 --size 256,256 --args '{pad_type: same}'",
         ) from error
     return validate(BackboneConfig, tree), size
+
+
+def _drop_unwritten() -> None:
+    """Forget what standard output could not take: Python would try again at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
     EngineworksError
     ├── UsageError            exit 2: the command line or a configuration is wrong
     │   └── ConfigError       a configuration file, a ``--set`` or a value in it
+    ├── UnexpectedError       exit 70: a fault of engineworks itself
     └── (all others)          exit 1
         ├── InputError        data handed in does not fit: shape, dtype, range, empty
         │   ├── ImageError    a picture cannot be read
@@ -54,6 +55,10 @@ class UsageError(EngineworksError):
 
 class ConfigError(UsageError):
     pass
+
+
+class UnexpectedError(EngineworksError):
+    exit_code = 70  # EX_SOFTWARE of sysexits.h
 
 
 class InputError(EngineworksError):

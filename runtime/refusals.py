@@ -1,14 +1,19 @@
 """What the operating system refuses, as errors with the path, the reason and a way out.
 
-The command line turns every ``OSError`` and ``MemoryError`` that nobody explained better into one
-of these; nowhere else need an error of the system be caught just to be said more nicely.
+The command line shows every error that nobody explained better as one of these; nowhere else need
+an error of the system be caught just to be said more nicely.
 """
 
 from __future__ import annotations
 
 import errno
+import os
+import sys
+import tempfile
+import traceback
 
-from runtime.errors import EngineworksError, ResourceError
+from runtime import __version__
+from runtime.errors import EngineworksError, ResourceError, UnexpectedError
 
 _WAYS_OUT = {
     errno.ENOSPC: "make room on the disk, or choose a place on another one",
@@ -39,11 +44,26 @@ _WAYS_OUT = {
 _NO_MEMORY = "give it smaller pictures or a smaller --batch, or more memory"
 
 
-def explain(error: OSError | MemoryError) -> EngineworksError:
-    """The error that a user is to see in the place of one of the system."""
-    if isinstance(error, MemoryError):
+_CUT = 300  # letters of an unexpected message; all of it is in the log
+
+
+def explain(error: Exception) -> EngineworksError:
+    """The error that a user is to see in the place of any other.
+
+    What nobody foresaw is logged: the answer names the file.
+    """
+    if isinstance(error, EngineworksError):
+        return error
+    # torch's error of a full GPU is no MemoryError, only named like one
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         detail = f": {error}" if str(error) else ""
         return ResourceError(f"there is not enough memory{detail}", fix=_NO_MEMORY)
+    if isinstance(error, OSError):
+        return _of_system(error)
+    return _unexpected(error)
+
+
+def _of_system(error: OSError) -> ResourceError:
     reason = error.strerror or str(error) or type(error).__name__
     places = [str(name) for name in (error.filename, error.filename2) if name is not None]
     where = " and ".join(places)
@@ -51,3 +71,22 @@ def explain(error: OSError | MemoryError) -> EngineworksError:
     if error.errno == errno.ENOENT and "temporary directory" in reason:
         fix = "set TMPDIR to a folder that can be written to"
     return ResourceError(f"{where}: {reason}" if where else reason, fix=fix)
+
+
+def _unexpected(error: Exception) -> UnexpectedError:
+    lines = traceback.format_exception(error)
+    what = f"{type(error).__name__}: {error}".split("\n")[0][:_CUT]
+    try:
+        descriptor, path = tempfile.mkstemp(prefix="engineworks-error-", suffix=".log", text=True)
+        with os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(f"engineworks {__version__}, Python {sys.version}\n")
+            file.writelines(lines)
+    except OSError as refused:  # no place for a log: the innermost line must do
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        path = (
+            f"{frame.filename}, line {frame.lineno} (no log could be written: {refused.strerror})"
+        )
+    return UnexpectedError(
+        f"unexpected {what}; details: {path}",
+        fix="report it to those who gave you engineworks, with the command and that file",
+    )
