@@ -186,6 +186,7 @@ def net_options(command: Callable[..., None]) -> Callable[..., None]:
 
     @click.option("--weights", metavar="WHERE", help="hub, none or FILE.safetensors [hub].")
     @click.option("--stages", metavar="LIST", help="Maps, e.g. 2,3 [the last of the whole net].")
+    @click.option("--norm", is_flag=True, default=None, help="Blocks behind the net's last norm.")
     @click.option("--size", metavar="H,W", help="Of its images in pixels [its own].")
     @click.option("--args", "arguments", metavar="YAML", help="Of timm, e.g. {pad_type: same}.")
     @wraps(command)
@@ -193,11 +194,12 @@ def net_options(command: Callable[..., None]) -> Callable[..., None]:
         *positional: Any,
         weights: str | None,
         stages: str | None,
+        norm: bool | None,
         size: str | None,
         arguments: str | None,
         **options: Any,
     ) -> None:
-        net = {"weights": weights, "stages": stages, "size": size, "args": arguments}
+        net = {"weights": weights, "stages": stages, "norm": norm, "size": size, "args": arguments}
         given = {name: value for name, value in net.items() if value is not None}
         command(*positional, net=given, **options)
 
@@ -342,7 +344,7 @@ def export(
     sensitivity: bool,
     seed: int,
     half: str,
-    net: dict[str, str],
+    net: dict[str, Any],
     plans: tuple[str, ...],
     plan: PlanConfig,
     timing_cache: Path | None,
@@ -762,7 +764,7 @@ def add(
     click.echo(f"{count} rows added, {out}")
 
 
-def _backbone(name: str, given: dict[str, str]) -> tuple[BackboneConfig, tuple[int, int] | None]:
+def _backbone(name: str, given: dict[str, Any]) -> tuple[BackboneConfig, tuple[int, int] | None]:
     """What ``backbone:NAME`` and its options mean: the net, and the size of its images."""
     import yaml
 

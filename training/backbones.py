@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from timm.layers import PatchEmbed
 from timm.layers.format import Format
 from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
+from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
 from runtime.bundle import sha256_file
@@ -199,7 +200,11 @@ def _check_name(name: str) -> None:
 
 def _made(config: BackboneConfig, pretrained: bool, sized: Mapping[str, Any]) -> Any:
     whole = config.stages is None
-    cut = {"num_classes": 0} if whole else {"features_only": True, "out_indices": config.stages}
+    cut: dict[str, Any] = {"features_only": True, "out_indices": config.stages}
+    if whole:
+        cut = {"num_classes": 0}
+    if config.norm:
+        cut["feature_cls"] = _Normed
     arguments = {**cut, **sized, **config.args}
     try:
         return timm.create_model(config.name, pretrained=pretrained, **arguments)
@@ -263,6 +268,11 @@ def _cut(net: Any, config: BackboneConfig) -> tuple[Any, tuple[int, ...]]:
         return last, (last.channels,)
     _trim(net)
     channels = tuple(net.feature_info.channels())
+    if config.norm and not (_has_norm(net.model) and len(set(channels)) == 1):
+        raise ConfigError(
+            f"'{config.name}' has no last norm for all of its stages {list(config.stages)}",
+            fix="set backbone.norm to false: it is for the blocks of a plain transformer",
+        )
     return (ChannelsFirst(net) if _is_channels_last(net) else net), channels
 
 
@@ -297,6 +307,18 @@ def _grids(
             fix="choose another net, or other stages of this one",
         )
     return tuple((shape[2], shape[3]) for shape in found)
+
+
+class _Normed(FeatureGetterNet):  # type: ignore[misc]  # timm's types are not read
+    """Blocks of a timm net behind its last norm."""
+
+    def __init__(self, model: nn.Module, **settings: Any) -> None:
+        super().__init__(model, norm=True, **settings)
+
+
+def _has_norm(model: Any) -> bool:
+    norm = getattr(model, "norm", None)
+    return isinstance(norm, nn.Module) and not isinstance(norm, nn.Identity)
 
 
 class ChannelsFirst(nn.Module):

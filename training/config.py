@@ -98,6 +98,8 @@ class BackboneConfig(Config):
         stages: indices of its feature maps, from 0 at the stem: layer2 and layer3 of a ResNet are
             2 and 3, those of a plain transformer are its blocks. null: the last map of the whole
             net, as its classifier would pool it; tokens of patches are laid out as a grid.
+        norm: the chosen blocks of a plain transformer also pass its last norm, as in DINO's own
+            ``get_intermediate_layers``.
         weights: ``hub`` (timm's pretrained weights), ``none`` (random, from the run's seed) or the
             path of a safetensors file with timm's names.
         args: further arguments of ``timm.create_model``, e.g. ``{pad_type: same}``.
@@ -117,6 +119,7 @@ class BackboneConfig(Config):
 
     name: str
     stages: tuple[int, ...] | None = Field(default=None, min_length=1)
+    norm: bool = False
     weights: str = "hub"
     args: dict[str, JsonValue] = {}
     checkpointing: bool = False
@@ -140,6 +143,8 @@ class BackboneConfig(Config):
     def _whole(self) -> Self:
         if self.frozen_norms and self.stages is not None:
             raise ValueError("frozen_norms needs a whole net: stages must be null")
+        if self.norm and self.stages is None:
+            raise ValueError("a whole net has its norm: norm is for chosen stages")
         if self.engine is not None and (self.checkpointing or self.compile):
             raise ValueError("an engine takes the place of checkpointing and compile")
         return self

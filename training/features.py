@@ -62,6 +62,7 @@ def read_backbone(config: BackboneConfig, size: tuple[int, int] | None = None) -
         "net": (params.name, config.name),
         "stages": (params.stages, config.stages),
         "args": (params.args, config.args),
+        "norm": (params.norm, config.norm),
         "size": (manifest.preprocess.size, size or manifest.preprocess.size),
     }
     for what, (there, here) in facts.items():

@@ -114,7 +114,9 @@ def graphs(folder: Path) -> dict[str, Source]:
 def contents(folder: Path) -> Contents:
     """Preprocessing as the net was trained with, which net it is, and its weights."""
     config, spec = _read(folder)
-    params = backbone.Params(name=config.name, stages=config.stages, args=config.args)
+    params = backbone.Params(
+        name=config.name, stages=config.stages, args=config.args, norm=config.norm
+    )
     return Contents(
         preprocess=spec,
         params=params.model_dump(mode="json"),

@@ -40,6 +40,7 @@ class Params(BaseModel):
         name: timm's.
         stages: of the maps; None: the last map of the whole net.
         args: of ``timm.create_model``.
+        norm: whether its stages also pass the net's last norm.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -47,6 +48,7 @@ class Params(BaseModel):
     name: Name
     stages: tuple[int, ...] | None = None
     args: dict[str, Any] = {}
+    norm: bool = False
 
 
 def contract(bundle: Bundle) -> Contract:

@@ -251,6 +251,57 @@ class TestRandomWeights:
         assert torch.equal(torch.get_rng_state(), before)
 
 
+class TestTheBlocksOfATransformer:
+    @pytest.mark.parametrize("norm", [False, True])
+    @pytest.mark.parametrize(
+        ("name", "size", "patch"),
+        [
+            ("vit_small_patch16_dinov3", (32, 64), 16),  # a class token and four registers, RoPE
+            ("vit_small_patch14_dinov2", (28, 42), 14),
+            ("vit_small_patch14_reg4_dinov2", (42, 28), 14),
+        ],
+    )
+    def test_are_its_patches_without_what_stands_before_them(
+        self, name: str, size: tuple[int, int], patch: int, *, norm: bool, tmp_path: Path
+    ) -> None:
+        """Against the whole net, whose blocks are listened to."""
+        whole: Any = timm.create_model(name, num_classes=0).eval()
+        for parameter in whole.parameters():
+            if parameter.std() == 0:  # norms, biases and scales as training leaves them
+                nn.init.uniform_(parameter, 0.5, 1.5)
+        save_file(whole.state_dict(), tmp_path / "net.safetensors")
+        config = BackboneConfig(
+            name=name, stages=(1, 3), weights=str(tmp_path / "net.safetensors"), norm=norm
+        )
+        made = backbones.create(config, size=size)
+        h, w = size[0] // patch, size[1] // patch
+        assert (made.channels, made.grids) == ((384, 384), ((h, w), (h, w)))
+        whole.set_input_size(img_size=size)
+        heard: dict[int, Tensor] = {}
+        for i in (1, 3):
+            whole.blocks[i].register_forward_hook(lambda _m, _x, y, i=i: heard.update({i: y}))
+        x = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            whole.forward_features(x)
+            got = made.net.eval()(x)
+            for map_BCHW, tokens_BNC in zip(got, heard.values(), strict=True):
+                if norm:
+                    tokens_BNC = whole.norm(tokens_BNC)
+                want = tokens_BNC[:, -h * w :].unflatten(1, (h, w)).permute(0, 3, 1, 2)
+                # the same operations on the same numbers
+                torch.testing.assert_close(map_BCHW, want, rtol=1e-6, atol=1e-6)
+
+    @pytest.mark.parametrize(
+        ("name", "stages"), [("resnet10t", (1,)), ("swin_s3_tiny_224", (0, 1))]
+    )
+    def test_alone_have_a_norm_for_all(self, name: str, stages: tuple[int, ...]) -> None:
+        config = BackboneConfig(name=name, stages=stages, weights="none", norm=True)
+        with pytest.raises(ConfigError, match="no last norm"):
+            backbones.create(config)
+        with pytest.raises(ValueError, match="norm is for chosen stages"):
+            BackboneConfig(name=name, norm=True)
+
+
 class TestMapsAreWhatTheyAreSaidToBe:
     @pytest.mark.parametrize(
         ("name", "stages", "size"),

@@ -79,8 +79,21 @@ def test_a_convolutional_net_may_be_quantized_whole(tmp_path: Path) -> None:
     graph = made.manifest.graphs["features"]
     assert [graph.outputs[name].shape[2] for name in ("stage1", "stage3")] == [16, 4]
     assert not any(graph.keep_float.values())
-    assert made.manifest.params == {"name": "resnet10t", "stages": [1, 3], "args": {}}
+    assert made.manifest.params == {
+        "name": "resnet10t",
+        "stages": [1, 3],
+        "args": {},
+        "norm": False,
+    }
     assert made.manifest.provenance["backbone"]["weights"] == "random, seed 0"
+
+
+def test_blocks_behind_the_last_norm_are_in_the_bundle(tmp_path: Path) -> None:
+    config = BackboneConfig(name="test_vit3", weights="none", stages=(2, 5), norm=True)
+    made = trace_backbone(config, tmp_path / "bundle", size=(32, 48))
+    assert made.manifest.params["norm"]
+    shapes = {name: spec.shape for name, spec in made.manifest.graphs["features"].outputs.items()}
+    assert shapes == {"stage2": ("batch", 96, 2, 3), "stage5": ("batch", 96, 2, 3)}
 
 
 def test_a_net_that_timm_does_not_have_is_refused(tmp_path: Path) -> None:
