@@ -1,11 +1,8 @@
 """One ruler for validation and for the INT8 gate.
 
-Everywhere a score at or above a threshold means "positive", and equal scores are never told apart:
-curves have one point per distinct score.
-
-All metrics of a set of scores are read off one sort: the negatives, which are nearly all pixels,
-are sorted by value alone, and only the positives are ordered. scikit-learn's metrics would each
-sort everything once more; the tests hold these ones against them.
+Everywhere a score at or above a threshold means "positive". What is read off a curve of such
+thresholds is in ``runtime.curves``; scikit-learn's metrics would each sort everything once more,
+and the tests hold these ones against them.
 """
 
 from __future__ import annotations
@@ -18,7 +15,9 @@ import cv2
 import numpy as np
 
 from runtime.boxes import iou
+from runtime.curves import of_pixels, of_scores
 from runtime.errors import BackendError, InputError
+from runtime.pixels import Pixels
 from runtime.results import Candidate
 from runtime.tensors import Array
 
@@ -27,69 +26,6 @@ TOP = 5
 ECE_BINS = 15
 RANKS = (30, 50, 150, 500)
 _ROWS_AT_ONCE = 1024  # of a matrix of similarities
-
-
-class _Curve:
-    """What a falling threshold finds, at each of the T distinct scores of positives.
-
-    Between two of them only negatives are added: no F1, precision at new recall, or region's
-    overlap changes for the better there, so these points carry all curves.
-
-    Attributes:
-        thresholds_T: from the highest down.
-        hits_T: positives at or above each.
-        above_T, reached_T: negatives above each, and at or above it.
-        found_T: sum of the shares of those positives.
-    """
-
-    def __init__(
-        self, positives_P: Array, negatives_N: Array, shares_P: Array | None = None
-    ) -> None:
-        order = np.argsort(-positives_P)
-        descending = positives_P[order]
-        last = np.flatnonzero(np.diff(descending, append=-np.inf))
-        ascending = np.sort(negatives_N)
-        self.num_positives, self.num_negatives = len(positives_P), len(negatives_N)
-        self.thresholds_T = descending[last]
-        self.hits_T = last + 1
-        self.above_T = len(ascending) - np.searchsorted(ascending, self.thresholds_T, "right")
-        self.reached_T = len(ascending) - np.searchsorted(ascending, self.thresholds_T, "left")
-        shares = np.ones(len(positives_P)) if shares_P is None else shares_P[order]
-        self.found_T = np.cumsum(shares)[last]
-
-    def auroc(self) -> float:
-        gained = np.diff(self.hits_T, prepend=0)
-        # in whole numbers: a pair that is won counts 2, a tie 1
-        twice = gained * (2 * self.num_negatives - self.reached_T - self.above_T)
-        return int(twice.sum()) / (2 * self.num_positives * self.num_negatives)
-
-    def average_precision(self) -> float:
-        precision = self.hits_T / (self.hits_T + self.reached_T)
-        return float(np.diff(self.hits_T, prepend=0) @ precision / self.num_positives)
-
-    def f1max(self) -> tuple[float, float]:
-        f1 = 2 * self.hits_T / (self.hits_T + self.reached_T + self.num_positives)
-        best = int(np.argmax(f1))
-        return float(f1[best]), float(self.thresholds_T[best])
-
-    def aupro(self, num_regions: int, limit: float) -> float:
-        # per score two points: what was found just above it at the rate there, then all of it
-        overlap = np.repeat(self.found_T / num_regions, 2)
-        rate = np.stack([self.above_T, self.reached_T], axis=1).ravel() / self.num_negatives
-        rate, overlap = np.concatenate([[0], rate, [1]]), np.concatenate([[0, 0], overlap])
-        at_limit = np.interp(limit, rate, overlap)
-        inside = rate <= limit
-        rate, overlap = np.append(rate[inside], limit), np.append(overlap[inside], at_limit)
-        return float(np.trapezoid(overlap, rate) / limit)
-
-    def ranking(self, prefix: str) -> dict[str, float]:
-        best, threshold = self.f1max()
-        return {
-            f"{prefix}_auroc": self.auroc(),
-            f"{prefix}_ap": self.average_precision(),
-            f"{prefix}_f1max": best,
-            f"{prefix}_f1max_threshold": threshold,
-        }
 
 
 def f1max(scores_N: Array, labels_N: Array) -> tuple[float, float]:
@@ -105,7 +41,8 @@ def f1max(scores_N: Array, labels_N: Array) -> tuple[float, float]:
     positive = labels_N.astype(bool)
     if not positive.any():
         return 0.0, float(scores_N.max())
-    return _Curve(scores_N[positive], scores_N[~positive]).f1max()
+    curve = of_scores(scores_N[positive], scores_N[~positive])
+    return curve.f1max, curve.threshold
 
 
 def aupro(maps: Sequence[Array], masks: Sequence[Array], limit: float = AUPRO_LIMIT) -> float:
@@ -125,31 +62,12 @@ def aupro(maps: Sequence[Array], masks: Sequence[Array], limit: float = AUPRO_LI
 
     Source: Bergmann et al., "The MVTec Anomaly Detection Dataset", 2021, section 4.2.
     """
-    curve, num_regions = _pixel_curve(maps, masks)
-    if not curve.num_positives or not curve.num_negatives:
+    pixels = Pixels()
+    for map_HW, mask_HW in zip(maps, masks, strict=True):
+        pixels.add(map_HW, mask_HW)
+    if not pixels.num_positives or not pixels.num_negatives:
         raise InputError("AUPRO needs a defect region and normal pixels")
-    return curve.aupro(num_regions, limit)
-
-
-def _pixel_curve(maps: Sequence[Array], masks: Sequence[Array]) -> tuple[_Curve, int]:
-    """All pixels, each of a region with its share of it, and the number of regions."""
-    positives, negatives, shares = [], [], []
-    num_regions = 0
-    for scores, mask in zip(maps, masks, strict=True):
-        negatives.append(scores[~mask])
-        if mask.any():
-            count, regions = cv2.connectedComponents(mask.astype(np.uint8), connectivity=8)
-            region_of_pixel = regions[mask]
-            positives.append(scores[mask])
-            shares.append(1.0 / np.bincount(region_of_pixel)[region_of_pixel])
-            num_regions += count - 1
-    nothing = [np.empty(0)]
-    curve = _Curve(
-        np.concatenate(positives or nothing),
-        np.concatenate(negatives or nothing),
-        np.concatenate(shares or nothing),
-    )
-    return curve, num_regions
+    return of_pixels(pixels, limit=limit).aupro
 
 
 def false_reject_threshold(normal_scores_N: Array, budget: float) -> float:
@@ -189,15 +107,14 @@ class AnomalyMetrics:
     * aupro: see ``aupro``.
 
     Keys that need both classes are left out where only one was seen, and all pixel keys and aupro
-    where a defective image came without a mask. Memory: one float32 and one bool per pixel, and a
-    few times that while computing.
+    where a defective image came without a mask. Memory does not grow with the number of images: see
+    ``runtime.pixels.Pixels``.
     """
 
     def __init__(self) -> None:
         self._scores: list[float] = []
         self._labels: list[int] = []
-        self._maps: list[Array] = []
-        self._masks: list[Array | None] = []
+        self._pixels: Pixels | None = Pixels()  # None: a mask is missing
 
     def update(self, score: float, label: int, map_HW: Array, mask_HW: Array | None) -> None:
         """Add one image.
@@ -226,21 +143,21 @@ class AnomalyMetrics:
             )
         self._scores.append(score)
         self._labels.append(label)
-        self._maps.append(map_HW.astype(np.float32))
-        self._masks.append(None if mask_HW is None else mask_HW.astype(bool))
+        if mask_HW is None:
+            self._pixels = None
+        elif self._pixels is not None:
+            self._pixels.add(map_HW, mask_HW.astype(bool))
 
     def compute(self) -> dict[str, float]:
         """All metrics that the images allow."""
         scores, labels = np.array(self._scores), np.array(self._labels, bool)
         found: dict[str, float] = {}
         if labels.any() and not labels.all():
-            found |= _Curve(scores[labels], scores[~labels]).ranking("image")
-        masks = [mask for mask in self._masks if mask is not None]
-        if len(masks) == len(self._masks):
-            curve, num_regions = _pixel_curve(self._maps, masks)
-            if curve.num_positives and curve.num_negatives:
-                found |= curve.ranking("pixel")
-                found["aupro"] = curve.aupro(num_regions, AUPRO_LIMIT)
+            found |= of_scores(scores[labels], scores[~labels]).ranking("image")
+        pixels = self._pixels
+        if pixels is not None and pixels.num_positives and pixels.num_negatives:
+            curve = of_pixels(pixels, limit=AUPRO_LIMIT)
+            found |= curve.ranking("pixel") | {"aupro": curve.aupro}
         return found
 
 
