@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 from onnx import helper, numpy_helper
 
@@ -295,3 +297,52 @@ class TestAGraphThatThePassesDoNotTake:
 
         with pytest.raises(ExportError, match="not valid ONNX"):
             passes.infer_shapes(model)
+
+
+class TestOrderGelu:
+    HEAD = """<ir_version: 9, opset_import: ["" : 18]> gelu (float[4,32] x) => (float[4,32] y) {
+        scaled = Div (x, root)
+        bent = Erf (scaled)
+    """
+
+    def model(self, tail: str) -> onnx.ModelProto:
+        constants = {"root": 2**0.5, "one": 1.0, "half": 0.5, "third": 1 / 3}
+        values = {name: np.array(value, np.float32) for name, value in constants.items()}
+        return parse(self.HEAD + tail + "}", **values)
+
+    @pytest.mark.parametrize(
+        "tail",
+        [
+            "gate = Add (bent, one) shut = Mul (half, gate) y = Mul (x, shut)",
+            "gate = Add (one, bent) shut = Mul (gate, half) y = Mul (shut, x)",
+        ],
+    )
+    def test_lets_onnxruntime_find_it_and_changes_no_bit(self, tail: str, tmp_path: Path) -> None:
+        before = self.model(tail)
+        after = passes.order_gelu(before)
+        feeds = {"x": np.random.default_rng(0).normal(0, 3, (4, 32)).astype(np.float32)}
+        options = ort.SessionOptions()
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        one, other = (
+            ort.InferenceSession(m.SerializeToString(), options, ["CPUExecutionProvider"])
+            for m in (before, after)
+        )
+        np.testing.assert_array_equal(one.run(None, feeds)[0], other.run(None, feeds)[0])
+        options = ort.SessionOptions()
+        options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+        ort.InferenceSession(after.SerializeToString(), options, ["CPUExecutionProvider"])
+        assert op_types(onnx.load(tmp_path / "optimized.onnx")) == {"Gelu": 1}
+        assert passes.order_gelu(after) == after
+
+    @pytest.mark.parametrize(
+        "tail",
+        [
+            "gate = Add (bent, one) shut = Mul (third, gate) y = Mul (x, shut)",
+            "gate = Add (bent, one) shut = Mul (half, gate) y = Mul (bent, shut)",
+            "gate = Add (bent, one) shut = Mul (half, gate) z = Mul (x, shut) y = Add (z, shut)",
+            "shut = Mul (half, bent) y = Mul (x, shut)",
+        ],
+    )
+    def test_leaves_other_products_alone(self, tail: str) -> None:
+        model = self.model(tail)
+        assert passes.order_gelu(model) == model
