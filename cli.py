@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import partial, wraps
 from pathlib import Path
@@ -24,6 +24,7 @@ from runtime.signals import Stopped, stoppable
 
 if TYPE_CHECKING:
     from runtime.bench import Row
+    from runtime.evaluation import Decisions
     from runtime.plans import PlanConfig
     from runtime.systems import System
     from training.config import BackboneConfig
@@ -320,7 +321,8 @@ def train(
 )
 @click.option("--percentile", type=float, default=99.99, show_default=True)
 @click.option("--eval", "evaluation", type=FOLDER, help="Labelled data for the accuracy gate.")
-@click.option("--fail-on-drop", is_flag=True, help="Exit 1 where the gate fails.")
+@click.option("--unjudged", is_flag=True, help="Ship INT8 without --eval to judge it.")
+@click.option("--fail-on-drop", is_flag=True, help="Exit 1 where the gate fails or cannot judge.")
 @click.option("--sensitivity", is_flag=True, help="Cost of each node; worst back to float.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the choice of samples.")
 @click.option("--half", default="", metavar="LIST", help="Mixed 16-bit graphs: fp16,bf16.")
@@ -340,6 +342,7 @@ def export(
     method: str,
     percentile: float,
     evaluation: Path | None,
+    unjudged: bool,
     fail_on_drop: bool,
     sensitivity: bool,
     seed: int,
@@ -363,7 +366,7 @@ def export(
         raise UsageError("--int8 needs sample images", fix="pass --samples DIR")
     halves = _names(half)
     deployed = bool(halves or plans)
-    given = {"--eval": evaluation, "--fail-on-drop": fail_on_drop}
+    given = {"--eval": evaluation, "--unjudged": unjudged, "--fail-on-drop": fail_on_drop}
     if not deployed:
         given["--samples"] = samples
     if not int8 and (unused := [name for name, value in given.items() if value]):
@@ -406,6 +409,7 @@ def export(
                 method=method,
                 percentile=percentile,
                 evaluation=evaluation,
+                unjudged=unjudged,
                 sensitivity=sensitivity,
                 fail_on_drop=fail_on_drop,
                 threads=threads,
@@ -436,7 +440,9 @@ def export(
                 "a bundle is exported already",
                 fix="add --int8 --samples DIR, --half fp16 or --plan float",
             )
-    _print_parity(bundles.load_manifest(out).reports)
+    reports = bundles.load_manifest(out).reports
+    _print_parity(reports)
+    _print_gate(reports.get("gate", {}))
     click.echo(out)
 
 
@@ -475,6 +481,7 @@ def infer(
     from runtime.infer import infer as run_infer
     from runtime.sources import open_source
     from runtime.systems import Promptable
+    from runtime.verdict import unjudged
 
     if out.exists() and any(out.iterdir()) and not exist_ok:
         raise UsageError(f"{out} is not empty", fix="choose another --out, or pass --exist-ok")
@@ -483,6 +490,8 @@ def infer(
         opened = open_source(source, system.reader)
         prepare(system)
         say(f"{system.backend}, {system.precision}")
+        if note := unjudged(system.bundle.manifest, system.precision):
+            _warn(note)
         with _Progress(context) as show:
             summary = run_infer(
                 system,
@@ -505,13 +514,14 @@ def infer(
             "bundle": system.bundle.root,
             "digest": system.bundle.manifest.digest,
             "backend": f"{system.backend}, {system.precision}",
+            **({"accuracy": note} if note else {}),
             "done": summary.num_done,
             "failed": summary.num_failed,
             "images per second": f"{summary.images_per_second:.1f}",
         }
         of_inference(system.bundle, out, facts).write(report)
     for name, message in summary.failures:
-        click.secho(f"skipped {name}: {message}", fg="yellow", err=True)
+        _warn(f"skipped {name}: {message}")
     click.echo(
         f"{summary.num_done} done, {summary.num_failed} failed, "
         f"{summary.images_per_second:.1f} images/s, results in {out}"
@@ -535,17 +545,19 @@ def evaluate(
     prepare: Prepare,
     json_file: Path | None,
 ) -> None:
-    """The task's metrics of a BUNDLE on labelled data."""
+    """The task's metrics of a BUNDLE on labelled data, and what its border decides there."""
     with open_bundle(bundle) as system, _Progress(context) as show:
         prepare(system)
-        metrics = system.evaluate(data, progress=partial(show, "evaluation"))
+        judged = system.evaluate(data, progress=partial(show, "evaluation"))
     _print_table(
-        f"{bundle} on {data}: {system.backend}, {system.precision}",
+        f"{bundle} on {data}: {system.backend}, {system.precision}, {judged.num_pictures} pictures",
         ("metric", "value"),
-        [(name, f"{value:.4f}") for name, value in metrics.items()],
+        [(name, f"{value:.4f}") for name, value in judged.metrics.items()]
+        or [("none", "these labels allow no metric")],
     )
+    _print_decisions(judged.decisions)
     if json_file:
-        content = {"backend": system.backend, "precision": system.precision, "metrics": metrics}
+        content = {"backend": system.backend, "precision": system.precision, **judged.to_json()}
         _write_json(json_file, content)
 
 
@@ -695,10 +707,11 @@ def show(folder: Path) -> None:
         click.echo(f"graph {name}: {', '.join(tensors)}; {', '.join(graph.variants)}")
     for name, threshold in manifest.thresholds.items():
         click.echo(f"threshold {name}: {threshold.value:.4f} ({threshold.source})")
+    _print_gate(manifest.reports.get("gate", {}))
     if verdict := manifest.reports.get("verdict"):
-        from export.build import describe_verdict
+        from runtime.verdict import describe
 
-        for line in describe_verdict(verdict):
+        for line in describe(verdict):
             click.echo(line)
 
 
@@ -883,6 +896,34 @@ def _print_table(title: str, header: tuple[str, ...], rows: list[tuple[str, ...]
     console.print(title, table, sep="\n")
 
 
+def _print_decisions(decisions: Sequence[Decisions | dict[str, Any]]) -> None:
+    """What borders decide on labelled data, and what nobody would want of the one that ships.
+
+    Args:
+        decisions: as they were made, or as JSON has them.
+    """
+    from runtime.evaluation import Decisions, table
+
+    made = [Decisions.model_validate(each) for each in decisions]
+    if not made:
+        return
+    header, rows = table(made)
+    _print_table("decisions, with 95 % intervals (Wilson)", header, rows)
+    for warning in made[0].warnings:
+        _warn(f"warning: {warning}")
+
+
+def _print_gate(gate: dict[str, Any]) -> None:
+    """What the precisions of an export decided; gates of older exports do not tell."""
+    for precision, decisions in gate.get("decisions", {}).items():
+        click.echo(f"{precision}:")
+        _print_decisions(decisions)
+
+
+def _warn(text: str) -> None:
+    click.secho(text, fg="yellow", err=True)
+
+
 def _print_parity(reports: dict[str, Any]) -> None:
     """How far each stage is from the one before, per graph output."""
     stages = {"torch to ONNX": reports.get("parity", {}).get("torch-float", {})}
@@ -908,6 +949,9 @@ def _print_parity(reports: dict[str, Any]) -> None:
 def _print_results(results: dict[str, Any]) -> None:
     """What a run found out: each part a table whose longer side runs down, or a list of values."""
     for name, part in results.items():
+        if isinstance(part, list):
+            _print_decisions(part)
+            continue
         rows = part if all(isinstance(row, dict) for row in part.values()) else {"": part}
         across = list(dict.fromkeys(column for row in rows.values() for column in row))
         down = list(rows)

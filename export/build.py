@@ -19,6 +19,7 @@ import onnx
 from calibration import calibrate, ranges
 from calibration.samples import choose
 from calibration.table import Table
+from export.gate import evaluate, int8_backends, judge
 from export.legality import check_legal
 from export.openvino import quantize_for_openvino
 from export.ort import quantize_for_ort, silus
@@ -30,11 +31,13 @@ from runtime import bench
 from runtime.bundle import Bundle, Manifest, check_out, read, write
 from runtime.engines import BACKENDS, Engine, open_engine
 from runtime.engines.ort import OrtEngine
-from runtime.errors import BackendError, DatasetError, ExportError, GateError, UsageError
+from runtime.errors import ExportError, GateError, UsageError
+from runtime.evaluation import Evaluation
 from runtime.files import scratch
 from runtime.plans import PROVENANCE
-from runtime.systems import open_engines, open_system, reader_of, variant_of
+from runtime.systems import open_engines, reader_of, variant_of
 from runtime.tensors import Array
+from runtime.verdict import decide, describe, lost
 
 # what `--method auto` tries; the one whose INT8 outputs lie nearest to the float ones is taken
 _CANDIDATES: tuple[tuple[str, float], ...] = (
@@ -50,7 +53,6 @@ _MAX_RELAXED = 16
 _OWN = {"int8-openvino": quantize_for_openvino, "int8-ort": quantize_for_ort}
 _PRECISIONS = ("float", "bf16", "int8", "int8-bf16")  # whose speed the verdict names
 _SPEED_SECONDS = 10.0  # per backend
-_WORTH = 1.05  # a speed-up below this is not worth a second set of numbers
 # what this stage writes into the manifest's reports; those of an earlier build are dropped
 _REPORTS = (
     "calibration",
@@ -76,7 +78,8 @@ class BuildConfig:
         seed: of their choice.
         method: one of ``METHODS``.
         percentile: of method ``percentile``.
-        evaluation: labelled folder for the gate; None leaves the gate unmeasured.
+        evaluation: labelled folder for the gate; without one, INT8 does not ship.
+        unjudged: ship INT8 that nothing has judged, where it pays.
         sensitivity: measure each node's cost, and put the worst back to float while the gate fails.
         fail_on_drop: raise where the gate fails; needs ``evaluation``.
         threads: CPU threads; None takes all cores that this process may use.
@@ -88,6 +91,7 @@ class BuildConfig:
     method: str = "auto"
     percentile: float = ranges.DEFAULT_PERCENTILE
     evaluation: Path | None = None
+    unjudged: bool = False
     sensitivity: bool = False
     fail_on_drop: bool = False
     threads: int | None = None
@@ -103,17 +107,22 @@ def build(
 
     Raises:
         CalibrationError, QuantizationError: ranges or a graph that INT8 cannot take.
-        ExportError, UsageError: no samples, or ``fail_on_drop`` without ``evaluation``.
+        ExportError, UsageError: no samples, ``fail_on_drop`` without ``evaluation``, or
+            ``unjudged`` with it.
         DatasetError: too few samples, or labelled data that give none of the gate's metrics.
         BackendError: no backend that can run INT8 graphs.
-        GateError: the metric dropped by more than allowed and ``fail_on_drop``; ``out`` is written
-            all the same, and its verdict ships float.
+        GateError: with ``fail_on_drop``, a metric dropped by more than allowed or could not be
+            judged; ``out`` is written all the same.
         BundleError: ``out`` exists.
     """
     if config.samples is None:
         raise ExportError("INT8 needs sample images", fix="pass --samples DIR")
     if config.fail_on_drop and config.evaluation is None:
         raise UsageError("a drop cannot fail without labelled data", fix="pass --eval DIR")
+    if config.unjudged and config.evaluation is not None:
+        raise UsageError(
+            "labelled data judge INT8, --unjudged does not", fix="leave one of them out"
+        )
     check_out(out, replace=exist_ok)
     reader = reader_of(bundle.manifest.system)
     samples = choose(config.samples, config.num_samples, config.seed, reader=reader)
@@ -149,13 +158,19 @@ def build(
             )
     with scratch(out.parent) as trial:
         candidate = _assemble(bundle, floats, table, keep, trial / "0")
-        want = _metrics(candidate, _int8_backends()[0], "float", config)
-        gate = _gate(candidate, want, config, say)
+        want = _judged_float(candidate, config)
+
+        def judged(tried: Bundle) -> dict[str, Any]:
+            if want is None or config.evaluation is None:
+                return {}
+            return judge(tried, want, config.evaluation, threads=config.threads, say=say)
+
+        gate = judged(candidate)
         own = True
         if gate and not gate["passed"] and _has_own(candidate):
             say("gate failed: trying without the graphs that one backend alone runs")
             shared = _assemble(bundle, floats, table, keep, trial / "shared", own=False)
-            shared_gate = _gate(shared, want, config, say)
+            shared_gate = judged(shared)
             if shared_gate["passed"]:
                 own, candidate, gate = False, shared, shared_gate
         count = 1
@@ -163,12 +178,12 @@ def build(
             keep, relaxed = _relax(keep, costs, count)
             say(f"gate failed: back to float: {', '.join(relaxed)}")
             candidate = _assemble(bundle, floats, table, keep, trial / str(count), own=own)
-            gate = _gate(candidate, want, config, say)
+            gate = judged(candidate)
             count *= 2
         parity = _parity(candidate, feeds, config.threads)
         say("timing float against INT8")
         speed = _speed(candidate, feeds, config.threads)
-        verdict = _verdict(gate, speed)
+        verdict = decide(gate, speed, unjudged=config.unjudged)
         reports: dict[str, Any] = {
             **{k: v for k, v in bundle.manifest.reports.items() if k not in _REPORTS},
             "calibration": {
@@ -191,23 +206,34 @@ def build(
         manifest = candidate.manifest.model_copy(update={"reports": reports})
         files = {name: candidate.path(name) for name in candidate.manifest.files}
         built = write(out, manifest, files, replace=exist_ok)
-    for line in describe_verdict(verdict):
+    for line in describe(verdict):
         say(line)
-    if config.fail_on_drop and gate and not gate["passed"]:
-        raise GateError(
-            f"INT8 lost more than allowed: {_lost(gate)}",
-            fix="try --sensitivity, another --method, more --samples, or ship float "
-            f"(the bundle {out} does)",
-        )
+    if config.fail_on_drop:
+        _check(gate, out)
     return built
 
 
-def describe_verdict(verdict: Mapping[str, Any]) -> list[str]:
-    """The verdict as lines of text."""
-    return [
-        f"verdict: ship {verdict['ship']}",
-        *(f"  {reason}" for reason in verdict.get("reasons", ())),
-    ]
+def _check(gate: Mapping[str, Any], out: Path) -> None:
+    """Refuse a gate that failed, or that could not judge all that it was to judge."""
+    if not gate["passed"]:
+        raise GateError(
+            f"INT8 lost more than allowed: {lost(gate)}",
+            fix="try --sensitivity, another --method, more --samples, or ship float "
+            f"(the bundle {out} does)",
+        )
+    if gate["not_judged"]:
+        raise GateError(
+            f"the gate could not judge {', '.join(gate['not_judged'])}: the data do not give it",
+            fix="complete the labels, e.g. by masks of all defects, or leave --fail-on-drop out",
+        )
+
+
+def _judged_float(candidate: Bundle, config: BuildConfig) -> Evaluation | None:
+    """What INT8 is held against; None where that is not asked for."""
+    if config.evaluation is None:
+        return None
+    backend = int8_backends()[0]
+    return evaluate(candidate, backend, "float", config.evaluation, threads=config.threads)
 
 
 def _choose_table(
@@ -315,90 +341,6 @@ def _has_own(candidate: Bundle) -> bool:
     return any(_OWN.keys() & graph.variants.keys() for graph in candidate.manifest.graphs.values())
 
 
-def _int8_backends() -> list[str]:
-    """Usable backends that run INT8 ONNX graphs, the preferred one first."""
-    names = [
-        name
-        for name, row in BACKENDS.items()
-        if row.why_not() is None and {"int8", "int8-u8"} & set(row.variants.get("int8", ()))
-    ]
-    if not names:
-        raise BackendError(
-            "no backend here can run INT8 graphs", fix='pip install "engineworks[cpu]"'
-        )
-    return names
-
-
-def _judging(candidate: Bundle) -> list[str]:
-    """The backend that ``auto`` takes, and every other one that runs INT8 graphs of its own."""
-    first, *others = _int8_backends()
-    graphs = candidate.manifest.graphs.values()
-    taken = {
-        backend: [variant_of(graph.variants, backend, "int8") for graph in graphs]
-        for backend in (first, *others)
-    }
-    return [first, *(backend for backend in others if taken[backend] != taken[first])]
-
-
-def _metrics(
-    candidate: Bundle, backend: str, precision: str, config: BuildConfig
-) -> dict[str, float]:
-    """The task's metrics; {} where not asked for."""
-    if config.evaluation is None:
-        return {}
-    with closing(
-        open_system(candidate, backend=backend, precision=precision, threads=config.threads)
-    ) as system:
-        return system.evaluate(config.evaluation)
-
-
-def _gate(
-    candidate: Bundle, want: Mapping[str, float], config: BuildConfig, say: Say
-) -> dict[str, Any]:
-    """Hold the INT8 metrics against the float ones; {} where not asked for."""
-    if config.evaluation is None:
-        return {}
-    allowed = candidate.manifest.gate
-    if missing := sorted(set(allowed) - set(want)):
-        say(f"gate: {config.evaluation} does not give {', '.join(missing)}")
-    if not set(allowed) & set(want):
-        raise DatasetError(
-            f"{config.evaluation} gives none of the metrics that the gate needs: "
-            f"{', '.join(sorted(allowed)) or 'the bundle names none'}",
-            fix="give normal and defective images, or leave --eval out",
-        )
-    got: dict[str, dict[str, float]] = {}
-    drops: dict[str, dict[str, float]] = {}
-    failed: dict[str, float] = {}
-    for backend in _judging(candidate):
-        on = f" on {backend}" if got else ""
-        got[backend] = _metrics(candidate, backend, "int8", config)
-        drops[backend] = {n: want[n] - got[backend][n] for n in allowed if n in want}
-        for name, drop in _excess(drops[backend], allowed).items():
-            failed[name] = max(drop, failed.get(name, drop))
-        for name, drop in drops[backend].items():
-            say(
-                f"gate {name}{on}: float {want[name]:.4f}, INT8 {got[backend][name]:.4f}, "
-                f"drop {drop:+.4f}, allowed {allowed[name]:.4f}: "
-                f"{'FAIL' if drop > allowed[name] else 'ok'}"
-            )
-    first, *others = got
-    return {
-        "backend": first,
-        "float": dict(want),
-        "int8": got[first],
-        "drop": drops[first],
-        "others": {name: {"int8": got[name], "drop": drops[name]} for name in others},
-        "allowed": dict(allowed),
-        "failed": failed,
-        "passed": not failed,
-    }
-
-
-def _excess(drops: Mapping[str, float], allowed: Mapping[str, float]) -> dict[str, float]:
-    return {name: drop for name, drop in drops.items() if drop > allowed[name]}
-
-
 def _relax(
     keep: Mapping[str, KeepFloat], costs: Mapping[str, Sequence[NodeCost]], count: int
 ) -> tuple[dict[str, KeepFloat], list[str]]:
@@ -411,7 +353,7 @@ def _relax(
 def _parity(candidate: Bundle, feeds: Feeds, threads: int | None) -> dict[str, Any]:
     """INT8 against float outputs of every graph, per backend."""
     report: dict[str, Any] = {}
-    for backend in _int8_backends():
+    for backend in int8_backends():
         got, want = (_compared(candidate, backend, p, feeds, threads) for p in ("int8", "float"))
         report[backend] = {}
         for name in want:
@@ -444,7 +386,7 @@ def _speed(candidate: Bundle, feeds: Feeds, threads: int | None) -> dict[str, An
     report: dict[str, Any] = {}
     most = max(map(len, feeds.values()))
     every = [name for name, fed in feeds.items() if len(fed) == most]
-    for backend in _int8_backends():
+    for backend in int8_backends():
         with ExitStack() as stack:
             contenders = {}
             for precision in [p for p in _PRECISIONS if p in BACKENDS[backend].variants]:
@@ -465,37 +407,3 @@ def _speed(candidate: Bundle, feeds: Feeds, threads: int | None) -> dict[str, An
             "int8_speedup_high": ratio.high,
         }
     return report
-
-
-def _verdict(gate: Mapping[str, Any], speed: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``--precision auto`` takes, and why.
-
-    The first backend decides: ``--backend auto`` takes it, and the gate was measured with it.
-    """
-    decisive = next(iter(speed))
-    reasons = []
-    for backend, found in speed.items():
-        reasons.append(
-            f"{backend}: INT8 is {found['int8_speedup']:.2f}x as fast as float (95 % interval "
-            f"{found['int8_speedup_low']:.2f} to {found['int8_speedup_high']:.2f})"
-        )
-        if "bf16" in found["p50_ms"]:
-            each = [f"{name} {ms:.2f} ms" for name, ms in found["p50_ms"].items()]
-            reasons.append(f"{backend}: {', '.join(each)}")
-    pays = speed[decisive]["int8_speedup_low"] >= _WORTH
-    if not pays:
-        reasons.append(f"INT8 does not pay here with {decisive}")
-    if not speed[decisive]["stable"]:
-        reasons.append("the machine was not quiet while this was timed")
-    if not gate:
-        reasons.append("accuracy was not measured: pass --eval DIR")
-    elif gate["passed"]:
-        reasons.append("the task's metrics stayed within the allowed drop")
-    else:
-        reasons.append(f"the task's metrics dropped too much: {_lost(gate)}")
-    ship = "int8" if pays and (not gate or gate["passed"]) else "float"
-    return {"ship": ship, "backend": decisive, "pays": pays, "reasons": reasons}
-
-
-def _lost(gate: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} by {drop:.4f}" for name, drop in gate["failed"].items())

@@ -27,6 +27,7 @@ from rich.table import Table
 from runtime import gpu
 from runtime.doctor import cpu_model, installed, int8_features
 from runtime.errors import InputError
+from runtime.evaluation import Evaluation, Rate
 from runtime.tensors import Array
 from runtime.threads import available_threads
 
@@ -198,7 +199,7 @@ class Row:
         name: backend or framework.
         batch: images per call.
         covers: what the clock covers.
-        accuracy: the task's metrics, where they were measured.
+        evaluation: how well it does, where that was measured.
     """
 
     name: str
@@ -207,7 +208,18 @@ class Row:
     threads: int
     covers: str
     timing: Timing
-    accuracy: Mapping[str, float] | None = None
+    evaluation: Evaluation | None = None
+
+    @property
+    def accuracy(self) -> Mapping[str, float]:
+        """The task's metrics; none where they were not measured."""
+        return {} if self.evaluation is None else self.evaluation.metrics
+
+    @property
+    def decided(self) -> Mapping[str, Rate]:
+        """What goes wrong at the border that is shipped."""
+        decisions = () if self.evaluation is None else self.evaluation.decisions
+        return decisions[0].rates if decisions else {}
 
     @property
     def images_per_second(self) -> float:
@@ -226,7 +238,10 @@ class Row:
             "batch": self.batch,
             "threads": self.threads,
             "covers": self.covers,
-            "accuracy": None if self.accuracy is None else dict(self.accuracy),
+            "accuracy": None if self.evaluation is None else dict(self.accuracy),
+            "decisions": None
+            if self.evaluation is None
+            else self.evaluation.to_json()["decisions"],
             **self.timing.to_json(),
             "images_per_second": self.images_per_second,
             "joules_per_image": self.joules_per_image,
@@ -369,7 +384,8 @@ def to_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
 def render(rows: Sequence[Row]) -> str:
     """The rows as text tables, one per kind; speed-ups are against the first row of each."""
     times = ("p50 ms", *(f"p{q}" for q in _PERCENTILES[1:]))
-    metrics = list(dict.fromkeys(key for row in rows for key in row.accuracy or ()))
+    metrics = list(dict.fromkeys(key for row in rows for key in row.accuracy))
+    rates = list(dict.fromkeys(key for row in rows for key in row.decided))
     energy = any(row.joules_per_image is not None for row in rows)
     shown = [name for name in metrics if name.endswith(("auroc", "aupro", "top1", "map50"))]
     out = StringIO()
@@ -378,13 +394,12 @@ def render(rows: Sequence[Row]) -> str:
         first = group[0]
         table = Table(
             *("what", "precision", *times, "images/s", *["J/image"] * energy),
-            *("speed-up (95 %)", "verdict", *shown),
+            *("speed-up (95 %)", "verdict", *shown, *rates),
             title=f"{first.covers}, batch {first.batch}, {first.threads} threads",
             title_justify="left",
         )
         for row in group:
             faster = ratio(first.timing, row.timing)
-            accuracy = row.accuracy or {}
             table.add_row(
                 row.name,
                 row.precision,
@@ -395,7 +410,8 @@ def render(rows: Sequence[Row]) -> str:
                 if row is first
                 else f"{faster.median:.2f} ({faster.low:.2f} to {faster.high:.2f})",
                 row.timing.verdict,
-                *(f"{accuracy[name]:.4f}" if name in accuracy else "" for name in shown),
+                *(f"{row.accuracy[name]:.4f}" if name in row.accuracy else "" for name in shown),
+                *(row.decided[name].fraction if name in row.decided else "" for name in rates),
             )
         console.print(table)
     return out.getvalue()

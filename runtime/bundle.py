@@ -30,6 +30,7 @@ from pydantic import (
 
 from runtime.claims import claim, real
 from runtime.errors import BundleError, InputError
+from runtime.evaluation import Decisions
 from runtime.files import NewFolder, is_temporary, recover
 from runtime.files import write as write_file
 from runtime.preprocess import PlanesSpec, PreprocessSpec
@@ -111,6 +112,16 @@ class _Verdict(_Part):
 
     ship: str
     reasons: list[str] = []
+    warnings: list[str] = []
+    unjudged: bool = False
+
+
+class _Gate(_Part):
+    """What is read of the gate of an export; there may be more."""
+
+    model_config = ConfigDict(extra="allow")
+
+    decisions: dict[str, list[Decisions]] = {}
 
 
 class Manifest(_Part):
@@ -136,6 +147,7 @@ class Manifest(_Part):
     def _readable_reports(cls, reports: dict[str, Any]) -> dict[str, Any]:
         if "verdict" in reports:
             _Verdict.model_validate(reports["verdict"])
+        _Gate.model_validate(reports.get("gate", {}))
         for name in _COMPARISONS:
             TypeAdapter(_Comparisons).validate_python(reports.get(name, {}))
         return reports

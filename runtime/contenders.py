@@ -22,6 +22,7 @@ from runtime import bench
 from runtime.bundle import Bundle
 from runtime.engines import BACKENDS, check_backend
 from runtime.errors import BundleError, UsageError
+from runtime.evaluation import Evaluation
 from runtime.preprocess import apply
 from runtime.sources import open_source
 from runtime.systems import Promptable, System, choose, open_system, reader_of
@@ -44,7 +45,7 @@ class Contender:
         precision: of its arithmetic.
         network: runs the graphs on a prepared batch (B, C, H, W) float32.
         path: from B images (H, W, 3) uint8 RGB to B results.
-        evaluate: the task's metrics on a folder, or None where that is not offered.
+        evaluate: judges it on a labelled folder; None where that is not offered.
         close: releases what it holds.
         on_gpu: from a prepared batch to a call that runs the graphs on its copy on the GPU and
             gives the GPU's own time; None where there is none.
@@ -54,7 +55,7 @@ class Contender:
     precision: str
     network: Callable[[Array], object]
     path: Callable[[Sequence[Array]], object]
-    evaluate: Callable[[Path], dict[str, float]] | None
+    evaluate: Callable[[Path], Evaluation] | None
     close: Callable[[], None]
     on_gpu: Callable[[Array], Callable[[], bench.DeviceTime]] | None = None
 
@@ -206,7 +207,7 @@ def measure(
     with ExitStack() as stack:
         for contender in found:
             stack.callback(contender.close)
-        accuracy = {} if evaluation is None else _accuracy(found, evaluation, say)
+        judged = {} if evaluation is None else _judged(found, evaluation, say)
         rows = []
         for size in batches:
             batch = [samples[i % len(samples)] for i in range(size)]
@@ -232,7 +233,7 @@ def measure(
                         threads=threads,
                         covers=covers,
                         timing=timings[contender.label],
-                        accuracy=accuracy.get(contender.label),
+                        evaluation=judged.get(contender.label),
                     )
                     for contender in found
                     if contender.label in calls
@@ -240,11 +241,11 @@ def measure(
         return rows
 
 
-def _accuracy(contenders: Sequence[Contender], data: Path, say: Say) -> dict[str, dict[str, float]]:
-    """Label -> the task's metrics, of those that offer them."""
-    accuracy = {}
+def _judged(contenders: Sequence[Contender], data: Path, say: Say) -> dict[str, Evaluation]:
+    """Label -> how well it does, of those that can be judged."""
+    judged = {}
     for contender in contenders:
         if contender.evaluate is not None:
             say(f"accuracy of {contender.label}")
-            accuracy[contender.label] = contender.evaluate(data)
-    return accuracy
+            judged[contender.label] = contender.evaluate(data)
+    return judged

@@ -7,16 +7,16 @@ and the tests hold these ones against them.
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
 
 import cv2
 import numpy as np
 
-from runtime.boxes import iou
 from runtime.curves import of_pixels, of_scores
-from runtime.errors import BackendError, InputError
+from runtime.errors import InputError
+from runtime.evaluation import Decisions, Evaluation, Rate, decide, warned
+from runtime.evidence import CandidateRanking, Evidence, PixelRanking, Ranking, Shares
 from runtime.pixels import Pixels
 from runtime.results import Candidate
 from runtime.tensors import Array
@@ -25,6 +25,7 @@ AUPRO_LIMIT = 0.3
 TOP = 5
 ECE_BINS = 15
 RANKS = (30, 50, 150, 500)
+SURE = 0.9  # probability from which a classifier's errors are counted apart
 _ROWS_AT_ONCE = 1024  # of a matrix of similarities
 
 
@@ -160,6 +161,33 @@ class AnomalyMetrics:
             found |= curve.ranking("pixel") | {"aupro": curve.aupro}
         return found
 
+    def evaluation(self, border: str, value: float | None, kinds: Sequence[str]) -> Evaluation:
+        """Metrics, decisions on whole images, and evidence of AUROCs and average precisions.
+
+        Args:
+            border: name of the image score's threshold.
+            value: the threshold that is shipped, where there is one already.
+            kinds: of defect, of each image in the order that they came in.
+        """
+        metrics = self.compute()
+        scores_I, labels_I = np.array(self._scores), np.array(self._labels, np.int64)
+        borders = {} if value is None else {"shipped": value}
+        evidence: list[Evidence] = []
+        if "image_auroc" in metrics:
+            borders["largest F1 on these pictures"] = metrics["image_f1max_threshold"]
+            evidence.append(Ranking("image", scores_I, labels_I.astype(bool)))
+        if self._pixels is not None and "pixel_auroc" in metrics:
+            evidence.append(PixelRanking("pixel", self._pixels))
+        return Evaluation(
+            metrics,
+            tuple(
+                decide(border, each, source, scores_I, labels_I, kinds)
+                for source, each in borders.items()
+            ),
+            tuple(evidence),
+            labels_I,
+        )
+
 
 class ClassificationMetrics:
     """Collects logits image by image; then the metrics of a classifier in one go.
@@ -184,6 +212,7 @@ class ClassificationMetrics:
         self._num_in_top = 0
         self._nll = 0.0
         self._gaps = np.zeros(ECE_BINS)  # sum of (right - probability) per bin
+        self._answers: list[tuple[int, bool, float]] = []  # label, whether right, probability
 
     def update(self, logits_C: Array, label: int) -> None:
         """Add one image.
@@ -211,6 +240,7 @@ class ClassificationMetrics:
         best = int(order[0])
         probability = float(np.exp(log_C[best]))
         self.confusion[label, best] += 1
+        self._answers.append((label, best == label, probability))
         self._num_in_top += int(label in order[:TOP])
         self._nll -= float(log_C[label])
         # a bin holds its upper end: (0, 1/15], (1/15, 2/15], ...
@@ -232,12 +262,59 @@ class ClassificationMetrics:
             "nll": self._nll / total,
         }
 
+    def evaluation(self, labels: Sequence[str]) -> Evaluation:
+        """Metrics, errors at the classifier's own confidence, and evidence of top1.
 
-def leave_one_out_top1(vectors_NF: Array, labels_N: Array) -> float:
-    """Share of pictures whose most similar other picture is of their class.
+        Args:
+            labels: name of each class.
+        """
+        label_I, right_I, probability_I = (
+            np.array([answer[i] for answer in self._answers], kind)
+            for i, kind in enumerate((np.int64, bool, np.float64))
+        )
+        sure_I = probability_I >= SURE
+        rates = {
+            name: Rate.counted(int((~right_I & of).sum()), int(of.sum()))
+            for name, of in (
+                ("errors", np.ones(len(label_I), bool)),
+                (f"errors of those at {SURE} or more", sure_I),
+                (f"errors of those below {SURE}", ~sure_I),
+            )
+        }
+        of_sure = rates[f"errors of those at {SURE} or more"]
+        warnings = warned(rates, {"errors": "gets {} of {} labelled pictures wrong"})
+        if of_sure.low > 1 - SURE:
+            told = (
+                f"is wrong in {of_sure.count} of {of_sure.of} answers that it is {SURE:.0%} sure of"
+            )
+            warnings = (*warnings, told)
+        decided = Decisions(
+            border="confidence",
+            value=SURE,
+            source="the most probable class",
+            rates=rates,
+            kinds={
+                name: {"errors": Rate.counted(int((~right_I & of).sum()), int(of.sum()))}
+                for i, name in enumerate(labels)
+                for of in [label_I == i]
+                if of.any()
+            },
+            warnings=warnings,
+        )
+        ones_I = np.ones(len(label_I), np.int64)
+        return Evaluation(
+            self.compute(),
+            (decided,),
+            (Shares("top1", right_I.astype(np.int64), ones_I),),
+            np.zeros(len(label_I), np.int64),
+        )
+
+
+def leave_one_out(vectors_NF: Array, labels_N: Array) -> Evaluation:
+    """``top1``: share of pictures whose most similar other picture is of their class.
 
     Of equally similar ones the first counts. A picture that is alone in its class is only there to
-    be taken for another.
+    be taken for another. A resample asks other pictures, and compares them with the same ones.
 
     Args:
         vectors_NF: float, of length 1.
@@ -253,13 +330,17 @@ def leave_one_out_top1(vectors_NF: Array, labels_N: Array) -> float:
             f"of {len(labels_N)} pictures no two are of one class",
             fix="give at least two pictures of a class",
         )
-    num_right = 0
+    right_N = np.zeros(len(labels_N), np.int64)
     for start in range(0, len(asked), _ROWS_AT_ONCE):
         rows = asked[start : start + _ROWS_AT_ONCE]
         similarity = vectors_NF[rows] @ vectors_NF.T
         similarity[np.arange(len(rows)), rows] = -np.inf  # nobody is compared with itself
-        num_right += int((labels_N[similarity.argmax(axis=1)] == labels_N[rows]).sum())
-    return num_right / len(asked)
+        right_N[rows] = labels_N[similarity.argmax(axis=1)] == labels_N[rows]
+    return Evaluation(
+        {"top1": int(right_N.sum()) / len(asked)},
+        evidence=(Shares("top1", right_N, (sizes[which_N] > 1).astype(np.int64)),),
+        groups_I=np.zeros(len(labels_N), np.int64),
+    )
 
 
 class CandidateMetrics:
@@ -288,10 +369,9 @@ class CandidateMetrics:
     def __init__(self, radius: float, threshold: float | None = None) -> None:
         self._radius = radius
         self._threshold = threshold
-        self._hits: list[float] = []
-        self._false: list[float] = []
-        self._num_images = 0
-        self._num_regions = 0
+        self._hits: list[tuple[float, int]] = []  # score, image
+        self._false: list[tuple[float, int]] = []
+        self._regions: list[int] = []  # of each image
         self._complete = True
 
     def update(self, candidates: Sequence[Candidate], label: int, mask_HW: Array | None) -> None:
@@ -302,39 +382,90 @@ class CandidateMetrics:
             label: 0 normal, 1 defective.
             mask_HW: (H, W) bool ground truth; None on a normal image: there is no defect.
         """
-        self._num_images += 1
+        image = len(self._regions)
         self._complete &= mask_HW is not None or not label
         if mask_HW is None or not mask_HW.any():
-            self._false += [candidate.score for candidate in candidates]
+            self._regions.append(0)
+            self._false += [(candidate.score, image) for candidate in candidates]
             return
         count, regions_HW = cv2.connectedComponents(mask_HW.astype(np.uint8), connectivity=8)
-        self._num_regions += count - 1
+        self._regions.append(count - 1)
         found: set[int] = set()
         for candidate in candidates:
             region = self._nearest(regions_HW, candidate)
             if region == 0:
-                self._false.append(candidate.score)
+                self._false.append((candidate.score, image))
             elif region not in found:
                 found.add(region)
-                self._hits.append(candidate.score)
+                self._hits.append((candidate.score, image))
 
     def compute(self) -> dict[str, float]:
         """All metrics that the images allow."""
-        if not self._complete or not self._num_regions:
+        num_images, num_regions = len(self._regions), sum(self._regions)
+        if not self._complete or not num_regions:
             return {}
-        hits, false = np.sort(self._hits)[::-1], np.sort(self._false)[::-1]
+        hits, false = (
+            np.sort([score for score, _ in scored])[::-1] for scored in (self._hits, self._false)
+        )
         # the score of the first false candidate that is one too many
-        limit = false[self._num_images] if len(false) > self._num_images else -np.inf
-        found = {"recall_at_1_false": int((hits > limit).sum()) / self._num_regions}
+        limit = false[num_images] if len(false) > num_images else -np.inf
+        found = {"recall_at_1_false": int((hits > limit).sum()) / num_regions}
         above = np.searchsorted(-false, -hits, side="right")  # false ones before each hit
         rank = above + np.arange(1, len(hits) + 1)
         for count in RANKS:
-            found[f"recall_at_{count}"] = int((rank <= count).sum()) / self._num_regions
+            found[f"recall_at_{count}"] = int((rank <= count).sum()) / num_regions
         if self._threshold is not None:
-            found["recall"] = int((hits >= self._threshold).sum()) / self._num_regions
+            found["recall"] = int((hits >= self._threshold).sum()) / num_regions
             num_false = int((false >= self._threshold).sum())
-            found["false_per_image"] = num_false / self._num_images
+            found["false_per_image"] = num_false / num_images
         return found
+
+    def added_to(self, images: Evaluation, kinds: Sequence[str]) -> Evaluation:
+        """What was found of whole images, and beside it what was found of defects.
+
+        Args:
+            images: see ``AnomalyMetrics.evaluation``; of the same images.
+            kinds: of defect, of each image.
+        """
+        if not self._complete:
+            return images
+        evidence = CandidateRanking(np.array(self._regions), self._hits, self._false)
+        return replace(
+            images,
+            metrics=images.metrics | self.compute(),
+            decisions=tuple(self._decided(each, kinds) for each in images.decisions),
+            evidence=(*images.evidence, *([evidence] if any(self._regions) else [])),
+        )
+
+    def _decided(self, images: Decisions, kinds: Sequence[str]) -> Decisions:
+        """Decisions on whole images with those on candidates at the same border."""
+        found_I = np.zeros(len(self._regions), np.int64)
+        for score, image in self._hits:
+            found_I[image] += score >= images.value
+        num_false = sum(score >= images.value for score, _ in self._false)
+        names, regions_I = np.array(kinds, dtype=object), np.array(self._regions)
+
+        def missed(of_I: Array) -> Rate:
+            total = int(regions_I[of_I].sum())
+            return Rate.counted(total - int(found_I[of_I].sum()), total)
+
+        rates = {
+            "missed defects": missed(np.ones(len(names), bool)),
+            "false candidates": Rate.counted(num_false, num_false + int(found_I.sum())),
+        }
+        sentences = {"missed defects": "misses {} of {} single defects at its border"}
+        if regions_I.any():  # where there is nothing to find, all that is found is false
+            sentences["false candidates"] = "{} of {} candidates at its border are false"
+        return images.model_copy(
+            update={
+                "rates": images.rates | rates,
+                "kinds": {
+                    kind: known | {"missed defects": missed(names == kind)}
+                    for kind, known in images.kinds.items()
+                },
+                "warnings": images.warnings + warned(rates, sentences),
+            }
+        )
 
     def _nearest(self, regions_HW: Array, candidate: Candidate) -> int:
         """Number of the region that a candidate finds, 0 for none."""
@@ -347,124 +478,6 @@ class CandidateMetrics:
         distances = np.hypot(ys + top - candidate.y, xs + left - candidate.x)
         nearest = int(distances.argmin())
         return int(window[ys[nearest], xs[nearest]]) if distances[nearest] <= self._radius else 0
-
-
-class DetectionMetrics:
-    """Collects boxes by image and class; then COCO's average precision, by faster-coco-eval.
-
-    Keys of ``compute``, both in [0, 1], means over the classes that have a true box:
-
-    * map50: average precision where a box is right from an IoU of 0.5 with the truth.
-    * map50_95: mean of it over the IoUs 0.5, 0.55, ... 0.95.
-
-    Of an image and class the 100 best boxes count. There are no keys without a true box.
-
-    Raises:
-        BackendError: faster-coco-eval is not installed.
-
-    Source: Lin et al., "Microsoft COCO: Common Objects in Context", 2014, and its evaluation.
-    """
-
-    def __init__(self) -> None:
-        if importlib.util.find_spec("faster_coco_eval") is None:
-            raise BackendError(
-                "metrics of boxes need the package 'faster-coco-eval', which is not installed",
-                fix='pip install "engineworks[refdet]"',
-            )
-        self._images: dict[int, int] = {}
-        self._classes: dict[str, int] = {}
-        self._found: list[dict[str, Any]] = []
-        self._truth: list[dict[str, Any]] = []
-
-    def update(
-        self, image: int, name: str, boxes_N4: Array, scores_N: Array, truth_M4: Array
-    ) -> None:
-        """Add what was found of one class in one image, and what is there.
-
-        Args:
-            image: a number that tells images apart.
-            name: of the class.
-            boxes_N4, scores_N: found, in any order; no box is empty.
-            truth_M4: in the unit of ``boxes_N4``.
-
-        Raises:
-            InputError: a score or box that is not finite.
-        """
-        if not np.isfinite(scores_N).all() or not np.isfinite(boxes_N4).all():
-            raise InputError(
-                "an image has boxes or scores that are not finite",
-                fix="look for NaN in the graph's outputs: compare float and INT8",
-            )
-        # numbers from 1: the evaluation takes 0 for "no such"
-        place = {
-            "image_id": self._images.setdefault(image, len(self._images) + 1),
-            "category_id": self._classes.setdefault(name, len(self._classes) + 1),
-            "iscrowd": 0,
-        }
-        for box, score in zip(_corner_and_size(boxes_N4), scores_N.tolist(), strict=True):
-            self._found.append({**place, **box, "score": score, "id": len(self._found) + 1})
-        for box in _corner_and_size(truth_M4):
-            self._truth.append({**place, **box, "id": len(self._truth) + 1})
-
-    def compute(self) -> dict[str, float]:
-        """Both metrics, or none."""
-        from faster_coco_eval import COCO, COCOeval_faster
-
-        if not self._truth:
-            return {}
-        listed = {
-            "images": [{"id": number} for number in self._images.values()],
-            "categories": [{"id": number, "name": k} for k, number in self._classes.items()],
-        }
-        truth, found = (
-            COCO({**listed, "annotations": each}, print_function=_say_nothing)
-            for each in (self._truth, self._found)
-        )
-        judged = COCOeval_faster(truth, found, "bbox", print_function=_say_nothing)
-        judged.evaluate()
-        judged.accumulate()
-        # by IoU, recall and class, for boxes of all sizes and the largest number of them; -1 where
-        # a class has no true box
-        precision_TRC = judged.eval["precision"][:, :, :, 0, -1]
-        precision_TRC = precision_TRC[:, :, precision_TRC[0, 0] >= 0]
-        return {"map50": float(precision_TRC[0].mean()), "map50_95": float(precision_TRC.mean())}
-
-
-def _corner_and_size(boxes_N4: Array) -> list[dict[str, Any]]:
-    """Boxes in COCO's form."""
-    boxes = boxes_N4.astype(np.float64)
-    rows = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1).tolist()
-    return [{"bbox": row, "area": row[2] * row[3]} for row in rows]
-
-
-def _say_nothing(*_texts: object) -> None:
-    pass
-
-
-def st_iou(found: Mapping[int, Array], truth: Mapping[int, Array]) -> float:
-    """How well an object is found in space and time, over the frames of one video.
-
-    The sum of the overlaps in frames where there is both a found and a true box, over the number of
-    frames where there is either: a miss and a false alarm cost a frame each.
-
-    Args:
-        found: frame -> (4,) the best box found, for frames where there is one.
-        truth: frame -> (M, 4) the true boxes, M >= 1, for frames that have any; of several the one
-            that fits best counts.
-
-    Returns:
-        In [0, 1].
-
-    Raises:
-        InputError: no frame has a box.
-
-    Source: metric of the Zalo AI Challenge 2025.
-    """
-    frames = found.keys() | truth.keys()
-    if not frames:
-        raise InputError("there is no box in any frame", fix="leave such videos out")
-    overlaps = (iou(found[i][None], truth[i]).max() for i in found.keys() & truth.keys())
-    return float(sum(overlaps)) / len(frames)
 
 
 def log_softmax(logits: Array) -> Array:

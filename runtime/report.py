@@ -18,6 +18,7 @@ from runtime import files, images, video
 from runtime.bundle import Bundle
 from runtime.errors import InputError
 from runtime.tensors import Array
+from runtime.verdict import headline
 
 _MAX_FIGURES = 12
 _MAX_ROWS = 500
@@ -193,9 +194,10 @@ def of_inference(bundle: Bundle, out: Path, facts: Mapping[str, object]) -> Repo
     page = Report(f"{manifest.system}: {out.name}").values("Run", facts)
     verdict = manifest.reports.get("verdict")
     if verdict:
-        page.heading(f"Verdict of the export: ship {verdict['ship']}").points(
-            verdict.get("reasons", ())
-        )
+        page.heading(f"Verdict of the export: {headline(verdict)}")
+        for warning in verdict.get("warnings", ()):
+            page.warning(warning)
+        page.points(verdict.get("reasons", ()))
     limits = {
         name: f"{limit.value:.4f} ({limit.source})" for name, limit in manifest.thresholds.items()
     }

@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
 from runtime import files
 from runtime.errors import RunError
+from runtime.evaluation import Evaluation
 from training.config import SystemConfig, dump, parse, read_text, schema_of
 
 CONFIG_NAME = "config.yaml"
@@ -83,6 +84,12 @@ class Run:
         files.write(self.root / CONFIG_NAME, dump(self.config))
         content = json.dumps(self.info.model_dump(mode="json"), indent=2, allow_nan=False)
         files.write(self.root / INFO_NAME, content + "\n")
+
+
+def judged(split: str, evaluation: Evaluation) -> dict[str, JsonValue]:
+    """What a record keeps of an evaluation: metrics by the split's name, and ``decisions``."""
+    content = evaluation.to_json()
+    return {split: content["metrics"], "decisions": content["decisions"]}
 
 
 def is_run(root: Path) -> bool:

@@ -11,6 +11,7 @@ from runtime.bundle import Bundle
 from runtime.contract import CheckedEngine
 from runtime.engines import BACKENDS, Engine, check_backend, open_engine
 from runtime.errors import BackendError, BundleError, UsageError
+from runtime.evaluation import Evaluation
 from runtime.graphs import check_graph
 from runtime.plans import PLAN_VARIANTS, check_origin
 from runtime.references import SUFFIX, Prototypes, References, read_references
@@ -70,8 +71,10 @@ class System(Protocol):
 
     def evaluate(
         self, data: Path, *, progress: Callable[[int, int], None] | None = None
-    ) -> dict[str, float]:
-        """The task's metrics on a labelled folder.
+    ) -> Evaluation:
+        """The task's metrics, decisions and evidence on a labelled folder.
+
+        Labels that allow no metric, such as good pictures alone, still give decisions.
 
         Raises:
             DatasetError: the folder does not have the layout or the labels that it takes.

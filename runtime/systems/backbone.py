@@ -19,7 +19,8 @@ from runtime.bundle import Bundle, Manifest, Name
 from runtime.contract import Contract, Signature
 from runtime.engines import Engine
 from runtime.errors import EngineError
-from runtime.metrics import leave_one_out_top1
+from runtime.evaluation import Evaluation
+from runtime.metrics import leave_one_out
 from runtime.preprocess import PreprocessSpec, apply
 from runtime.results import Embedding
 from runtime.sources import PICTURES
@@ -128,7 +129,7 @@ class System:
 
     def evaluate(
         self, data: Path, *, progress: Callable[[int, int], None] | None = None
-    ) -> dict[str, float]:
+    ) -> Evaluation:
         """How often the most similar other picture is of the same class.
 
         Args:
@@ -136,7 +137,7 @@ class System:
                 ``test``, or ``val`` where there is no other.
 
         Returns:
-            ``top1``, see ``runtime.metrics.leave_one_out_top1``.
+            ``top1``, see ``runtime.metrics.leave_one_out``; a vector decides nothing.
 
         Raises:
             DatasetError: another layout.
@@ -152,7 +153,7 @@ class System:
             if progress:
                 progress(start + len(part), len(samples))
         labels_N = np.array([sample.label for sample in samples])
-        return {"top1": leave_one_out_top1(np.concatenate(vectors), labels_N)}
+        return leave_one_out(np.concatenate(vectors), labels_N)
 
     def close(self) -> None:
         """Release the engines; closing twice is allowed."""

@@ -19,6 +19,7 @@ from runtime.bundle import Bundle
 from runtime.contract import Contract, Signature
 from runtime.engines import Engine
 from runtime.errors import DatasetError, EngineError
+from runtime.evaluation import Evaluation
 from runtime.metrics import ClassificationMetrics, log_softmax
 from runtime.preprocess import PreprocessSpec, apply
 from runtime.results import Classification
@@ -100,8 +101,8 @@ class System:
 
     def evaluate(
         self, data: Path, *, progress: Callable[[int, int], None] | None = None
-    ) -> dict[str, float]:
-        """The classifier's metrics on the split ``test``, or ``val`` where there is no other.
+    ) -> Evaluation:
+        """The classifier's metrics and errors on the split ``test``, or else on ``val``.
 
         Args:
             data: a folder or parquet file, see ``runtime.datasets.class_folder``. Its classes are
@@ -131,7 +132,7 @@ class System:
                 metrics.update(logits_C, index[sample.class_name])
             if progress:
                 progress(start + len(part), len(samples))
-        return metrics.compute()
+        return metrics.evaluation(self.labels)
 
     def close(self) -> None:
         """Release the engines; closing twice is allowed."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Annotated
@@ -22,12 +23,13 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from runtime import boxes, draw, files
+from runtime.box_metrics import DetectionMetrics, st_iou
 from runtime.bundle import Bundle, write
 from runtime.contract import Contract, Signature
 from runtime.engines import Engine
 from runtime.errors import DatasetError, EngineError, InputError, UsageError
+from runtime.evaluation import Evaluation
 from runtime.frames import Frames
-from runtime.metrics import DetectionMetrics, st_iou
 from runtime.objects import Frame, LabelledFrame, read_objects
 from runtime.preprocess import PreprocessSpec, apply
 from runtime.references import (
@@ -191,7 +193,7 @@ def evaluate(
     *,
     labels: Sequence[str] = (),
     progress: Callable[[int, int], None] | None = None,
-) -> dict[str, float]:
+) -> Evaluation:
     """Metrics of a network; one ruler for validation and for the INT8 gate.
 
     Frames are searched for one object at a time, and only its boxes count. Whether the references
@@ -208,11 +210,11 @@ def evaluate(
         progress: called with (frames done, frames in all).
 
     Returns:
-        map50 and map50_95, see ``runtime.metrics.DetectionMetrics``; map50_swapped, the same as
+        map50 and map50_95, see ``runtime.box_metrics.DetectionMetrics``; map50_swapped, the same as
         map50 with the other prototype, where there are at least two objects; map50_base and
         map50_95_base, of the base classes, where a frame shows one; and, where frames are of
-        videos, st_iou: the mean of ``runtime.metrics.st_iou`` over the objects of the videos, at
-        ``config.conf``.
+        videos, st_iou: the mean of ``runtime.box_metrics.st_iou`` over the objects of the videos,
+        at ``config.conf``. Decisions: objects missed and boxes false, at ``config.conf``.
     """
     names = sorted(prototypes)
     other = dict(zip(names, [*names[1:], *names[:1]], strict=True))
@@ -255,13 +257,14 @@ def evaluate(
                     base.update(i, name, boxes_K4[its], scores_K[its], _truth(frames[i], name))
         if progress:
             progress(stop, len(frames))
-    metrics = own.compute()
+    judged = own.evaluation(config.conf)
+    metrics = dict(judged.metrics)
     if len(names) > 1 and metrics:
         metrics["map50_swapped"] = swapped.compute()["map50"]
     metrics |= {f"{key}_base": value for key, value in base.compute().items()}
     if overlaps := [st_iou(tube.found, tube.truth) for tube in tubes.values() if tube.truth]:
         metrics["st_iou"] = sum(overlaps) / len(overlaps)
-    return metrics
+    return replace(judged, metrics=metrics)
 
 
 class _Tube:
@@ -481,8 +484,8 @@ class System:
 
     def evaluate(
         self, data: Path, *, progress: Callable[[int, int], None] | None = None
-    ) -> dict[str, float]:
-        """Metrics on the split ``test`` of a folder, one object at a time.
+    ) -> Evaluation:
+        """Metrics and decisions on the split ``test`` of a folder, one object at a time.
 
         Its objects are known by the folder's own references, or by the prompt where there is one.
 

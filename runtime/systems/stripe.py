@@ -28,6 +28,7 @@ from runtime.contract import Contract, Signature
 from runtime.datasets import StripeSample
 from runtime.engines import Engine
 from runtime.errors import EngineError, InputError
+from runtime.evaluation import Evaluation
 from runtime.metrics import AnomalyMetrics, CandidateMetrics, false_reject_threshold
 from runtime.preprocess import PlanesSpec, apply
 from runtime.results import Candidate, DefectMap
@@ -261,7 +262,7 @@ def evaluate(
     *,
     threshold: float | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> dict[str, float]:
+) -> Evaluation:
     """Metrics of a network on labelled images; one ruler for validation and for the INT8 gate.
 
     Args:
@@ -269,7 +270,8 @@ def evaluate(
         threshold: decision border for candidates, where there is one already.
 
     Returns:
-        The keys of ``runtime.metrics.AnomalyMetrics`` and ``CandidateMetrics``.
+        The keys of ``runtime.metrics.AnomalyMetrics`` and ``CandidateMetrics``, and what the
+        threshold decides of whole images, of defects and of candidates.
 
     Raises:
         ImageError: an image or mask that cannot be read.
@@ -288,7 +290,8 @@ def evaluate(
             found.update(candidates, sample.label, mask)
         if progress:
             progress(start + len(part), len(samples))
-    return pixels.compute() | found.compute()
+    kinds = [sample.defect for sample in samples]
+    return found.added_to(pixels.evaluation("candidate", threshold, kinds), kinds)
 
 
 # --- the system ---------------------------------------------------------------------------------
@@ -365,15 +368,15 @@ class System:
 
     def evaluate(
         self, data: Path, *, progress: Callable[[int, int], None] | None = None
-    ) -> dict[str, float]:
-        """Metrics on the split ``test`` of a folder.
+    ) -> Evaluation:
+        """Metrics and decisions on the split ``test`` of a folder.
 
         Args:
             data: see ``runtime.datasets.strips``.
 
         Returns:
-            The keys of ``runtime.metrics.AnomalyMetrics`` and ``CandidateMetrics``; those of pixels
-            and candidates only where every defective image has a mask.
+            See ``evaluate``; what is said of pixels, defects and candidates only where every
+            defective image has a mask.
 
         Raises:
             DatasetError: another layout, or no images.

@@ -117,7 +117,7 @@ def main(
                 print(f"{arm}, seed {seed}: trained in {took:.0f} s", flush=True)
             for precision in PRECISIONS:
                 system = open_system(bundle, backend=backend, precision=precision, threads=threads)
-                found[precision].append(system.evaluate(data))
+                found[precision].append(system.evaluate(data).metrics)
                 system.close()
         for precision, rows in found.items():
             print(f"{arm}, {precision}: {size_bytes(firsts[arm], precision, backend) / 1e6:.1f} MB")

@@ -202,7 +202,7 @@ def main(
         click.echo(f"{folder} without {', '.join(held_out)}")
         with closing(open_system(bundle)) as system:
             for part in (out / name / "novel", out / name / "seen", *sorted(rides.iterdir())):
-                metrics = system.evaluate(part)
+                metrics = system.evaluate(part).metrics
                 values = (f"{key} {value:.4f}" for key, value in metrics.items())
                 click.echo(f"  {part.name:6} {'  '.join(values)}")
 

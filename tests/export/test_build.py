@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from calibration.table import load
 from export import build as build_module
-from export.build import _OWN, BuildConfig, build, describe_verdict
+from export.build import _OWN, BuildConfig, build
 from export.legality import check_legal
 from export.quantize import activations, quantizable, quantize, to_unsigned
 from runtime.bench import Timing, Turn
@@ -28,8 +28,10 @@ from runtime.errors import (
     GateError,
     UsageError,
 )
+from runtime.evaluation import Evaluation
 from runtime.systems import open_system
 from runtime.testing import write_parts, write_tiny_noising_bundle
+from runtime.verdict import describe
 
 SIZE = (64, 64)
 MILLISECONDS = {"float": 4.0, "bf16": 3.0, "int8": 1.0, "int8-bf16": 0.9}
@@ -127,6 +129,16 @@ def silent(_line: str) -> None:
     pass
 
 
+def judged_as(monkeypatch: pytest.MonkeyPatch, auroc: Callable[[Bundle, str, str], float]) -> None:
+    """Makes the image AUROC of a bundle by backend and precision what a test wants."""
+
+    def evaluate(bundle: Bundle, backend: str, precision: str, *_: object, **__: object) -> object:
+        return Evaluation({"image_auroc": auroc(bundle, backend, precision)})
+
+    monkeypatch.setattr("export.build.evaluate", evaluate)
+    monkeypatch.setattr("export.gate.evaluate", evaluate)
+
+
 @dataclass(frozen=True)
 class Built:
     bundle: Bundle
@@ -175,7 +187,7 @@ class TestABuild:
         self, built: Bundle, parts: Path, backend: str
     ) -> None:
         system = open_system(built, backend=backend, precision="int8", threads=1)
-        assert system.evaluate(parts)["image_auroc"] == 1.0
+        assert system.evaluate(parts).metrics["image_auroc"] == 1.0
         system.close()
 
     def test_ships_its_calibration_table_bound_to_graph_and_samples(
@@ -205,7 +217,7 @@ class TestABuild:
         json.dumps(reports, allow_nan=False)
 
     def test_says_its_steps_and_its_verdict(self, once: Built) -> None:
-        lines = describe_verdict(once.bundle.manifest.reports["verdict"])
+        lines = describe(once.bundle.manifest.reports["verdict"])
 
         assert once.said[0].startswith("calibrating on 6 images")
         assert once.said[-len(lines) :] == lines
@@ -259,7 +271,7 @@ class TestABuildOfABundleThatHasInt8:
     def test_keeps_reports_of_other_stages(
         self, floats: Bundle, parts: Path, tmp_path: Path
     ) -> None:
-        parity = {"torch-float": {"features": {"max_rel": 1e-6}}}
+        parity = {"torch-float": {"features": {"features": {"max_rel": 1e-6}}}}
         manifest = floats.manifest.model_copy(update={"reports": {"parity": parity}})
         files = {name: floats.path(name) for name in floats.manifest.files}
         traced = write(tmp_path / "traced", manifest, files)
@@ -359,10 +371,7 @@ class TestTheGate:
         )
         monkeypatch.setitem(BACKENDS, "ort", own)
         found = {("openvino", "float"): 0.9, ("openvino", "int8"): 0.9, ("ort", "int8"): 0.8}
-        monkeypatch.setattr(
-            "export.build._metrics",
-            lambda _bundle, backend, precision, _config: {"image_auroc": found[backend, precision]},
-        )
+        judged_as(monkeypatch, lambda _, backend, precision: found[backend, precision])
         said: list[str] = []
 
         built = build(floats, tmp_path / "out", config(parts, method="minmax"), say=said.append)
@@ -388,11 +397,11 @@ class TestTheGate:
             _OWN, own, lambda *arguments, **named: to_unsigned(quantize(*arguments, **named))
         )
 
-        def metrics(bundle: Bundle, backend: str, precision: str, _config: object) -> object:
+        def auroc(bundle: Bundle, backend: str, precision: str) -> float:
             spoilt = own in bundle.manifest.graphs["features"].variants and backend == owner
-            return {"image_auroc": 0.8 if spoilt and precision == "int8" else 0.9}
+            return 0.8 if spoilt and precision == "int8" else 0.9
 
-        monkeypatch.setattr("export.build._metrics", metrics)
+        judged_as(monkeypatch, auroc)
 
         built = build(floats, tmp_path / "out", config(parts, method="minmax"), say=silent)
 
@@ -407,11 +416,8 @@ class TestTheGate:
         monkeypatch.setitem(
             _OWN, "int8-ort", lambda *arguments, **named: to_unsigned(quantize(*arguments, **named))
         )
-        monkeypatch.setattr(
-            "export.build._metrics",
-            lambda _bundle, _backend, precision, _config: {
-                "image_auroc": {"float": 0.9, "int8": 0.8}[precision]
-            },
+        judged_as(
+            monkeypatch, lambda _, _backend, precision: {"float": 0.9, "int8": 0.8}[precision]
         )
 
         built = build(floats, tmp_path / "out", config(parts, method="minmax"), say=silent)
@@ -419,17 +425,43 @@ class TestTheGate:
         assert "int8-ort" in built.manifest.graphs["features"].variants
         assert not built.manifest.reports["gate"]["passed"]
 
-    def test_is_not_measured_without_labelled_data(
+    def test_that_is_not_measured_ships_float_unless_somebody_says_so(
         self, floats: Bundle, parts: Path, tmp_path: Path
     ) -> None:
-        options = config(parts, method="minmax", evaluation=None)
-        built = build(floats, tmp_path / "out", options, say=silent)
+        for unjudged in (False, True):
+            options = config(parts, method="minmax", evaluation=None, unjudged=unjudged)
+            built = build(floats, tmp_path / str(unjudged), options, say=silent)
 
-        assert built.manifest.reports["gate"] == {}
-        assert (
-            "accuracy was not measured: pass --eval DIR"
-            in (built.manifest.reports["verdict"]["reasons"])
+            assert built.manifest.reports["gate"] == {}
+            verdict = built.manifest.reports["verdict"]
+            assert verdict["unjudged"]
+            assert verdict["ship"] == ("int8" if unjudged else "float")
+            assert ("--eval DIR" in verdict["reasons"][-1]) != unjudged
+
+    def test_says_what_each_precision_decides_and_warns_of_the_one_that_ships(
+        self, floats: Bundle, parts: Path, tmp_path: Path
+    ) -> None:
+        """With a border that nothing reaches, all metrics are perfect and all defects pass."""
+        files = {name: floats.path(name) for name in floats.manifest.files}
+        far = {**floats.manifest.thresholds}
+        far["image"] = far["image"].model_copy(update={"value": 1e6})
+        blind = write(
+            tmp_path / "blind", floats.manifest.model_copy(update={"thresholds": far}), files
         )
+
+        built = build(blind, tmp_path / "out", config(parts, method="minmax"), say=silent)
+
+        gate = built.manifest.reports["gate"]
+        assert gate["passed"] and gate["num_pictures"] == 8
+        low, high = gate["interval"]["pixel_auroc"]
+        assert low <= gate["drop"]["pixel_auroc"] <= high
+        for precision in ("float", "int8"):
+            shipped, best = gate["decisions"][precision]
+            misses = shipped["rates"]["misses"]
+            assert misses["count"] == misses["of"] == 4
+            assert best["rates"]["misses"]["count"] == 0
+        told = f"passes {4} of {4} labelled defects at its border"
+        assert built.manifest.reports["verdict"]["warnings"] == [told]
 
     def test_names_metrics_that_the_labels_do_not_give(
         self, floats: Bundle, parts: Path, tmp_path: Path
@@ -444,6 +476,13 @@ class TestTheGate:
 
         assert f"gate: {unmasked} does not give pixel_auroc" in said
         assert set(built.manifest.reports["gate"]["drop"]) == {"image_auroc"}
+        reasons = built.manifest.reports["verdict"]["reasons"]
+        assert reasons[-1] == "not judged, the data do not give it: pixel_auroc"
+
+        strict = dataclasses.replace(options, fail_on_drop=True)
+        with pytest.raises(GateError, match="could not judge pixel_auroc"):
+            build(floats, tmp_path / "strict", strict, say=silent)
+        assert read(tmp_path / "strict").manifest.reports["gate"]["not_judged"] == ["pixel_auroc"]
 
     def test_does_not_pass_where_nothing_was_measured(
         self, floats: Bundle, parts: Path, tmp_path: Path
@@ -517,6 +556,10 @@ class TestWhatCannotBeBuilt:
         options = config(parts, evaluation=None, fail_on_drop=True)
         self.refused(floats, tmp_path / "out", options, UsageError, "without labelled data")
 
+    def test_unjudged_with_what_judges(self, floats: Bundle, parts: Path, tmp_path: Path) -> None:
+        options = config(parts, unjudged=True)
+        self.refused(floats, tmp_path / "out", options, UsageError, "--unjudged does not")
+
     def test_over_a_bundle_is_refused_before_any_work(
         self, floats: Bundle, parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -541,71 +584,3 @@ class TestWhatCannotBeBuilt:
 
         options = config(parts)
         self.refused(broken, tmp_path / "out", options, CalibrationError, "NaN or infinity")
-
-
-def speed(low: float, *, bf16: float | None = None, stable: bool = True) -> dict[str, Any]:
-    p50 = {"float": 4.0, "int8": 1.0}
-    return {
-        "p50_ms": p50 if bf16 is None else {**p50, "bf16": bf16},
-        "stable": stable,
-        "int8_speedup": low + 0.5,
-        "int8_speedup_low": low,
-        "int8_speedup_high": low + 1,
-    }
-
-
-PASSED = {"passed": True, "failed": {}}
-FAILED = {"passed": False, "failed": {"image_auroc": 0.0123}}
-
-
-class TestTheVerdict:
-    @pytest.mark.parametrize(
-        ("gate", "low", "ship"),
-        [
-            (PASSED, 3.0, "int8"),
-            (FAILED, 3.0, "float"),
-            ({}, 3.0, "int8"),
-            (PASSED, 1.04, "float"),
-            (FAILED, 1.04, "float"),
-            ({}, 1.04, "float"),
-            (PASSED, 1.05, "int8"),
-        ],
-        ids=[
-            "good and fast",
-            "bad and fast",
-            "unmeasured and fast",
-            "good, hardly faster",
-            "bad, hardly faster",
-            "unmeasured, hardly faster",
-            "good, at the border",
-        ],
-    )
-    def test_ships_int8_where_it_pays_and_did_not_fail(
-        self, gate: dict[str, Any], low: float, ship: str
-    ) -> None:
-        verdict = build_module._verdict(gate, {"openvino": speed(low)})
-
-        assert verdict["ship"] == ship
-        assert verdict["pays"] == (low >= 1.05)
-        assert verdict["backend"] == "openvino"
-
-    def test_goes_by_the_backend_that_auto_takes(self) -> None:
-        slow, fast = speed(0.8), speed(5.0)
-
-        assert build_module._verdict(PASSED, {"openvino": slow, "ort": fast})["ship"] == "float"
-        assert build_module._verdict(PASSED, {"openvino": fast, "ort": slow})["ship"] == "int8"
-
-    def test_gives_its_reasons(self) -> None:
-        found = {"openvino": speed(0.5, bf16=1.5, stable=False), "ort": speed(3.0)}
-
-        lines = describe_verdict(build_module._verdict(FAILED, found))
-
-        assert lines == [
-            "verdict: ship float",
-            "  openvino: INT8 is 1.00x as fast as float (95 % interval 0.50 to 1.50)",
-            "  openvino: float 4.00 ms, int8 1.00 ms, bf16 1.50 ms",
-            "  ort: INT8 is 3.50x as fast as float (95 % interval 3.00 to 4.00)",
-            "  INT8 does not pay here with openvino",
-            "  the machine was not quiet while this was timed",
-            "  the task's metrics dropped too much: image_auroc by 0.0123",
-        ]

@@ -23,6 +23,7 @@ from runtime.bench import (
     to_json,
 )
 from runtime.errors import InputError
+from runtime.evaluation import Evaluation, decide
 
 
 class Machine:
@@ -257,11 +258,20 @@ class TestARatio:
 
 
 class TestTheTable:
+    judged = Evaluation(
+        {"image_auroc": 0.98765, "x_f1max": 0.5},
+        (
+            decide(
+                "image", 0.5, "shipped", np.array([0.1, 0.2, 0.3]), np.array([0, 1, 1]), list("abb")
+            ),
+        ),
+    )
+
     def rows(self) -> list[Row]:
         network = {"float": timing([6.0] * 20), "int8": timing([2.0] * 20)}
         path = {"float": timing([10.0] * 20), "int8": timing([8.0] * 20)}
         return [
-            Row("ort", precision, 4, 2, covers, found, {"image_auroc": 0.98765, "x_f1max": 0.5})
+            Row("ort", precision, 4, 2, covers, found, self.judged)
             for covers, timings in (("network", network), ("images to results", path))
             for precision, found in timings.items()
         ]
@@ -273,6 +283,14 @@ class TestTheTable:
         assert "images to results, batch 4, 2 threads" in text
         assert text.count("0.9877") == 4
         assert "x_f1max" not in text
+
+    def test_has_what_goes_wrong_at_the_border_that_is_shipped(self) -> None:
+        text = " ".join(render(self.rows()).split())
+
+        assert "false rejects" in text and "misses" in text
+        assert text.count("0 of 1") == text.count("2 of 2") == 4
+        decisions = self.rows()[0].to_json()["decisions"]
+        assert decisions[0]["rates"]["misses"]["count"] == 2
 
     def test_compares_with_the_first_row_of_its_part(self) -> None:
         plain = to_json(self.rows())

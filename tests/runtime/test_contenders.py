@@ -148,7 +148,7 @@ class TestMeasuring:
             for precision in ("float", "int8")
         ]
         assert asked == [4.0] * 4, "seconds per row, for both contenders of a turn"
-        assert all(row.accuracy is None for row in rows)
+        assert all(row.evaluation is None for row in rows)
 
     def test_times_what_is_on_a_gpu_once_more_without_the_copies(
         self, tiny: Bundle, monkeypatch: pytest.MonkeyPatch
@@ -215,7 +215,7 @@ class TestMeasuring:
             evaluate=None,
             close=lambda: None,
         )
-        monkeypatch.setattr(contenders, "of_bundle", lambda *_args: [watching])
+        monkeypatch.setattr(contenders, "of_bundle", lambda *_args, **_named: [watching])
         images = [np.full((64, 64, 3), value, np.uint8) for value in (1, 2)]
 
         measure(
@@ -245,7 +245,7 @@ class TestMeasuring:
             Contender(name, "float", call, call, None, lambda name=name: closed.append(name))
             for name, call in (("good", lambda _batch: None), ("bad", broken))
         ]
-        monkeypatch.setattr(contenders, "of_bundle", lambda *_args: both)
+        monkeypatch.setattr(contenders, "of_bundle", lambda *_args, **_named: both)
 
         with pytest.raises(RuntimeError, match="a kernel failed"):
             measure(

@@ -152,7 +152,7 @@ class TestTheTinyBundle:
         for backend in ("ort", "openvino"):
             for precision in ("float", "int8"):
                 system = open_system(made, backend=backend, precision=precision, threads=1)
-                found = system.evaluate(parts)
+                found = system.evaluate(parts).metrics
                 system.close()
                 assert found["image_auroc"] == 1.0
                 assert found["pixel_auroc"] > 0.97
@@ -235,7 +235,7 @@ class TestTheTinyClassifier:
         for backend in ("ort", "openvino"):
             for precision in ("float", "int8"):
                 system = open_system(made, backend=backend, precision=precision, threads=1)
-                found = system.evaluate(flowers)
+                found = system.evaluate(flowers).metrics
                 system.close()
                 assert found["top1"] == 1.0
 

@@ -38,6 +38,7 @@ from runtime.bundle import Bundle
 from runtime.contract import Contract, Signature
 from runtime.engines import Engine
 from runtime.errors import EngineError
+from runtime.evaluation import Evaluation
 from runtime.metrics import AnomalyMetrics
 from runtime.preprocess import PreprocessSpec, apply, place, restore
 from runtime.results import AnomalyMap
@@ -216,8 +217,8 @@ class System:
 
     def evaluate(
         self, data: Path, *, progress: Callable[[int, int], None] | None = None
-    ) -> dict[str, float]:
-        """Image and pixel metrics on the labelled test images of a folder.
+    ) -> Evaluation:
+        """Metrics of images and pixels, and what the border decides, on a folder's test images.
 
         Args:
             data: an MVTec-style folder, see ``runtime.datasets.mvtec``.
@@ -241,7 +242,8 @@ class System:
                 )
             if progress:
                 progress(start + len(part), len(samples))
-        return metrics.compute()
+        border = self.bundle.manifest.thresholds["image"].value
+        return metrics.evaluation("image", border, [sample.defect for sample in samples])
 
     def close(self) -> None:
         """Release the engines; closing twice is allowed."""

@@ -288,14 +288,14 @@ def ablation(
     params: Params,
     image_size: tuple[int, int],
     labelled: Iterable[tuple[Array, int, Array | None]],
-) -> dict[str, dict[str, float]]:
+) -> dict[str, AnomalyMetrics]:
     """What each signal earns: the task's metrics for the distance alone and with each addition.
 
     Args:
         labelled: (features (N, D), label 0 or 1, mask (height, width) bool or None) per image.
 
     Returns:
-        name of the combination -> metrics; ``shipped`` is the bundle's own weights.
+        name of the combination -> its metrics; ``shipped`` is the bundle's own weights.
     """
     alone = dict.fromkeys(SIGNALS, 0.0)
     combinations = {
@@ -325,4 +325,4 @@ def ablation(
             scores = combine(signals, params.signals, weights) / np.float32(params.score_std)
             scored = anomaly_map(scores, params.grid, image_size, params.smoothing)
             metrics[name].update(float(scores.max()), label, scored, mask)
-    return {name: metric.compute() for name, metric in metrics.items()}
+    return metrics

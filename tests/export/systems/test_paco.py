@@ -106,7 +106,7 @@ class TestTheBundle:
         system = System(
             bundle, open_engines(bundle, "ort", "float"), backend="ort", precision="float"
         )
-        found = system.evaluate(flowers)
+        found = system.evaluate(flowers).metrics
         system.close()
 
         want = run.info.results["test"]

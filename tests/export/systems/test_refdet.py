@@ -188,7 +188,7 @@ class TestTheBundle:
     def test_judges_as_training_did(self, run: Run, bundle: Bundle, data: Path) -> None:
         """Without ``val`` a run is judged on ``test``, as a bundle is."""
         with closing(opened(bundle)) as system:
-            found = system.evaluate(data)
+            found = system.evaluate(data).metrics
 
         want = run.info.results["test"]
         assert isinstance(want, dict)

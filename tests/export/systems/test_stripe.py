@@ -112,7 +112,7 @@ class TestTheBundle:
     def test_judges_as_training_did(self, run: Run, bundle: Bundle, data: Path) -> None:
         """Without ``valid`` a run is judged on ``test``, as a bundle is."""
         system = opened(bundle)
-        found = system.evaluate(data)
+        found = system.evaluate(data).metrics
         system.close()
 
         want = run.info.results["test"]

@@ -145,7 +145,7 @@ class TestABundle:
         data = write_flowers(tmp_path / "data", num_test=4)
         seen: list[tuple[int, int]] = []
         with closing(open_system(made, backend=backend, precision=precision)) as opened:
-            found = opened.evaluate(data, progress=lambda done, of: seen.append((done, of)))
+            found = opened.evaluate(data, progress=lambda done, of: seen.append((done, of))).metrics
         assert found == {"top1": 1.0}
         assert seen == [(8, 24), (16, 24), (24, 24)]
 

@@ -668,7 +668,8 @@ class TestTheAblation:
             *((f, 0, None) for f in features[6:8]),
             *((f, 1, mask) for f in defective),
         ]
-        found = ablation(fitted.bank, fitted.params, (12, 16), labelled)
+        judged = ablation(fitted.bank, fitted.params, (12, 16), labelled)
+        found = {name: metrics.compute() for name, metrics in judged.items()}
         assert list(found) == [
             "distance",
             "distance + influence",
@@ -867,7 +868,7 @@ class TestABundleOfOtherParameters:
 class TestAnEvaluation:
     def test_measures_the_test_images(self, system: Any, parts: Path) -> None:
         seen: list[tuple[int, int]] = []
-        found = system.evaluate(parts, progress=lambda *now: seen.append(now))
+        found = system.evaluate(parts, progress=lambda *now: seen.append(now)).metrics
         assert seen[-1] == (8, 8)
         samples = mvtec(parts, "test")
         scores = np.array([system.infer([images.read(s.path)])[0].score for s in samples])
@@ -1078,7 +1079,7 @@ class TestASystemWithADiscriminator:
         with closing(open_noising(bankless, backend="ort", threads=1)) as system:
             (result,) = system.infer([image])
             assert system.draw(image, result).dtype == np.uint8
-            assert 0 <= system.evaluate(parts)["image_auroc"] <= 1
+            assert 0 <= system.evaluate(parts).metrics["image_auroc"] <= 1
 
     def test_refuses_scores_that_are_not_finite(self, bankless: Bundle) -> None:
         entry = bankless.manifest.graphs["discriminate"]

@@ -202,7 +202,7 @@ class TestEvaluating:
         shown: list[tuple[int, int]] = []
         opened = system(bundle())
 
-        found = opened.evaluate(fields, progress=lambda done, of: shown.append((done, of)))
+        found = opened.evaluate(fields, progress=lambda done, of: shown.append((done, of))).metrics
 
         # wrong are one rye and one oat
         assert found["top1"] == pytest.approx(4 / 6)
@@ -217,13 +217,13 @@ class TestEvaluating:
 
     def test_takes_test_before_val_and_a_folder_of_classes_as_it_is(self, fields: Path) -> None:
         opened = system(bundle())
-        on_test = opened.evaluate(fields)
+        on_test = opened.evaluate(fields).metrics
 
-        assert opened.evaluate(fields / "test") == on_test
+        assert opened.evaluate(fields / "test").metrics == on_test
         images.write(fields / "val" / "rye" / "0.png", flat(10, 10, 200))
-        assert opened.evaluate(fields) == on_test
+        assert opened.evaluate(fields).metrics == on_test
         shutil.rmtree(fields / "test")
-        assert opened.evaluate(fields)["top1"] == 0
+        assert opened.evaluate(fields).metrics["top1"] == 0
 
     def test_does_not_look_at_training_pictures(self, fields: Path) -> None:
         (fields / "test").rename(fields / "train")
@@ -255,7 +255,7 @@ class TestEvaluating:
         pq.write_table(pa.table(rows), tmp_path / "packed" / "fields.parquet")
         opened = system(bundle())
 
-        assert opened.evaluate(tmp_path / "packed") == opened.evaluate(fields)
+        assert opened.evaluate(tmp_path / "packed").metrics == opened.evaluate(fields).metrics
 
     def test_of_many_pictures_goes_batch_by_batch(self, tmp_path: Path) -> None:
         for i in range(19):
@@ -278,7 +278,7 @@ def test_real_engines_know_drawn_flowers(
     flowers = write_flowers(tmp_path / "flowers", size=(50, 60))
     engines = open_engines(tiny, backend, precision, threads=1)
     with closing(System(tiny, engines, backend=backend, precision=precision)) as opened:
-        found = opened.evaluate(flowers)
+        found = opened.evaluate(flowers).metrics
 
     assert found["top1"] == found["top5"] == found["balanced_accuracy"] == 1.0
     assert found["nll"] < 0.1

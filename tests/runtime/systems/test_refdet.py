@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from runtime.box_metrics import st_iou
 from runtime.boxes import iou
 from runtime.bundle import Bundle, FileEntry, GraphEntry, Manifest, read
 from runtime.errors import BundleError, DatasetError, EngineError, InputError, UsageError
-from runtime.metrics import st_iou
 from runtime.preprocess import PreprocessSpec
 from runtime.references import Prototypes, average
 from runtime.results import Detections
@@ -469,7 +469,7 @@ def judge(
         SPEC,
         config or InferenceConfig(),
         labels=labels,
-    )
+    ).metrics
 
 
 def boxed(*boxes: Sequence[float]) -> Array:
@@ -632,7 +632,7 @@ class TestEvaluatingAFolder:
     ) -> None:
         data = write_scenes(tmp_path, size=(80, 120), names=("blue", "green", "white"))
         with closing(open_system(tiny, backend=backend, precision=precision)) as opened:
-            found = opened.evaluate(data)
+            found = opened.evaluate(data).metrics
             names = opened.names() if isinstance(opened, Promptable) else ()
 
         assert found["map50"] == found["map50_95"] == 1
@@ -651,9 +651,9 @@ class TestEvaluatingAFolder:
             (tmp_path / "other" / other).rename(wrong / name)
         with closing(open_system(tiny, backend="ort", threads=1)) as opened:
             prompt(opened, data / "references")
-            assert opened.evaluate(data)["map50"] == 1
+            assert opened.evaluate(data).metrics["map50"] == 1
             prompt(opened, wrong)
-            assert opened.evaluate(data)["map50"] == 0
+            assert opened.evaluate(data).metrics["map50"] == 0
 
     def test_needs_a_reference_of_every_object(self, tiny: Bundle, tmp_path: Path) -> None:
         data = write_scenes(tmp_path, names=("blue", "green"))
@@ -684,7 +684,7 @@ class TestEvaluatingAFolder:
             listed.append({"video_id": name, "annotations": [{"bboxes": boxes}]})
         (tmp_path / "annotations.json").write_text(json.dumps(listed))
         with closing(open_system(tiny, backend="ort", threads=1)) as opened:
-            found = opened.evaluate(tmp_path)
+            found = opened.evaluate(tmp_path).metrics
 
         assert found["st_iou"] == pytest.approx((1 + 1 / 2) / 2)  # 16 of 32 rows are shared
         assert "map50_swapped" not in found  # one of the two objects is for the test

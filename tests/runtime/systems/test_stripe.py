@@ -398,7 +398,7 @@ class TestEvaluate:
         system = open_system(tiny, backend="ort", precision="float", threads=1)
         seen: list[tuple[int, int]] = []
 
-        metrics = system.evaluate(data, progress=lambda done, of: seen.append((done, of)))
+        metrics = system.evaluate(data, progress=lambda done, of: seen.append((done, of))).metrics
 
         for key in ("image_auroc", "recall_at_1_false", "recall_at_30", "recall"):
             assert metrics[key] == 1
@@ -410,7 +410,7 @@ class TestEvaluate:
 
     def test_a_blind_graph_is_as_good_as_chance(self, data: Path) -> None:
         samples = datasets.strips(data, "test")
-        found = evaluate(lambda x: x[:, :1] * 0 - 9, samples, SPEC, InferenceConfig())
+        found = evaluate(lambda x: x[:, :1] * 0 - 9, samples, SPEC, InferenceConfig()).metrics
         assert found["image_auroc"] == 0.5
         assert found["pixel_auroc"] == 0.5
         assert "recall" not in found  # no threshold was given
@@ -420,7 +420,7 @@ class TestEvaluate:
         for mask in (root / "ground_truth" / "spot").iterdir():
             mask.unlink()
         system = open_system(tiny, backend="ort", precision="float", threads=1)
-        metrics = system.evaluate(root)
+        metrics = system.evaluate(root).metrics
         assert metrics["image_auroc"] == 1
         assert not [key for key in metrics if "pixel" in key or "recall" in key]
         system.close()
@@ -451,5 +451,5 @@ def test_captures_in_three_folders_are_judged_alike(tmp_path: Path, tiny: Bundle
             plane = np.ascontiguousarray(planes.read(path)[..., i])
             images.write(three / relative.parent / name / relative.name, plane)
     system = open_system(tiny, backend="ort", precision="float", threads=1)
-    assert system.evaluate(three) == system.evaluate(one)
+    assert system.evaluate(three).metrics == system.evaluate(one).metrics
     system.close()

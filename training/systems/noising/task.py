@@ -20,6 +20,7 @@ from runtime import datasets, files
 from runtime.bank import Bank
 from runtime.bundle import Threshold
 from runtime.errors import DatasetError, RunError
+from runtime.evaluation import Evaluation
 from runtime.metrics import AnomalyMetrics
 from runtime.systems.noising import target_mask
 from runtime.systems.noising.fit import ablation, calibrate, fit, hold_out
@@ -168,10 +169,12 @@ class Task:
         results: dict[str, JsonValue] = {"fit": fitted.report}
         shipped: Mapping[str, float] = {}
         if self.labelled:
-            judged = self._judged(progress)
-            found = ablation(fitted.bank, fitted.params, size, judged)
-            results["ablation"] = cast(JsonValue, found)
-            shipped = found["shipped"]
+            found = ablation(fitted.bank, fitted.params, size, self._judged(progress))
+            judged = self._evaluation(found.pop("shipped"), fitted.thresholds)
+            shipped = judged.metrics
+            each = {name: metrics.compute() for name, metrics in found.items()}
+            results["ablation"] = cast(JsonValue, {**each, "shipped": shipped})
+            results["decisions"] = judged.to_json()["decisions"]
         self._write(run, fitted.params, fitted.thresholds, shipped)
         return results
 
@@ -205,13 +208,22 @@ class Task:
             for name, scores_N in scored.items():
                 map_HW = anomaly_map(scores_N, self.grid, size, settings.smoothing)
                 metrics[name].update(float(scores_N.max()), label, map_HW, mask)
-        found = (
-            {name: metric.compute() for name, metric in metrics.items()} if self.labelled else {}
-        )
-        if found:
-            results["judges"] = cast(JsonValue, found)
-        self._write(run, params, thresholds, found.get("discriminator", {}))
+        shipped: Mapping[str, float] = {}
+        if self.labelled:
+            judged = self._evaluation(metrics["discriminator"], thresholds)
+            shipped = judged.metrics
+            distance = metrics["distance"].compute()
+            results["judges"] = cast(JsonValue, {"discriminator": shipped, "distance": distance})
+            results["decisions"] = judged.to_json()["decisions"]
+        self._write(run, params, thresholds, shipped)
         return results
+
+    def _evaluation(
+        self, metrics: AnomalyMetrics, thresholds: Mapping[str, Threshold]
+    ) -> Evaluation:
+        """Of what is shipped, on the labelled images."""
+        kinds = [sample.defect for sample in self.labelled]
+        return metrics.evaluation("image", thresholds["image"].value, kinds)
 
     def _write(
         self,

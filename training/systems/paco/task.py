@@ -24,7 +24,7 @@ from runtime.tensors import Array
 from training import backbones
 from training.data import Samples, fingerprint, loader, preprocess
 from training.features import FeatureCache
-from training.run import Run, open_run, read_json
+from training.run import Run, judged, open_run, read_json
 from training.systems.paco.config import TaskConfig
 from training.systems.paco.data import Pictures, Views
 from training.systems.paco.model import Paco, PacoTraining
@@ -202,7 +202,7 @@ class Task:
             self._draw_parts(run.root / "parts", model)
         rates = zip(self.labels, *_rates(metrics.confusion), strict=True)
         results = {
-            str(self.judged_by): metrics.compute(),
+            **judged(str(self.judged_by), metrics.evaluation(self.labels)),
             "classes": {label: {"recall": r, "precision": p} for label, r, p in rates},
         }
         return cast(dict[str, JsonValue], results)

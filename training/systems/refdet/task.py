@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from runtime import files, references
+from runtime.evaluation import Evaluation
 from runtime.frames import Frames
 from runtime.objects import ObjectData, object_splits, read_objects
 from runtime.preprocess import apply
@@ -21,7 +22,7 @@ from runtime.tensors import Array
 from training.backbones import feature_cache, read_weights
 from training.data import fingerprint, loader
 from training.profiler import section
-from training.run import Run
+from training.run import Run, judged
 from training.systems.refdet.config import StageConfig, TaskConfig, WeightsConfig
 from training.systems.refdet.data import Episodes
 from training.systems.refdet.loss import Losses
@@ -153,7 +154,7 @@ class Task:
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         assert isinstance(model, Training)
-        return {} if self.judged is None else self._judge(model.net, self.judged)
+        return {} if self.judged is None else self._judge(model.net, self.judged).metrics
 
     def finish(self, run: Run, model: nn.Module, progress: Progress) -> dict[str, JsonValue]:
         """Write the base classes' names, and what the bundle looks for unless told otherwise."""
@@ -174,7 +175,8 @@ class Task:
         }
         if self.judged is not None:
             model.load_state_dict(read_weights(run.weights()))
-            results[str(self.judged_by)] = {**self._judge(model.net, self.judged, progress)}
+            found = self._judge(model.net, self.judged, progress)
+            results |= judged(str(self.judged_by), found)
         return results
 
     # --- stages and rates ------------------------------------------------------------------------
@@ -225,10 +227,8 @@ class Task:
 
     # --- judging ---------------------------------------------------------------------------------
 
-    def _judge(
-        self, net: RefDet, data: ObjectData, progress: Progress | None = None
-    ) -> dict[str, float]:
-        """Metrics of a split, as ``runtime.systems.refdet`` measures them in a bundle."""
+    def _judge(self, net: RefDet, data: ObjectData, progress: Progress | None = None) -> Evaluation:
+        """How it does on a split, as ``runtime.systems.refdet`` measures them in a bundle."""
         detect = Detect(net, self.config.num_candidates).eval()
         device = next(net.parameters()).device
 

@@ -15,13 +15,14 @@ from torch.utils.data import DataLoader
 
 from runtime import datasets, files, planes
 from runtime.bundle import Threshold
+from runtime.evaluation import Evaluation
 from runtime.preprocess import PlanesSpec
 from runtime.systems import stripe
 from runtime.tensors import Array
 from training.backbones import read_weights
 from training.data import fingerprint, loader
 from training.profiler import section
-from training.run import Run
+from training.run import Run, judged
 from training.systems.stripe.config import TaskConfig
 from training.systems.stripe.data import Tiles, pack
 from training.systems.stripe.loss import focal
@@ -87,7 +88,7 @@ class Task:
             return {"loss": focal(logits_B1HW, batch["mask"], self.config.loss)}
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        return self._judge(model, None) if self.judged else {}
+        return self._judge(model, None).metrics if self.judged else {}
 
     def finish(self, run: Run, model: nn.Module, progress: Progress) -> dict[str, JsonValue]:
         """Find the threshold of the kept weights, and write what the export needs.
@@ -117,7 +118,7 @@ class Task:
             "data": {"strips": len(strips), "packed_bytes": strips.num_bytes},
         }
         if self.judged_by is not None:
-            results[self.judged_by] = {**self._judge(model, threshold.value)}
+            results |= judged(self.judged_by, self._judge(model, threshold.value))
         if self.config.tiles.cache is None:
             strips.remove()
         return results
@@ -132,7 +133,7 @@ class Task:
         )
         return Tiles(strips, self.config)
 
-    def _judge(self, model: nn.Module, threshold: float | None) -> dict[str, float]:
+    def _judge(self, model: nn.Module, threshold: float | None) -> Evaluation:
         return stripe.evaluate(
             _run(model), self.judged, self._spec, self.config.inference, threshold=threshold
         )

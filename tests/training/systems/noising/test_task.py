@@ -294,7 +294,7 @@ class TestTheBundleOfTheDiscriminator:
 
     def test_judges_as_the_run_did(self, taught: Run, taught_bundle: Bundle, drawn: Path) -> None:
         system = open_system(taught_bundle, backend="ort")
-        found = system.evaluate(drawn)
+        found = system.evaluate(drawn).metrics
         system.close()
         results: Any = taught.info.results
         for name, value in results["judges"]["discriminator"].items():

@@ -1,0 +1,152 @@
+"""The accuracy gate: how much of the task's metrics INT8 may lose, and whether that can be told.
+
+A metric fails where its drop exceeds what the recipe allows, whatever the noise; the interval of
+the paired bootstrap says whether as many pictures can tell that from noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from runtime.bundle import Bundle
+from runtime.engines import BACKENDS
+from runtime.errors import BackendError, DatasetError
+from runtime.evaluation import Evaluation
+from runtime.evidence import Drop
+from runtime.systems import open_system, variant_of
+
+Say = Callable[[str], None]
+
+
+def int8_backends() -> list[str]:
+    """Usable backends that run INT8 ONNX graphs, the preferred one first.
+
+    Raises:
+        BackendError: there is none.
+    """
+    names = [
+        name
+        for name, row in BACKENDS.items()
+        if row.why_not() is None and {"int8", "int8-u8"} & set(row.variants.get("int8", ()))
+    ]
+    if not names:
+        raise BackendError(
+            "no backend here can run INT8 graphs", fix='pip install "engineworks[cpu]"'
+        )
+    return names
+
+
+def evaluate(
+    bundle: Bundle, backend: str, precision: str, data: Path, *, threads: int | None = None
+) -> Evaluation:
+    """Judge one precision of a bundle on labelled data."""
+    with closing(
+        open_system(bundle, backend=backend, precision=precision, threads=threads)
+    ) as system:
+        return system.evaluate(data)
+
+
+def judge(
+    candidate: Bundle, before: Evaluation, data: Path, *, threads: int | None = None, say: Say
+) -> dict[str, Any]:
+    """Hold INT8 against float, on the backend that ``auto`` takes and on all with own graphs.
+
+    Args:
+        before: of the float graphs.
+        data: the labelled folder that it is of.
+        say: called with a line per metric.
+
+    Returns:
+        backend: that decides; float, int8: its metrics; drop: of each; interval: [low, high] of
+        each drop, 95 %; num_pictures; unsettled: metric -> about how many pictures would tell its
+        drop from noise (null: no number), where these cannot; others: the same of other backends;
+        allowed; failed: metric -> largest drop that exceeds it; not_judged: metrics that the data
+        do not give; passed; decisions and warnings: of float and of int8.
+
+    Raises:
+        DatasetError: the data give none of the metrics that the gate needs.
+    """
+    allowed = candidate.manifest.gate
+    judged = [name for name in allowed if name in before.metrics]
+    missing = sorted(set(allowed) - set(judged))
+    if missing:
+        say(f"gate: {data} does not give {', '.join(missing)}")
+    if not judged:
+        raise DatasetError(
+            f"{data} gives none of the metrics that the gate needs: "
+            f"{', '.join(sorted(allowed)) or 'the bundle names none'}",
+            fix="give good and defective pictures, or replace --eval by --unjudged",
+        )
+    afters: dict[str, Evaluation] = {}
+    drops: dict[str, dict[str, Drop]] = {}
+    for backend in _judging(candidate):
+        on = f" on {backend}" if afters else ""
+        afters[backend] = evaluate(candidate, backend, "int8", data, threads=threads)
+        drops[backend] = before.drops_to(afters[backend], judged)
+        for name, drop in drops[backend].items():
+            line = _line(drop, before.metrics[name], afters[backend].metrics[name], allowed[name])
+            say(f"gate {name}{on}: {line}")
+    failed = {
+        name: max(found[name].value for found in drops.values())
+        for name in judged
+        if any(found[name].value > allowed[name] for found in drops.values())
+    }
+    first, *others = (
+        {"backend": backend, "int8": afters[backend].metrics, **_report(found, allowed)}
+        for backend, found in drops.items()
+    )
+    int8 = next(iter(afters.values()))
+    return {
+        **first,
+        "float": before.metrics,
+        "num_pictures": before.num_pictures,
+        "others": {other.pop("backend"): other for other in others},
+        "allowed": dict(allowed),
+        "failed": failed,
+        "not_judged": missing,
+        "passed": not failed,
+        "decisions": {
+            "float": before.to_json()["decisions"],
+            "int8": int8.to_json()["decisions"],
+        },
+        "warnings": {"float": list(before.warnings), "int8": list(int8.warnings)},
+    }
+
+
+def _judging(candidate: Bundle) -> list[str]:
+    """The backend that ``auto`` takes, and every other one that runs INT8 graphs of its own."""
+    first, *others = int8_backends()
+    graphs = candidate.manifest.graphs.values()
+    taken = {
+        backend: [variant_of(graph.variants, backend, "int8") for graph in graphs]
+        for backend in (first, *others)
+    }
+    return [first, *(backend for backend in others if taken[backend] != taken[first])]
+
+
+def _report(drops: Mapping[str, Drop], allowed: Mapping[str, float]) -> dict[str, Any]:
+    return {
+        "drop": {name: drop.value for name, drop in drops.items()},
+        "interval": {name: list(drop.interval) for name, drop in drops.items() if drop.interval},
+        "unsettled": {
+            name: drop.needed(allowed[name])
+            for name, drop in drops.items()
+            if not drop.settled(allowed[name])
+        },
+    }
+
+
+def _line(drop: Drop, before: float, after: float, allowed: float) -> str:
+    interval = "" if drop.interval is None else "95 % {:+.4f} to {:+.4f}, ".format(*drop.interval)
+    text = (
+        f"float {before:.4f}, INT8 {after:.4f}, drop {drop.value:+.4f} of {drop.num_pictures} "
+        f"pictures, {interval}allowed {allowed:.4f}: {'FAIL' if drop.value > allowed else 'ok'}"
+    )
+    if drop.settled(allowed):
+        return text
+    needed = drop.needed(allowed)
+    enough = "no number of pictures would" if needed is None else f"about {needed} pictures would"
+    return f"{text}, not told from noise: {enough} settle it"

@@ -1,0 +1,244 @@
+"""Metrics of boxes: COCO's average precision, what is found at a score, overlap through a video."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from runtime.boxes import iou
+from runtime.errors import BackendError, InputError
+from runtime.evaluation import Decisions, Evaluation, Rate, warned
+from runtime.evidence import IOUS, BoxRanking, Found
+from runtime.tensors import Array
+
+_MAX_BOXES = 100  # of an image and class
+
+
+class DetectionMetrics:
+    """Collects boxes by image and class; then COCO's average precision, by faster-coco-eval.
+
+    Keys of ``compute``, both in [0, 1], means over the classes that have a true box:
+
+    * map50: average precision where a box is right from an IoU of 0.5 with the truth.
+    * map50_95: mean of it over the IoUs 0.5, 0.55, ... 0.95.
+
+    Of an image and class the 100 best boxes count. There are no keys without a true box.
+
+    Raises:
+        BackendError: faster-coco-eval is not installed.
+
+    Source: Lin et al., "Microsoft COCO: Common Objects in Context", 2014, and its evaluation.
+    """
+
+    def __init__(self) -> None:
+        if importlib.util.find_spec("faster_coco_eval") is None:
+            raise BackendError(
+                "metrics of boxes need the package 'faster-coco-eval', which is not installed",
+                fix='pip install "engineworks[refdet]"',
+            )
+        self._images: dict[int, int] = {}
+        self._classes: dict[str, int] = {}
+        self._found: list[dict[str, Any]] = []
+        self._truth: list[dict[str, Any]] = []
+        self._matched: dict[str, list[_Matched]] = defaultdict(list)
+
+    def update(
+        self, image: int, name: str, boxes_N4: Array, scores_N: Array, truth_M4: Array
+    ) -> None:
+        """Add what was found of one class in one image, and what is there.
+
+        Args:
+            image: a number that tells images apart.
+            name: of the class.
+            boxes_N4, scores_N: found, in any order; no box is empty.
+            truth_M4: in the unit of ``boxes_N4``.
+
+        Raises:
+            InputError: a score or box that is not finite.
+        """
+        if not np.isfinite(scores_N).all() or not np.isfinite(boxes_N4).all():
+            raise InputError(
+                "an image has boxes or scores that are not finite",
+                fix="look for NaN in the graph's outputs: compare float and INT8",
+            )
+        # numbers from 1: the evaluation takes 0 for "no such"
+        place = {
+            "image_id": self._images.setdefault(image, len(self._images) + 1),
+            "category_id": self._classes.setdefault(name, len(self._classes) + 1),
+            "iscrowd": 0,
+        }
+        for box, score in zip(_corner_and_size(boxes_N4), scores_N.tolist(), strict=True):
+            self._found.append({**place, **box, "score": score, "id": len(self._found) + 1})
+        for box in _corner_and_size(truth_M4):
+            self._truth.append({**place, **box, "id": len(self._truth) + 1})
+        self._matched[name].append(_match(self._images[image], boxes_N4, scores_N, truth_M4))
+
+    def compute(self) -> dict[str, float]:
+        """Both metrics, or none."""
+        from faster_coco_eval import COCO, COCOeval_faster
+
+        if not self._truth:
+            return {}
+        listed = {
+            "images": [{"id": number} for number in self._images.values()],
+            "categories": [{"id": number, "name": k} for k, number in self._classes.items()],
+        }
+        truth, found = (
+            COCO({**listed, "annotations": each}, print_function=_say_nothing)
+            for each in (self._truth, self._found)
+        )
+        judged = COCOeval_faster(truth, found, "bbox", print_function=_say_nothing)
+        judged.evaluate()
+        judged.accumulate()
+        # by IoU, recall and class, for boxes of all sizes and the largest number of them; -1 where
+        # a class has no true box
+        precision_TRC = judged.eval["precision"][:, :, :, 0, -1]
+        precision_TRC = precision_TRC[:, :, precision_TRC[0, 0] >= 0]
+        return {"map50": float(precision_TRC[0].mean()), "map50_95": float(precision_TRC.mean())}
+
+    def evaluation(self, conf: float) -> Evaluation:
+        """Metrics, what is found at a score, and evidence of both metrics.
+
+        Frames of one video count as so many pictures, though they are alike: the intervals of a few
+        videos are too narrow.
+
+        Args:
+            conf: the score that an object needs.
+        """
+        classes = {
+            name: _joined(matched, len(self._images)) for name, matched in self._matched.items()
+        }
+        metrics = self.compute()
+        borders = {"shipped": conf}
+        if metrics:
+            scores_D = np.concatenate([found.scores_D for found in classes.values()])
+            right_D = np.concatenate([found.right_TD[0] for found in classes.values()])
+            if right_D.any():
+                best = _best_conf(scores_D, right_D, len(self._truth))
+                borders["largest F1 on these pictures"] = best
+        return Evaluation(
+            metrics,
+            tuple(_decided(each, source, classes) for source, each in borders.items()),
+            (BoxRanking(list(classes.values())),),
+            np.zeros(len(self._images), np.int64),
+        )
+
+
+@dataclass(frozen=True)
+class _Matched:
+    """The boxes of one class in one image by falling score, and where they are right."""
+
+    image: int
+    scores_D: Array
+    right_TD: Array
+    num_truth: int
+
+
+def _joined(matched: Sequence[_Matched], num_images: int) -> Found:
+    """What was found of one class in all images."""
+    scores_D = np.concatenate([each.scores_D for each in matched])
+    pictures_D = np.repeat(
+        [each.image - 1 for each in matched], [len(each.scores_D) for each in matched]
+    )
+    order = np.lexsort((pictures_D, -scores_D))
+    truth_I = np.zeros(num_images, np.int64)
+    for each in matched:
+        truth_I[each.image - 1] += each.num_truth
+    right_TD = np.concatenate([each.right_TD for each in matched], axis=1)
+    return Found(scores_D[order], pictures_D[order], right_TD[:, order], truth_I)
+
+
+def _match(image: int, boxes_N4: Array, scores_N: Array, truth_M4: Array) -> _Matched:
+    """By COCO's rule: from the best score down, each takes the true box left that fits it best."""
+    order = np.argsort(-scores_N, kind="stable")[:_MAX_BOXES]
+    overlap_DM = iou(boxes_N4[order].astype(np.float64), truth_M4.astype(np.float64))
+    right_TD = np.zeros((len(IOUS), len(order)), bool)
+    left_TM = np.ones((len(IOUS), len(truth_M4)), bool)
+    for d in np.flatnonzero((overlap_DM >= IOUS[0]).any(axis=1)):
+        for t, limit in enumerate(IOUS):
+            fits_M = np.where(left_TM[t], overlap_DM[d], -1.0)
+            best = len(fits_M) - 1 - int(fits_M[::-1].argmax())  # of equal ones the last
+            if fits_M[best] >= limit:
+                right_TD[t, d], left_TM[t, best] = True, False
+    return _Matched(image, scores_N[order], right_TD, len(truth_M4))
+
+
+def _decided(conf: float, source: str, classes: Mapping[str, Found]) -> Decisions:
+    """What is found at a score, right from an IoU of 0.5 on."""
+    counts = {
+        name: (
+            int((found.right_TD[0] & (found.scores_D >= conf)).sum()),
+            int((found.scores_D >= conf).sum()),
+            int(found.truth_I.sum()),
+        )
+        for name, found in classes.items()
+    }
+
+    def rates(num_right: int, num_found: int, num_truth: int) -> dict[str, Rate]:
+        return {
+            "missed objects": Rate.counted(num_truth - num_right, num_truth),
+            "false boxes": Rate.counted(num_found - num_right, num_found),
+        }
+
+    whole = rates(*np.reshape(list(counts.values()), (-1, 3)).sum(axis=0, dtype=int).tolist())
+    sentences = {"missed objects": "misses {} of {} labelled objects at its border"}
+    if whole["missed objects"].of:
+        sentences["false boxes"] = "{} of {} boxes at its border are false"
+    return Decisions(
+        border="conf",
+        value=conf,
+        source=source,
+        rates=whole,
+        kinds={name: rates(*each) for name, each in counts.items()},
+        warnings=warned(whole, sentences),
+    )
+
+
+def _best_conf(scores_D: Array, right_D: Array, num_truth: int) -> float:
+    """The highest of the scores with the largest F1; what is never found counts as missed."""
+    order = np.argsort(-scores_D, kind="stable")
+    last = np.flatnonzero(np.diff(scores_D[order], append=-np.inf))  # of equal scores
+    f1 = 2 * np.cumsum(right_D[order])[last] / (last + 1 + num_truth)
+    return float(scores_D[order][last[np.argmax(f1)]])
+
+
+def _corner_and_size(boxes_N4: Array) -> list[dict[str, Any]]:
+    """Boxes in COCO's form."""
+    boxes = boxes_N4.astype(np.float64)
+    rows = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1).tolist()
+    return [{"bbox": row, "area": row[2] * row[3]} for row in rows]
+
+
+def _say_nothing(*_texts: object) -> None:
+    pass
+
+
+def st_iou(found: Mapping[int, Array], truth: Mapping[int, Array]) -> float:
+    """How well an object is found in space and time, over the frames of one video.
+
+    The sum of the overlaps in frames where there is both a found and a true box, over the number of
+    frames where there is either: a miss and a false alarm cost a frame each.
+
+    Args:
+        found: frame -> (4,) the best box found, for frames where there is one.
+        truth: frame -> (M, 4) the true boxes, M >= 1, for frames that have any; of several the one
+            that fits best counts.
+
+    Returns:
+        In [0, 1].
+
+    Raises:
+        InputError: no frame has a box.
+
+    Source: metric of the Zalo AI Challenge 2025.
+    """
+    frames = found.keys() | truth.keys()
+    if not frames:
+        raise InputError("there is no box in any frame", fix="leave such videos out")
+    overlaps = (iou(found[i][None], truth[i]).max() for i in found.keys() & truth.keys())
+    return float(sum(overlaps)) / len(frames)
