@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from runtime.claims import claim
 from runtime.errors import BackendError, UsageError
 from runtime.refusals import explain
 from runtime.signals import Stopped, stoppable
@@ -249,10 +250,12 @@ def sample(system: str, out: Path, seed: int) -> None:
     from training.systems import system_package
 
     package = system_package(system)  # refuses a misspelt name
-    if out.exists() and any(out.iterdir()):
-        raise UsageError(f"{out} is not empty", fix="choose another --out, or delete it")
     draw = importlib.import_module(f"{package}.sample")
-    draw.sample(out, seed=seed)
+    out.mkdir(parents=True, exist_ok=True)
+    with claim(out):
+        if any(out.iterdir()):
+            raise UsageError(f"{out} is not empty", fix="choose another --out, or delete it")
+        draw.sample(out, seed=seed)
     click.echo(out)
 
 
@@ -380,8 +383,8 @@ def export(
         raise UsageError(f"there is no run or bundle at {source}")
     from_bundle = (source / bundles.MANIFEST_NAME).is_file()
     say = _say(context)
-    bundles.check_out(out, replace=exist_ok)
-    with files.scratch(out.parent) as scratch:
+    with claim(out), files.scratch(out.parent) as scratch:
+        bundles.check_out(out, replace=exist_ok)
         if from_bundle:
             floats = bundles.read(source)
         else:
@@ -765,15 +768,16 @@ def add(
     from runtime.bundle import read
     from runtime.systems.noising.extend import extend
 
-    count = extend(
-        read(source),
-        images,
-        out,
-        max_rows=max_rows,
-        backend=backend,
-        threads=threads,
-        exist_ok=exist_ok,
-    )
+    with claim(out):  # before it is read: it may be the bundle that is extended
+        count = extend(
+            read(source),
+            images,
+            out,
+            max_rows=max_rows,
+            backend=backend,
+            threads=threads,
+            exist_ok=exist_ok,
+        )
     click.echo(f"{count} rows added, {out}")
 
 

@@ -13,6 +13,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,12 +23,23 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
 from runtime import files
-from runtime.errors import RunError
+from runtime.claims import claim
+from runtime.errors import InUseError, RunError
 from runtime.evaluation import Evaluation
+from runtime.files import is_temporary, sweep
 from training.config import SystemConfig, dump, parse, read_text, schema_of
 
 CONFIG_NAME = "config.yaml"
 INFO_NAME = "run.json"
+# of every run; what a system adds, its task says
+_WRITTEN = (
+    CONFIG_NAME,
+    INFO_NAME,
+    "metrics.csv",
+    "events.out.tfevents.*",
+    "checkpoint.safetensors",
+    "weights",
+)
 
 
 class RunInfo(BaseModel):
@@ -136,11 +150,87 @@ def read_json(run: Path, name: str) -> Any:
         ) from error
 
 
-def numbered(parent: Path, name: str) -> Path:
-    """The next free run folder: <parent>/<name>1, 2, ..."""
+@contextmanager
+def reserve(out: Path | None, system: str) -> Iterator[Path]:
+    """A run's folder that belongs to this process until the end of the block.
+
+    It is made where it is missing, and removed again where nothing was written into it. What a
+    process that was killed left unfinished in it is removed.
+
+    Args:
+        out: the folder; None takes the next free ``runs/<system>/trainN``.
+
+    Raises:
+        InUseError: another process trains there.
+    """
+    made: list[Path] = []
+    try:
+        with ExitStack() as claims:
+            if out is None:
+                root = _next_free(Path("runs") / system, made, claims)
+            else:
+                root = out
+                _make(root, made)
+                claims.enter_context(claim(root))
+            sweep(root, deep=True)
+            yield root
+    finally:
+        for folder in made:
+            with suppress(OSError):  # not empty: something came of it
+                folder.rmdir()
+
+
+def _next_free(parent: Path, made: list[Path], claims: ExitStack) -> Path:
+    """<parent>/train1, 2, ...: behind the last one, or in its place where nothing came of it."""
     taken = [
         int(match[1])
-        for path in parent.glob(f"{name}*")
-        if (match := re.fullmatch(re.escape(name) + r"(\d+)", path.name))
+        for path in parent.glob("train*")
+        if (match := re.fullmatch(r"train(\d+)", path.name))
     ]
-    return parent / f"{name}{max(taken, default=0) + 1}"
+    number = max(taken, default=1)
+    while True:
+        root = parent / f"train{number}"
+        _make(root, made)
+        with suppress(InUseError):
+            claims.enter_context(claim(root))
+            if not any(root.iterdir()):
+                return root
+        number += 1
+
+
+def _make(root: Path, made: list[Path]) -> None:
+    """Make a folder and those on the way; ``made`` gets them, the innermost first."""
+    missing = [folder for folder in (root, *root.parents) if not folder.exists()]
+    root.mkdir(parents=True, exist_ok=True)
+    made.extend(missing)
+
+
+def clear(root: Path, written: Sequence[str]) -> None:
+    """Remove what training wrote into a run's folder, to begin anew; nothing else.
+
+    Args:
+        written: patterns of what the system writes beyond what every run has.
+
+    Raises:
+        RunError: there is something else in the folder.
+    """
+    known = (*_WRITTEN, *written)
+    entries = [path for path in root.iterdir() if not is_temporary(path.name)]
+    strange = [path.name for path in entries if not any(map(path.match, known))]
+    if strange:
+        raise RunError(
+            f"{root} holds what training did not write: {', '.join(sorted(strange))}",
+            fix="move it elsewhere, or choose another --out",
+        )
+    # the record last: what is left of a run that is killed here can be replaced again
+    remove(root, [name for name in known if name != INFO_NAME])
+    (root / INFO_NAME).unlink(missing_ok=True)
+
+
+def remove(root: Path, patterns: Iterable[str]) -> None:
+    """Remove the files and folders of a run that have such names."""
+    for path in {path for pattern in patterns for path in root.glob(pattern)}:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
 
 from pydantic import JsonValue
 from torch import Tensor, nn
@@ -43,8 +43,12 @@ class Task(Protocol):
         best: metric that chooses weights/best and whether more is better; None takes the last.
         data_summary: folder's name, counts and hash, for the record.
         provenance: where the starting weights came from.
+        written: patterns of what it leaves in the run's folder, beyond what every run has.
+        working: patterns of what it needs there until the run has finished; removed then.
     """
 
+    written: ClassVar[tuple[str, ...]]
+    working: ClassVar[tuple[str, ...]]
     model: nn.Module
     best: tuple[str, Literal["max", "min"]] | None
     data_summary: dict[str, JsonValue]

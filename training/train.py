@@ -1,6 +1,6 @@
 """The one training loop: a configuration and a folder of data become a run.
 
-Read ``train`` from top to bottom: it is in the order in which things happen.
+Read ``train`` and ``_train`` from top to bottom: they are in the order in which things happen.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import importlib
 import io
 import logging
 import math
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -20,7 +19,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from pydantic import JsonValue
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
@@ -33,9 +32,18 @@ from runtime import files
 from runtime.errors import BackendError, ConfigError, RunError
 from training import checkpoint
 from training.allocator import keep_freed_memory
-from training.config import OptimizerConfig, SystemConfig, TrainConfig
+from training.config import OptimizerConfig, SystemConfig, TrainConfig, dump, read_text
 from training.profiler import Profiler, section
-from training.run import Run, RunInfo, is_run, numbered, open_run
+from training.run import (
+    CONFIG_NAME,
+    Run,
+    RunInfo,
+    clear,
+    is_run,
+    open_run,
+    remove,
+    reserve,
+)
 from training.systems import system_package
 from training.task import Paced, Position, Progress, Task
 
@@ -66,28 +74,53 @@ def train(
 
     Raises:
         RunError: ``out`` is in the way, cannot be resumed, or the loss is not a number any more.
+        InUseError: another process trains there.
         DatasetError, WeightsError: from the task.
         BackendError: the device asked for is not there.
     """
+    if resume and out is not None:
+        open_run(out)  # refuses a wrong path before a folder is made there
+    accelerator = _accelerator(config.train)
+    with ExitStack() as stack:
+        chosen: list[Path | None] = [None]
+        if accelerator.is_main_process:
+            chosen = [stack.enter_context(reserve(out, config.system))]
+        (root,) = broadcast_object_list(chosen)
+        assert root is not None
+        before = _before(root, config, resume=resume, exist_ok=exist_ok)
+        if before is None or before.info.status != "finished":
+            return _train(config, data, root, before, accelerator, profile, progress)
+        _log.warning("run %s is already finished: nothing to resume", root)
+        remove(root, _task(config).working)
+        return before
+
+
+def _task(config: SystemConfig) -> Any:
+    """The class of a system's task."""
+    return importlib.import_module(f"{system_package(config.system)}.task").Task
+
+
+def _train(
+    config: SystemConfig,
+    data: Path,
+    root: Path,
+    before: Run | None,
+    accelerator: Accelerator,
+    profile: bool,
+    progress: Progress | None,
+) -> Run:
+    """Train in a folder that belongs to this process, on from ``before`` or from the beginning."""
     report: Progress = progress or (lambda what, done, of: None)
     settings = config.train
-    root = out or numbered(Path("runs") / config.system, "train")
-    before = _before(root, config, resume=resume, exist_ok=exist_ok)
-    if before is not None and before.info.status == "finished":
-        _log.warning("run %s is already finished: nothing to resume", root)
-        return before
     state = _state(root) if before is not None else None
-
     keep_freed_memory()
-    accelerator = _accelerator(settings)
     set_seed(settings.seed)
     main = accelerator.is_main_process
     # built first: a wrong path or weights file must leave no folder, and a replaced run whole
-    task: Task = importlib.import_module(f"{system_package(config.system)}.task").Task(
-        config, data, root, weights=state is None
-    )
+    task: Task = _task(config)(config, data, root, weights=state is None)
     if before is None and main:
-        _clear(root)
+        clear(root, (*task.written, *task.working))
+        (root / "weights").mkdir()
     accelerator.wait_for_everyone()
     if before is None:
         run = Run(root, config, _record(config, task, accelerator))
@@ -206,6 +239,7 @@ def train(
         if profiler is not None:
             results |= {"profile": cast(JsonValue, profiler.shares())}
         run = run.updated(status="finished", results=results)
+        remove(root, task.working)
     accelerator.wait_for_everyone()
     return run
 
@@ -231,28 +265,32 @@ def _before(root: Path, config: SystemConfig, *, resume: bool, exist_ok: bool) -
                 fix="resume without --config and --set, or train into a new folder",
             )
         return run
-    if root.is_dir() and any(root.iterdir()):
-        if not is_run(root):
-            raise RunError(
-                f"{root} holds files that are not a training run's", fix="choose another --out"
-            )
-        if not exist_ok:
-            raise RunError(
-                f"run {root} already exists",
-                fix="choose another --out, go on with --resume, or replace it with --exist-ok",
-            )
+    if is_run(root) and not exist_ok:
+        raise RunError(
+            f"run {root} already exists",
+            fix="choose another --out, go on with --resume, or replace it with --exist-ok",
+        )
+    if not is_run(root) and not _is_beginning(root, config):
+        raise RunError(
+            f"{root} holds files that are not a training run's", fix="choose another --out"
+        )
     return None
+
+
+def _is_beginning(root: Path, config: SystemConfig) -> bool:
+    """Whether a folder is empty, or what a run leaves that is killed before it has a record."""
+    for path in root.iterdir():
+        if path.name == CONFIG_NAME and path.is_file():
+            if read_text(path) != dump(config):
+                return False
+        elif path.name != "weights" or not path.is_dir() or any(path.iterdir()):
+            return False
+    return True
 
 
 def _state(root: Path) -> dict[str, Any] | None:
     path = checkpoint.latest(root)
     return None if path is None else checkpoint.load(path)
-
-
-def _clear(root: Path) -> None:
-    if root.exists():
-        shutil.rmtree(root)
-    (root / "weights").mkdir(parents=True)
 
 
 def _accelerator(settings: TrainConfig) -> Accelerator:

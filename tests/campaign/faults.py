@@ -9,6 +9,7 @@ import errno
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 from unittest.mock import patch
 
 from runtime import files
+from runtime.claims import claim
 
 _MAKING: tuple[tuple[Any, str], ...] = (  # what a full disk may refuse
     *((os, name) for name in ("open", "write", "link", "fsync", "rename", "replace", "mkdir")),
@@ -92,3 +94,25 @@ def in_child(run: Callable[[], None]) -> int:
         finally:
             os._exit(code)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+@contextmanager
+def other_process(path: Path, *, seconds: float = 30.0) -> Iterator[int]:
+    """A child that has the claim for a while; its number."""
+    ready, told = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            with claim(path):
+                os.write(told, b"x")
+                time.sleep(seconds)
+        finally:
+            os._exit(0)
+    os.read(ready, 1)
+    try:
+        yield pid
+    finally:
+        os.kill(pid, 9)
+        os.waitpid(pid, 0)
+        os.close(ready)
+        os.close(told)

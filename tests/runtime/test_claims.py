@@ -2,36 +2,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from runtime.claims import claim
 from runtime.errors import InUseError
-
-
-@contextmanager
-def other_process(path: Path, *, seconds: float = 30.0) -> Iterator[int]:
-    """A child that has the claim for a while; its number."""
-    ready, told = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            with claim(path):
-                os.write(told, b"x")
-                time.sleep(seconds)
-        finally:
-            os._exit(0)
-    os.read(ready, 1)
-    try:
-        yield pid
-    finally:
-        os.kill(pid, 9)
-        os.waitpid(pid, 0)
-        os.close(ready)
-        os.close(told)
+from tests.campaign.faults import other_process
 
 
 @pytest.fixture(params=["there", "not there yet"])

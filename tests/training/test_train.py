@@ -17,11 +17,12 @@ import torch
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
-from runtime.errors import BackendError, ConfigError, RunError
+from runtime.errors import BackendError, ConfigError, InUseError, RunError
+from tests.campaign.faults import other_process
 from training import checkpoint
-from training.config import SystemConfig, TrainConfig, validate
+from training.config import SystemConfig, TrainConfig, dump, validate
 from training.data import loader
-from training.run import numbered, open_run
+from training.run import open_run, reserve
 from training.systems import TASKS
 from training.train import train
 
@@ -47,6 +48,8 @@ class ToyConfig(SystemConfig):
 class ToyTask:
     """Fits a sum; ``stop_at`` plays the power cut."""
 
+    written = ("left.json",)
+    working = ("*.work",)
     best: tuple[str, Literal["max", "min"]] | None = ("error", "min")
     stop_at: int | None = None
     bad_from: int | None = None
@@ -79,6 +82,8 @@ class ToyTask:
         return {"error": float((model(x)[:, 0] - 1).abs().mean())}
 
     def finish(self, run: Any, model: nn.Module, progress: Any) -> dict[str, Any]:
+        assert run.info.status == "running"
+        (run.root / "rows.work").touch()
         return {"weight": float(model[0].weight.sum())}
 
 
@@ -249,10 +254,10 @@ class TestARunFolder:
 
     def test_is_replaced_when_that_is_allowed(self, tmp_path: Path) -> None:
         train(config(), tmp_path, tmp_path / "run")
-        (tmp_path / "run" / "bank.faiss").write_text("stale")
+        (tmp_path / "run" / "left.json").write_text("stale")
         run = train(config(epochs=1), tmp_path, tmp_path / "run", exist_ok=True)
         assert run.info.epoch == 1
-        assert not (run.root / "bank.faiss").exists()
+        assert not (run.root / "left.json").exists()
 
     def test_with_other_files_is_never_replaced(self, tmp_path: Path) -> None:
         (tmp_path / "thesis.tex").write_text("years of work")
@@ -268,10 +273,64 @@ class TestARunFolder:
         second = train(config(epochs=1), Path("bottle"))
         assert (first.root, second.root) == (Path("runs/toy/train1"), Path("runs/toy/train2"))
 
-    def test_number_follows_the_highest(self, tmp_path: Path) -> None:
-        for name in ("x1", "x10", "x2b", "xy3"):
-            (tmp_path / name).mkdir()
-        assert numbered(tmp_path, "x") == tmp_path / "x11"
+    def test_number_follows_the_highest(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        for name in ("train1", "train10", "train2b", "trainy3"):
+            (tmp_path / "runs" / "x" / name).mkdir(parents=True)
+            (tmp_path / "runs" / "x" / name / "run.json").touch()
+        with reserve(None, "x") as root:
+            assert root == Path("runs/x/train11")
+
+    def test_number_is_given_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        first = tmp_path / "runs" / "toy" / "train1"
+        first.mkdir(parents=True)
+        with other_process(first):
+            assert train(config(epochs=1), tmp_path).root == Path("runs/toy/train2")
+
+    def test_of_another_process_is_refused_with_its_number(self, tmp_path: Path) -> None:
+        train(config(), tmp_path, tmp_path / "run")
+        with other_process(tmp_path / "run") as pid:
+            for options in ({"resume": True}, {"exist_ok": True}, {}):
+                with pytest.raises(InUseError, match=f"process {pid} "):
+                    train(config(), tmp_path, tmp_path / "run", **options)
+
+    def test_that_nothing_came_of_is_not_left(
+        self, tmp_path: Path, toy: type[ToyTask], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fail(*_arguments: object, **_options: object) -> None:
+            raise ConfigError("no")
+
+        monkeypatch.setattr(toy, "__init__", fail)
+        with pytest.raises(ConfigError):
+            train(config(), tmp_path, tmp_path / "new" / "run")
+        assert not (tmp_path / "new").exists()
+
+    def test_with_a_file_of_the_user_is_never_replaced(self, tmp_path: Path) -> None:
+        train(config(), tmp_path, tmp_path / "run")
+        (tmp_path / "run" / "notes.txt").write_text("mine")
+        with pytest.raises(RunError, match=r"did not write: notes\.txt"):
+            train(config(), tmp_path, tmp_path / "run", exist_ok=True)
+        assert (tmp_path / "run" / "run.json").exists()
+        assert (tmp_path / "run" / "weights" / "best.safetensors").exists()
+
+    def test_of_a_run_that_was_killed_before_it_began_is_no_obstacle(self, tmp_path: Path) -> None:
+        root = tmp_path / "run"
+        (root / "weights").mkdir(parents=True)
+        (root / "config.yaml").write_text(dump(config(epochs=1)))
+        (root / ".engineworks-0123456789abcdef.tmp").touch()
+        train(config(epochs=1), tmp_path, root)
+        assert not list(root.rglob(".*"))
+
+    def test_keeps_what_is_worked_with_until_it_has_finished(self, tmp_path: Path) -> None:
+        root = tmp_path / "run"
+        train(config(epochs=1), tmp_path, root)
+        assert not (root / "rows.work").exists()
+        (root / "rows.work").touch()  # as a kill right after the record leaves it
+        train(config(epochs=1), tmp_path, root, resume=True)
+        assert not (root / "rows.work").exists()
 
 
 class TestTheLoader:

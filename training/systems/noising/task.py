@@ -67,6 +67,8 @@ def build_model(
 class Task:
     """See ``training.task.Task``."""
 
+    written = ("bank.faiss", "params.json", "thresholds.json")
+    working = (f"{Path(_FEATURES_NAME).stem}.*",)
     best: tuple[str, Literal["max", "min"]] | None = None
 
     def __init__(self, config: TaskConfig, data: Path, root: Path, *, weights: bool = True) -> None:
@@ -151,9 +153,7 @@ class Task:
     def finish(self, run: Run, model: nn.Module, progress: Progress) -> dict[str, JsonValue]:
         """Fit a bank, or scale what the discriminator says; judge it where labels are given."""
         trained = isinstance(self.model, DiscriminatorTraining)
-        results = (self._finish_discriminator if trained else self._finish_bank)(run, progress)
-        self.features_path.unlink()
-        return results
+        return (self._finish_discriminator if trained else self._finish_bank)(run, progress)
 
     def _finish_bank(self, run: Run, progress: Progress) -> dict[str, JsonValue]:
         size = self.config.preprocess.size

@@ -113,6 +113,9 @@ class Task:
     there is only that, and the last epoch is kept: a test set that chooses is no test.
     """
 
+    written = ("labels.json", "confusion.png", "parts")
+    working = ()
+
     def __init__(self, config: TaskConfig, data: Path, root: Path, *, weights: bool = True) -> None:
         self.config = config
         self.training = datasets.class_folder(data, "train")

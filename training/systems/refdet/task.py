@@ -100,6 +100,9 @@ class Task:
     that chooses is no test.
     """
 
+    written = ("labels.json", "references.npz")
+    working = ()
+
     def __init__(self, config: TaskConfig, data: Path, root: Path, *, weights: bool = True) -> None:
         self.config = config
         self.training = read_objects(data, "train", hold_out=config.hold_out)

@@ -86,11 +86,6 @@ class Strips:
     def num_bytes(self) -> int:
         return int(self._values.nbytes)
 
-    def remove(self) -> None:
-        """Delete both files."""
-        self.path.unlink()
-        self.path.with_suffix(".json").unlink()
-
 
 def pack(paths: Sequence[Path], folder: Path, key: str) -> Strips:
     """Decode strips into one file, unless the folder has them already.

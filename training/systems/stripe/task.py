@@ -52,6 +52,9 @@ class Task:
     there is only that, and the last epoch is kept: a test set that chooses is no test.
     """
 
+    written = ("params.json", "preprocess.json", "thresholds.json", "painted")
+    working = ("strips-*",)
+
     def __init__(self, config: TaskConfig, data: Path, root: Path, *, weights: bool = True) -> None:
         self.config = config
         self.root = root
@@ -119,8 +122,6 @@ class Task:
         }
         if self.judged_by is not None:
             results |= judged(self.judged_by, self._judge(model, threshold.value))
-        if self.config.tiles.cache is None:
-            strips.remove()
         return results
 
     def _tiles(self) -> Tiles:

@@ -101,10 +101,6 @@ class TestPackedStrips:
         with pytest.raises(InputError, match="not finite"):
             pack([tmp_path / "bad.npy"], tmp_path / "packed", "0" * 64)
 
-    def test_can_be_removed(self, tmp_path: Path) -> None:
-        packed(tmp_path, (40, 50)).remove()
-        assert not list((tmp_path / "packed").iterdir())
-
     def test_are_shared_and_never_copied_into_a_process(self, tmp_path: Path) -> None:
         made = packed(tmp_path, (400, 500))
         rebuild, arguments = made.__reduce__()  # what a spawned process is sent
