@@ -17,6 +17,7 @@
         ├── ResourceError     the operating system refuses: no file, no right, no room, no memory
         ├── BackendError      a backend, device or package that was asked for is not there
         ├── EngineError       a graph cannot be loaded or run
+        │   └── NotFiniteError      it gave values that are not finite
         ├── ExportError       a model cannot be turned into a graph
         │   └── QuantizationError   a graph breaks a rule of the INT8 format
         ├── CalibrationError  ranges cannot be measured, or a table is stale
@@ -106,6 +107,10 @@ class BackendError(EngineworksError):
 
 
 class EngineError(EngineworksError):
+    pass
+
+
+class NotFiniteError(EngineError):
     pass
 
 

@@ -37,6 +37,13 @@ _SCAN, _END = 0xDA, 0xD9  # markers of a JPEG
 _ROWS = 256  # of a 16-bit picture that are brought to 8 bits at once
 
 _stderr_lock = threading.Lock()
+# a process must not be forked off while standard error is turned away
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_stderr_lock.acquire,
+        after_in_parent=_stderr_lock.release,
+        after_in_child=_stderr_lock.release,
+    )
 
 _Decoded = TypeVar("_Decoded")
 

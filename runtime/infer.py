@@ -27,7 +27,7 @@ from typing import IO, Any
 
 from runtime import draw, images, live, video
 from runtime.decoding import LIVE_RATE, Frame
-from runtime.errors import ImageError, InputError, UsageError, VideoError
+from runtime.errors import ImageError, InputError, NotFiniteError, UsageError, VideoError
 from runtime.names import overlay_names
 from runtime.results import Detections
 from runtime.sources import Source
@@ -127,7 +127,8 @@ def infer(
             with what happens to it, from another thread.
 
     Returns:
-        Counts and times. Pictures that cannot be read are in ``failures``, not raised.
+        Counts and times. Pictures that cannot be read, or that the system refuses, are in
+        ``failures``, not raised.
 
     Raises:
         InputError: results would be written over the source.
@@ -151,25 +152,31 @@ def infer(
         if drawer:
             stack.enter_context(drawer)
         decoder = stack.enter_context(_Decoder(source, frame_step, size, say))
+
+        def keep(item: _Item, result: Any) -> str | None:
+            """Write one result; None, or why it cannot be used."""
+            assert item.image is not None
+            if tracks and isinstance(result, Detections):
+                result = tracks.update(result)
+            if error := tables.add(item, item.image, result):
+                return error
+            if dataset and isinstance(result, Detections):
+                dataset.add(item, item.image, result)
+            if drawer:
+                drawer.add(item, item.image, result)
+            if say and item.time_s is None:
+                say(f"{item.name}: {result.summary()}")
+            return None
+
         try:
             for items in decoder.batches():
                 pictures = [item.image for item in items if item.image is not None]
                 begin = time.perf_counter()
-                answers = iter(system.infer(pictures) if pictures else ())
+                answers = iter(_answers(system, pictures))
                 summary.infer_seconds += time.perf_counter() - begin
                 for item in items:
-                    error = item.error
-                    if item.image is not None:
-                        result = next(answers)
-                        if tracks and isinstance(result, Detections):
-                            result = tracks.update(result)
-                        error = tables.add(item, item.image, result)
-                        if dataset and error is None and isinstance(result, Detections):
-                            dataset.add(item, item.image, result)
-                        if drawer and error is None:
-                            drawer.add(item, item.image, result)
-                        if say and error is None and item.time_s is None:
-                            say(f"{item.name}: {result.summary()}")
+                    answer = item.error if item.image is None else next(answers)
+                    error = answer if isinstance(answer, str) else keep(item, answer)
                     if error is None:
                         summary.num_done += 1
                     else:
@@ -186,6 +193,19 @@ def infer(
     summary.num_dropped = decoder.num_dropped
     summary.freezes = decoder.freezes
     return summary
+
+
+def _answers(system: System, pictures: Sequence[Array]) -> Sequence[Result | str]:
+    """A result for each picture, or why there is none.
+
+    A picture that the system refuses must not take the others of its batch along.
+    """
+    try:
+        return system.infer(pictures) if pictures else ()
+    except (InputError, NotFiniteError) as error:
+        if len(pictures) == 1:
+            return (error.message,)
+        return [_answers(system, [picture])[0] for picture in pictures]
 
 
 def _num_expected(source: Source, step: int) -> int:

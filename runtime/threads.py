@@ -1,18 +1,24 @@
-"""How many CPU threads this process may use, and NumPy on all of them."""
+"""How many CPU threads this process may use, NumPy on all of them, and what a fork leaves of it."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TypeVar
+
+import cv2
 
 Part = TypeVar("Part")
 
-_CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+_CGROUPS = Path("/sys/fs/cgroup")
+_OWN_CGROUPS = Path("/proc/self/cgroup")
+
+_forked = False  # whether this process began as a copy of one that may have had threads
 
 
 def available_threads() -> int:
@@ -24,7 +30,26 @@ def available_threads() -> int:
         cores = len(os.sched_getaffinity(0))
     else:
         cores = os.cpu_count() or 1
-    return min(cores, _quota(_CGROUP_QUOTA) or cores)
+    return min(cores, _quota() or cores)
+
+
+def bound_pools(threads: int) -> None:
+    """Bound the threads that OpenCV and FAISS keep for the whole process.
+
+    In a process that was forked off FAISS stays at one: OpenMP waits there for threads that did not
+    come along.
+    """
+    cv2.setNumThreads(threads)
+    if faiss := sys.modules.get("faiss"):
+        faiss.omp_set_num_threads(1 if _forked else threads)
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+    _helpers.cache_clear()  # their threads did not come along
+    if faiss := sys.modules.get("faiss"):
+        faiss.omp_set_num_threads(1)
 
 
 def in_parts(work: Callable[[slice], Part], count: int, threads: int) -> list[Part]:
@@ -47,12 +72,48 @@ def _helpers(count: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(count, thread_name_prefix="numpy")
 
 
-def _quota(path: Path) -> int | None:
-    """Whole cores that cgroup v2 grants, rounded up; None without a limit.
+def _quota() -> int | None:
+    """Whole cores that control groups grant, rounded up; None without a limit.
 
-    Source: Linux kernel, "Control Group v2", cpu.max: microseconds granted (or max), and period.
+    Those above a group limit it as well, and a container sees its own group as the topmost one.
+
+    Source: Linux kernel, "Control Group v2", cpu.max: microseconds granted (or max), and period;
+    "CFS Bandwidth Control", cpu.cfs_quota_us (-1: no limit) and cpu.cfs_period_us, of version 1.
     """
-    if not path.is_file():
-        return None
-    granted, period = path.read_text().split()
-    return None if granted == "max" else math.ceil(int(granted) / int(period))
+    granted = [share for folder in _folders() for share in _granted(folder)]
+    return min((max(1, math.ceil(share)) for share in granted), default=None)
+
+
+def _folders() -> Iterator[Path]:
+    """Of the groups of this process, and of all above them, where they may be mounted."""
+    yield _CGROUPS
+    yield _CGROUPS / "cpu"
+    try:
+        lines = _OWN_CGROUPS.read_text().splitlines()
+    except OSError:  # no Linux, or no /proc
+        return
+    for line in lines:
+        _, controllers, place = line.split(":", 2)
+        if not controllers or "cpu" in controllers.split(","):
+            group = PurePosixPath(place)
+            for root in (_CGROUPS, _CGROUPS / "cpu", _CGROUPS / "cpu,cpuacct"):
+                yield from (root / str(each).lstrip("/") for each in (group, *group.parents))
+
+
+def _granted(folder: Path) -> Iterator[float]:
+    """Cores that a group grants, if it limits them."""
+    try:
+        if (limit := folder / "cpu.max").is_file():
+            quota, period = limit.read_text().split()
+        elif (limit := folder / "cpu.cfs_quota_us").is_file():
+            quota, period = limit.read_text(), (folder / "cpu.cfs_period_us").read_text()
+        else:
+            return
+    except OSError:  # not for us to read
+        return
+    if quota != "max" and int(quota) > 0 and int(period) > 0:
+        yield int(quota) / int(period)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Mapping
+import os
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -173,8 +175,11 @@ def open_engine(
     precision: str = "float",
     threads: int | None = None,
     host_code: bool = False,
+    again: Callable[[], bytes] | None = None,
 ) -> Engine:
     """Load one graph with one backend.
+
+    A process that is forked off meanwhile may run the engine as well: it opens the graph anew.
 
     Args:
         model: an ONNX file (or a plan for ``tensorrt``) of the variant that fits the backend, or
@@ -187,6 +192,8 @@ def open_engine(
         threads: number of CPU threads; None takes all cores that this process may use.
         host_code: let a plan for ``tensorrt`` bring program code of its own, as version-compatible
             plans do. Only for plans that you built yourself.
+        again: gives the same bytes again, for a forked process; where it is not given, ``model``
+            is kept.
 
     Raises:
         UsageError: no such backend, or it does not offer that precision.
@@ -206,12 +213,51 @@ def open_engine(
             error
         )
     options = {"host_code": True} if host_code else {}
-    try:
-        engine: Engine = entry(model, precision=precision, threads=threads, **options)
-    except ValidationError as error:
-        raise EngineError(
-            f"backend '{backend}' opened a graph whose tensors are none: "
-            f"{error.errors()[0]['msg']}",
-            fix="export the bundle again",
-        ) from error
-    return engine
+
+    def opened(source: Path | bytes) -> Engine:
+        try:
+            engine: Engine = entry(source, precision=precision, threads=threads, **options)
+        except ValidationError as error:
+            raise EngineError(
+                f"backend '{backend}' opened a graph whose tensors are none: "
+                f"{error.errors()[0]['msg']}",
+                fix="export the bundle again",
+            ) from error
+        return engine
+
+    return _PerProcess(opened(model), lambda: opened(model if again is None else again()))
+
+
+# what a parent has opened: to release it here would mean to wait for its threads
+_inherited: list[Engine] = []
+
+
+class _PerProcess:
+    """An engine that a forked process opens anew when it first runs it: threads stay behind."""
+
+    def __init__(self, engine: Engine, again: Callable[[], Engine]) -> None:
+        self.backend = engine.backend
+        self.inputs: Mapping[str, TensorSpec] = engine.inputs
+        self.outputs: Mapping[str, TensorSpec] = engine.outputs
+        self._engine = engine
+        self._again = again
+        self._process = os.getpid()
+        self._closed = False
+        self._lock = threading.Lock()
+
+    def run(self, feeds: Feeds, *, stream: int | None = None) -> dict[str, Array]:
+        if self._process != os.getpid() and not self._closed:
+            self._open_here()
+        return self._engine.run(feeds, stream=stream)
+
+    def close(self) -> None:
+        self._closed = True
+        if self._process == os.getpid():
+            self._engine.close()
+
+    def _open_here(self) -> None:
+        with self._lock:
+            if self._process != os.getpid():
+                _inherited.append(self._engine)
+                self._engine = self._again()
+                self._process = os.getpid()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import weakref
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -13,6 +15,10 @@ import openvino as ov
 from runtime.errors import EngineError
 from runtime.tensors import Array, Feeds, TensorSpec, check_feeds, check_host
 from runtime.threads import available_threads
+
+# compiled for a size of the input and kept for when it comes again; without a limit they fill the
+# memory where every picture has another size
+_MAX_KERNELS = 256
 
 
 class OpenVinoEngine:
@@ -36,6 +42,8 @@ class OpenVinoEngine:
             EngineError: not a graph that OpenVINO can compile.
         """
         core = _core()
+        self._threads = threads or available_threads()
+        _check_idle(self._threads)
         try:
             graph = core.read_model(model if isinstance(model, bytes) else str(model))
             names = _tensor_names(graph)
@@ -44,7 +52,8 @@ class OpenVinoEngine:
                 "CPU",
                 {
                     "PERFORMANCE_HINT": "LATENCY",
-                    "INFERENCE_NUM_THREADS": str(threads or available_threads()),
+                    "INFERENCE_NUM_THREADS": str(self._threads),
+                    "CPU_RUNTIME_CACHE_CAPACITY": str(_MAX_KERNELS),
                     "INFERENCE_PRECISION_HINT": "bf16" if "bf16" in precision else "f32",
                 },
             )
@@ -57,6 +66,7 @@ class OpenVinoEngine:
         self.inputs: Mapping[str, TensorSpec] = names[0]
         self.outputs: Mapping[str, TensorSpec] = names[1]
         self._local = threading.local()
+        self._finalizer = weakref.finalize(self, _idle.add, (os.getpid(), self._threads))
 
     def run(self, feeds: Feeds, *, stream: int | None = None) -> dict[str, Array]:
         """See ``runtime.engines.Engine.run``; device feeds and streams are refused."""
@@ -80,6 +90,22 @@ class OpenVinoEngine:
     def close(self) -> None:
         self._compiled = None
         self._local = threading.local()
+        self._finalizer()
+
+
+# (process, threads) of engines that were closed: OpenVINO gives their threads to the next engine
+# with as many, also in a forked process, where there are none
+_idle: set[tuple[int, int]] = set()
+
+
+def _check_idle(threads: int) -> None:
+    if any(process != os.getpid() and count == threads for process, count in _idle):
+        raise EngineError(
+            f"an OpenVINO engine with {threads} threads was closed before this process was forked "
+            "off: OpenVINO would wait for its threads for ever",
+            fix="start processes with 'spawn', or open OpenVINO's engines only after the fork, or "
+            "take --backend ort",
+        )
 
 
 def _tensor_names(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -18,6 +19,7 @@ from runtime.references import SUFFIX, Prototypes, References, read_references
 from runtime.results import Detections
 from runtime.sources import Reader
 from runtime.tensors import Array
+from runtime.threads import available_threads, bound_pools
 
 PRECISIONS = ("auto", "int8", "int8-bf16", "float", "fp16", "bf16")
 
@@ -250,6 +252,7 @@ def open_engines(
             precision=precision,
             threads=threads,
             host_code=host_code and variant in PLAN_VARIANTS,
+            again=partial(bundle.content, graph.variants[variant]),
         )
         engines[name] = CheckedEngine(engine, name, graph)
     return engines
@@ -288,4 +291,5 @@ def open_system(
     system: System = module.System(
         bundle, engines, backend=backend, precision=precision, threads=threads
     )
+    bound_pools(threads or available_threads())
     return system

@@ -18,7 +18,7 @@ from runtime import datasets
 from runtime.bundle import Bundle, Manifest, Name
 from runtime.contract import Contract, Signature
 from runtime.engines import Engine
-from runtime.errors import EngineError
+from runtime.errors import NotFiniteError
 from runtime.evaluation import Evaluation
 from runtime.metrics import leave_one_out
 from runtime.preprocess import PreprocessSpec, apply
@@ -119,7 +119,7 @@ class System:
 
         Raises:
             InputError: an image of another dtype or layout.
-            EngineError: the network's features are not finite.
+            NotFiniteError: the network's features are not finite.
         """
         return [Embedding(vector_F) for vector_F in self._embed(images)] if images else []
 
@@ -163,7 +163,7 @@ class System:
     def _embed(self, images: Sequence[Array]) -> Array:
         vectors_BF = embed(self.engines[GRAPH].run({"images": apply(self.spec, images)}))
         if not np.isfinite(vectors_BF).all():
-            raise EngineError(
+            raise NotFiniteError(
                 f"the '{GRAPH}' graph gave values that are not finite",
                 fix="run with --precision float, or export again",
             )

@@ -18,7 +18,7 @@ from runtime import datasets, draw
 from runtime.bundle import Bundle
 from runtime.contract import Contract, Signature
 from runtime.engines import Engine
-from runtime.errors import DatasetError, EngineError
+from runtime.errors import DatasetError, NotFiniteError
 from runtime.evaluation import Evaluation
 from runtime.metrics import ClassificationMetrics, log_softmax
 from runtime.preprocess import PreprocessSpec, apply
@@ -85,7 +85,7 @@ class System:
 
         Raises:
             InputError: an image of another dtype or layout.
-            EngineError: the network's logits are not finite.
+            NotFiniteError: the network's logits are not finite.
         """
         if not images:
             return []
@@ -143,7 +143,7 @@ class System:
         """Logits (B, C) and embedding (B, F), both float32."""
         answer = self.engines["classify"].run({"images": apply(self.spec, images)})
         if not np.isfinite(answer["logits"]).all():  # any order of NaN would pass for an answer
-            raise EngineError(
+            raise NotFiniteError(
                 "the 'classify' graph gave values that are not finite",
                 fix="run with --precision float, or export again",
             )

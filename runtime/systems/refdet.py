@@ -27,7 +27,7 @@ from runtime.box_metrics import DetectionMetrics, st_iou
 from runtime.bundle import Bundle, write
 from runtime.contract import Contract, Signature
 from runtime.engines import Engine
-from runtime.errors import DatasetError, EngineError, InputError, UsageError
+from runtime.errors import DatasetError, EngineError, InputError, NotFiniteError, UsageError
 from runtime.evaluation import Evaluation
 from runtime.frames import Frames
 from runtime.objects import Frame, LabelledFrame, read_objects
@@ -149,7 +149,7 @@ def detect(
 
     Raises:
         InputError: an image of another dtype or layout.
-        EngineError: the network's boxes or scores are not finite.
+        NotFiniteError: the network's boxes or scores are not finite.
     """
     sizes = [_size(image) for image in images]
     return _detect(run, apply(spec, images), sizes, prototypes_NP, spec, config)
@@ -166,7 +166,7 @@ def _detect(
     """The same for images that are network input already; ``sizes`` are theirs before that."""
     boxes_BM4, scores_BM, classes_BM = run(images_BCHW, prototypes_NP)
     if not (np.isfinite(boxes_BM4).all() and np.isfinite(scores_BM).all()):
-        raise EngineError(  # a NaN would pass for a low score
+        raise NotFiniteError(  # a NaN would pass for a low score
             "the 'detect' graph gave values that are not finite",
             fix="run with --precision float, or export again",
         )
@@ -373,7 +373,7 @@ class System:
 
         Raises:
             InputError: no object, an object without a picture, or what is no picture.
-            EngineError: the network's rows are not finite.
+            NotFiniteError: the network's rows are not finite.
         """
         if empty := [name for name, pictures in references.items() if not len(pictures)]:
             raise InputError(
@@ -386,7 +386,7 @@ class System:
             rows.append(self.engines["encode"].run({"images": part})["prototypes"])
         rows_RP = np.concatenate(rows)
         if not np.isfinite(rows_RP).all():
-            raise EngineError(
+            raise NotFiniteError(
                 "the 'encode' graph gave values that are not finite",
                 fix="run with --precision float, or export again",
             )
@@ -451,7 +451,7 @@ class System:
 
         Raises:
             InputError: an image of another dtype or layout.
-            EngineError: the network's boxes or scores are not finite.
+            NotFiniteError: the network's boxes or scores are not finite.
         """
         if not images:
             return []

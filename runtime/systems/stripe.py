@@ -27,7 +27,7 @@ from runtime.bundle import Bundle, Threshold
 from runtime.contract import Contract, Signature
 from runtime.datasets import StripeSample
 from runtime.engines import Engine
-from runtime.errors import EngineError, InputError
+from runtime.errors import InputError, NotFiniteError
 from runtime.evaluation import Evaluation
 from runtime.metrics import AnomalyMetrics, CandidateMetrics, false_reject_threshold
 from runtime.preprocess import PlanesSpec, apply
@@ -130,7 +130,7 @@ def defect_maps(
 
     Raises:
         InputError: an image that is no planes.
-        EngineError: the network's logits are not finite.
+        NotFiniteError: the network's logits are not finite.
     """
     groups: dict[tuple[int, int], list[int]] = defaultdict(list)
     for i, strip in enumerate(strips):
@@ -144,7 +144,7 @@ def defect_maps(
         else:
             logits_BHW = _run_tiles(run, batch, tile, overlap, spec.multiple)
         if not np.isfinite(logits_BHW).all():  # no comparison with a threshold would notice
-            raise EngineError(
+            raise NotFiniteError(
                 "the 'segment' graph gave values that are not finite",
                 fix="run with --precision float, or export again",
             )
@@ -333,7 +333,7 @@ class System:
 
         Raises:
             InputError: an image that is no planes, or not of this sensor.
-            EngineError: the network's logits are not finite.
+            NotFiniteError: the network's logits are not finite.
         """
         for image in images:
             self._check_values(image)

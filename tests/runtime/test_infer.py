@@ -23,7 +23,15 @@ from runtime import infer as driver
 from runtime.bundle import Bundle
 from runtime.decoding import Frame
 from runtime.engines import Engine
-from runtime.errors import EngineError, ImageError, InputError, UsageError, VideoError
+from runtime.errors import (
+    EngineError,
+    EngineworksError,
+    ImageError,
+    InputError,
+    NotFiniteError,
+    UsageError,
+    VideoError,
+)
 from runtime.infer import Summary, infer
 from runtime.names import overlay_names
 from runtime.sources import PICTURES, Reader, Source, open_source
@@ -622,6 +630,36 @@ class TestALiveStream:
 
         assert summary.num_done == 5
         assert summary.failures == [("rtsp://camera", "rtsp://camera: gave up")]
+
+
+class TestAPictureThatTheSystemRefuses:
+    @pytest.mark.parametrize("batch", [1, 3, 8])
+    @pytest.mark.parametrize("error", [InputError, NotFiniteError])
+    def test_is_one_failure_and_the_others_are_answered(
+        self, tmp_path: Path, out: Path, batch: int, error: type[EngineworksError]
+    ) -> None:
+        class Particular(Levels):
+            def infer(self, images: Sequence[Array]) -> list[Level]:
+                if any(image[0, 0, 0] == 20 for image in images):
+                    raise error("out of range")
+                return super().infer(images)
+
+        write_pictures(tmp_path / "in", [10, 20, 30, 40])
+
+        summary = infer(Particular(), open_source(str(tmp_path / "in")), out, batch=batch)
+
+        assert summary.num_done == 3
+        assert [message for _, message in summary.failures] == ["out of range"]
+        assert len(table(out)) == 3
+
+    def test_does_not_hide_a_broken_engine(self, tmp_path: Path, out: Path) -> None:
+        class Broken(Levels):
+            def infer(self, images: Sequence[Array]) -> list[Level]:
+                raise EngineError("broken")
+
+        write_pictures(tmp_path / "in", [10, 20])
+        with pytest.raises(EngineError, match="broken"):
+            infer(Broken(), open_source(str(tmp_path / "in")), out)
 
 
 class TestResultsThatAreNotFinite:

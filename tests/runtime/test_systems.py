@@ -159,7 +159,13 @@ class TestOpening:
         opened: list[tuple[bytes, str, str, int | None]] = []
 
         def open_engine(
-            model: bytes, backend: str, *, precision: str, threads: int, host_code: bool
+            model: bytes,
+            backend: str,
+            *,
+            precision: str,
+            threads: int,
+            host_code: bool,
+            again: object,
         ) -> FunctionEngine:
             opened.append((model, backend, precision, threads))
             return FunctionEngine(lambda feeds: {}, entry.inputs, entry.outputs)

@@ -37,7 +37,7 @@ from runtime.bank import Bank
 from runtime.bundle import Bundle
 from runtime.contract import Contract, Signature
 from runtime.engines import Engine
-from runtime.errors import EngineError
+from runtime.errors import NotFiniteError
 from runtime.evaluation import Evaluation
 from runtime.metrics import AnomalyMetrics
 from runtime.preprocess import PreprocessSpec, apply, place, restore
@@ -169,7 +169,7 @@ class System:
 
         Raises:
             InputError: an image of another dtype or layout.
-            EngineError: the network's answer is not finite.
+            NotFiniteError: the network's answer is not finite.
         """
         if not images:
             return []
@@ -181,11 +181,11 @@ class System:
         """Score what the graph says of one image: features (N, D), or scores (N,), float32.
 
         Raises:
-            EngineError: values that are not finite.
+            NotFiniteError: values that are not finite.
         """
         thresholds, size = self.bundle.manifest.thresholds, self.spec.size
         if not np.isfinite(answer).all():  # no comparison with a threshold would notice
-            raise EngineError(
+            raise NotFiniteError(
                 f"the '{self.judge.graph}' graph gave values that are not finite",
                 fix="run with --precision float, or export again",
             )
