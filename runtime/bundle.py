@@ -28,6 +28,7 @@ from pydantic import (
     field_validator,
 )
 
+from runtime.borders import HeldOut
 from runtime.claims import claim, real
 from runtime.errors import BundleError, InputError
 from runtime.evaluation import Decisions
@@ -98,11 +99,15 @@ class GraphEntry(_Part):
 class Threshold(_Part):
     """A decision border on a score: at or above it, the answer is yes.
 
-    ``source`` says where it came from, e.g. ``false-reject budget 0.01 on 209 training images``.
+    ``source`` says where it came from, e.g. ``false-reject budget 0.01 on 209 training images``;
+    ``held_out`` keeps the scores behind it, where there are any, so that another budget needs no
+    pictures.
     """
 
     value: FiniteFloat
     source: str
+    # left out where there is none: bundles without it keep their digest
+    held_out: HeldOut | None = Field(default=None, exclude_if=lambda value: value is None)
 
 
 class _Verdict(_Part):

@@ -350,12 +350,22 @@ def write_tiny_noising_bundle(
     if int8:
         graphs["int8"] = tiny_features(size, zero_point=0)
         graphs["int8-u8"] = tiny_features(size, zero_point=128)
+    # every signal that is cheap, so that all of the way to a score is walked
+    weights = {"distance": 1.0, "influence": 1.0, "concentration": 0.0, "response": 0.0}
     rng = np.random.default_rng(1)
     pictures = [draw_part(rng, size, defective=False)[0] for _ in range(12)]
     with scratch(folder.parent) as work:
         files, entry = _save_graph("features", graphs, work)
         features = _run(work / "features.onnx", apply(spec, pictures))["features"]
-        config = FitConfig(k=3, coreset_ratio=0.3, smoothing=2.0, false_reject=0.0)
+        config = FitConfig(
+            k=3,
+            coreset_ratio=0.3,
+            weights=weights,
+            smoothing=2.0,
+            image_score="patch",
+            rule="rank",
+            false_reject=0.0,
+        )
         fitted = fit(features, grid, size, config, seed=0)
         files["bank.faiss"] = work / "bank.faiss"
         fitted.bank.save(work / "bank.faiss")

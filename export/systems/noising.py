@@ -4,6 +4,7 @@ backbone and discriminator in one, and no bank.
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def contents(run: Path) -> Contents:
     opened = open_run(run)
     assert isinstance(opened.config, TaskConfig)
     thresholds = {
-        name: Threshold.model_validate(value)
+        name: Threshold.model_validate_json(json.dumps(value))  # through JSON: tuples are lists
         for name, value in read_json(run, "thresholds").items()
     }
     return Contents(

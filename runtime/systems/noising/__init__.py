@@ -45,7 +45,7 @@ from runtime.results import AnomalyMap
 from runtime.search import FastSearch
 from runtime.sources import PICTURES
 from runtime.systems.noising.params import DiscriminatorParams, Params
-from runtime.systems.noising.signals import SIGNALS, anomaly_map, combine, patch_signals
+from runtime.systems.noising.signals import anomaly_map, image_score
 from runtime.tensors import Array
 
 NAME = "noising"
@@ -82,29 +82,15 @@ class _BankJudge:
     def __init__(self, bundle: Bundle, *, backend: str, threads: int | None) -> None:
         self.params = bundle.params(Params)
         self.bank = Bank.decode(bundle.asset_content("bank"), str(bundle.asset("bank")))
-        self.search = FastSearch(self.bank, self.params.k, backend=backend, threads=threads)
+        self.search = FastSearch(
+            self.bank, self.params.neighbours, backend=backend, threads=threads
+        )
         self._threads = threads
-        # the influence map is part of the answer even where its weight is 0
-        self._names = [n for n in SIGNALS if self.params.weights[n] or n == "influence"]
 
     def scores(self, features_ND: Array) -> tuple[Array, Array | None]:
-        """Of each patch, (N,): score and influence, in standard deviations."""
-        params = self.params
-        distances, indices = self.search.search(features_ND)
-        signals = patch_signals(
-            self.bank,
-            features_ND,
-            distances,
-            indices,
-            names=self._names,
-            mean_distance=params.mean_distance,
-            noise_range=params.noise_range,
-            distance_weight=params.distance_weight,
-            threads=self._threads,
-        )
-        scores = combine(signals, params.signals, params.weights) / np.float32(params.score_std)
-        statistics = params.signals["influence"]
-        return scores, (signals["influence"] - statistics.mean) / statistics.std
+        """Of each patch, (N,): score, and influence where it counts, in standard deviations."""
+        found = self.search.search(features_ND)
+        return self.params.judge(self.bank, features_ND, *found, threads=self._threads)
 
     def close(self) -> None:
         self.search.close()
@@ -192,7 +178,7 @@ class System:
         scores, influence = self.judge.scores(answer)
         grid, smoothing = self.params.grid, self.params.smoothing
         return AnomalyMap(
-            score=float(scores.max()),
+            score=image_score(self.params.image_score, scores, self.params.top),
             threshold=thresholds["image"].value,
             pixel_threshold=thresholds["pixel"].value,
             map_HW=anomaly_map(scores, grid, size, smoothing),

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, Self
 
 import numpy as np
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from runtime.bank import Bank
+from runtime.borders import HeldOut, border
 from runtime.bundle import Threshold
 from runtime.coreset import Progress, greedy_k_centre, projection
 from runtime.errors import InputError
+from runtime.evaluation import Rate
 from runtime.metrics import AnomalyMetrics, false_reject_threshold
 from runtime.systems.noising.params import DiscriminatorParams, Params
 from runtime.systems.noising.signals import (
     SIGNALS,
+    ImageScore,
     Part,
     Statistics,
     anomaly_map,
     combine,
+    image_score,
     patch_signals,
 )
 from runtime.tensors import Array
@@ -30,7 +34,7 @@ class FitConfig(Part):
     """How the bank and its statistics are made from the features of normal images.
 
     Attributes:
-        k: neighbours of a patch (published: 9).
+        k: neighbours of a patch for all signals but the distance (published: 9).
         coreset_ratio: share of all patches kept in the bank (published: 0.01).
         max_rows: the bank never has more rows than this.
         projection: width of a random projection in which the coreset is searched; None searches in
@@ -41,27 +45,35 @@ class FitConfig(Part):
         distance_weight: w of the noise proposal (published: 1).
         weights: share of each standardised signal in the patch score.
         smoothing: sigma in pixels of the Gaussian over the anomaly map (published: 4).
-        folds: statistics and thresholds come from images scored by banks without them; a bank does
-            without one part in so many.
-        statistics_images: so many images are scored for statistics and thresholds; the fewer of
-            all images they are, the fewer banks are needed.
-        false_reject: share of normal images that the thresholds may reject.
+        image_score: ``top``: the mean of the highest patches; ``patch``: the highest alone.
+        top: share of the patches that counts as the highest.
+        folds: every picture is scored by the bank of all parts but its own, of so many.
+        statistics_images: of so many of them the statistics of the signals are taken.
+        rule: of the borders, from the scores of all pictures by banks without them: ``quantile``,
+            see ``runtime.borders``; ``rank``: what at most the budget's share of them reaches.
+        false_reject: the budget: share of normal pictures that the borders may reject.
+        clean: share of the pictures taken as contamination: those that stand out most are left out
+            of bank and borders.
     """
 
     k: int = Field(default=9, ge=1)
     coreset_ratio: float = Field(default=0.1, gt=0, le=1)
-    max_rows: int = Field(default=6000, ge=1)
-    projection: int | None = Field(default=None, ge=8)
+    max_rows: int = Field(default=2000, ge=1)
+    projection: int | None = Field(default=128, ge=8)
     max_patches: int = Field(default=1_000_000, ge=1024)
     noise_range: tuple[float, float] = (0.01, 0.5)
     distance_weight: float = 1.0
     weights: dict[str, float] = Field(
-        default={"distance": 1.0, "influence": 1.0, "concentration": 0.0, "response": 0.0}
+        default={"distance": 1.0, "influence": 0.0, "concentration": 0.0, "response": 0.0}
     )
     smoothing: float = Field(default=4.0, ge=0)
+    image_score: ImageScore = "top"
+    top: float = Field(default=0.01, gt=0, le=1)
     folds: int = Field(default=5, ge=2)
     statistics_images: int = Field(default=64, ge=2)
-    false_reject: float = Field(default=0.01, ge=0, lt=1)
+    rule: Literal["quantile", "rank"] = "quantile"
+    false_reject: float = Field(default=0.03, ge=0, lt=1)
+    clean: float = Field(default=0.0, ge=0, lt=0.5)
 
     @field_validator("weights")
     @classmethod
@@ -72,15 +84,29 @@ class FitConfig(Part):
             raise ValueError("at least one signal needs a weight")
         return weights
 
+    @model_validator(mode="after")
+    def _has_a_budget(self) -> Self:
+        if self.rule == "quantile" and not self.false_reject:
+            raise ValueError("rule=quantile needs a false_reject above 0; rule=rank does not")
+        return self
+
 
 @dataclass(frozen=True)
 class Fitted:
-    """A bank with everything that turns its distances into scores."""
+    """A bank with everything that turns its distances into scores.
+
+    Attributes:
+        outstanding: pictures whose score by a bank without them reaches the border, with that
+            score, highest first.
+        left_out: the same of pictures taken as contamination (``FitConfig.clean``).
+    """
 
     bank: Bank
     params: Params
     thresholds: dict[str, Threshold]
     report: dict[str, Any]
+    outstanding: dict[int, float]
+    left_out: dict[int, float]
 
 
 def fit(
@@ -90,82 +116,214 @@ def fit(
     config: FitConfig,
     *,
     seed: int,
+    pictures_I: Array | None = None,
     progress: Progress | None = None,
 ) -> Fitted:
-    """Bank, statistics and thresholds from the features of normal images.
+    """Bank, statistics and thresholds from the features of normal pictures.
 
     Args:
         features_IND: (I, N, D) float32, N = h * w patches of each image; may be memory-mapped.
         grid: (h, w).
         image_size: (height, width) of the network input, the size of the anomaly maps.
-        seed: of the first coreset row, the projection and the choice of images for statistics.
+        seed: of the first coreset row, the projection, the folds and the choice of pictures for
+            statistics.
+        pictures_I: 0, 1, ... in ascending order: which picture each image shows. The first is the
+            picture as it is; the others, changed copies, join the bank and are not scored. None:
+            each image is a picture.
         progress: called with (rows picked, rows wanted).
 
     Raises:
-        InputError: fewer than two images, or features that do not fit the grid.
+        InputError: no images, or features that do not fit the grid.
         BankError: features that are not finite.
     """
-    num_images, num_patches, width = features_IND.shape
-    _check_count(num_images)
+    num_images, num_patches, _ = features_IND.shape
+    if num_images == 0:
+        raise InputError("noising needs normal images, got none", fix="add normal pictures")
     if num_patches != grid[0] * grid[1]:
         raise InputError(f"{num_patches} patches do not fit a grid of {grid}")
-    rng = np.random.default_rng(seed)
-    space = None if config.projection is None else projection(width, config.projection, seed)
-
-    def coreset(images: Array) -> tuple[Bank, float]:
-        rows_MD, radius = _coreset(features_IND, images, config, rng, space, progress)
-        return Bank(rows_MD), radius
-
-    everyone = np.arange(num_images)
-    bank, radius = coreset(everyone)
-    folds = [
-        (images, coreset(np.setdiff1d(everyone, images))[0])
-        for images in _folds(num_images, config, rng)
-    ]
+    pictures_I = np.arange(num_images) if pictures_I is None else np.asarray(pictures_I)
+    fitting = _Fitting(features_IND, pictures_I, grid, image_size, config, seed, progress)
+    pictures = np.unique(pictures_I)
+    judged = fitting.hold_out(pictures)
+    ranked = _ranked(pictures, judged.scores_P2[:, 0])
+    left_out = dict(list(ranked.items())[: round(config.clean * len(pictures))])
+    if left_out:
+        pictures = np.setdiff1d(pictures, list(left_out))
+        judged = fitting.hold_out(pictures)
+        ranked = _ranked(pictures, judged.scores_P2[:, 0])
+    bank, radius = fitting.bank(pictures)
     # few or equal patches leave fewer rows: what every bank can answer is the system's K
-    k = min(config.k, len(bank), *(len(others) for _, others in folds))
-    found = [
-        (others, features_IND[i], *others.search(features_IND[i], k))
-        for images, others in folds
-        for i in images
-    ]
-    mean_distance = _statistics(np.stack([d.mean(axis=1) for _, _, d, _ in found]))
-    per_image = [
-        patch_signals(
-            others,
-            features_ND,
-            distances,
-            indices,
-            names=SIGNALS,
-            mean_distance=mean_distance,
-            noise_range=config.noise_range,
-            distance_weight=config.distance_weight,
-        )
-        for others, features_ND, distances, indices in found
-    ]
-    statistics = {name: _statistics(np.stack([s[name] for s in per_image])) for name in SIGNALS}
-    scores = np.stack([combine(s, statistics, config.weights) for s in per_image])
-    score_std = max(float(scores.std()), 1e-12)
-    params = Params(
-        grid=grid,
-        k=k,
-        noise_range=config.noise_range,
-        distance_weight=config.distance_weight,
-        weights=dict(config.weights),
-        smoothing=config.smoothing,
-        mean_distance=mean_distance,
-        signals=statistics,
-        score_std=score_std,
-    )
-    thresholds = _thresholds(scores / score_std, grid, image_size, config)
+    params = judged.params.model_copy(update={"k": min(judged.params.k, len(bank))})
+    thresholds = _thresholds(judged.scores_P2, config)
+    image = thresholds["image"].value
+    outstanding = {picture: score for picture, score in ranked.items() if score >= image}
     report = {
-        "num_images": num_images,
-        "num_patches": num_images * num_patches,
+        "num_images": len(pictures),
+        "num_patches": int(np.isin(pictures_I, pictures).sum()) * num_patches,
         "bank_rows": len(bank),
         "covering_radius": radius,
-        "k": k,
+        "k": params.k,
+        # so many, and of good pictures up to so many more: few pictures leave it uncertain
+        "held_out_above_border": str(Rate.counted(len(outstanding), len(pictures))),
     }
-    return Fitted(bank=bank, params=params, thresholds=thresholds, report=report)
+    return Fitted(
+        bank=bank,
+        params=params,
+        thresholds=thresholds,
+        report=report,
+        outstanding=outstanding,
+        left_out=left_out,
+    )
+
+
+def _ranked(pictures: Array, scores_P: Array) -> dict[int, float]:
+    """Pictures and their scores, the highest first."""
+    order = np.argsort(-scores_P, kind="stable")
+    return dict(zip(pictures[order].tolist(), scores_P[order].tolist(), strict=True))
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """What banks without a picture say of each: score and highest pixel, and the units of both."""
+
+    params: Params
+    scores_P2: Array
+
+
+@dataclass(frozen=True)
+class _Fold:
+    """A bank, and the images of some features (I, N, D) that it does not know."""
+
+    bank: Bank
+    features_IND: Array
+    images: Sequence[int]
+
+
+class _Fitting:
+    """The features of all images, and banks of some of the pictures."""
+
+    def __init__(
+        self,
+        features_IND: Array,
+        pictures_I: Array,
+        grid: tuple[int, int],
+        image_size: tuple[int, int],
+        config: FitConfig,
+        seed: int,
+        progress: Progress | None,
+    ) -> None:
+        self.features_IND = features_IND
+        self.pictures_I = pictures_I
+        self.grid = grid
+        self.image_size = image_size
+        self.config = config
+        self.rng = np.random.default_rng(seed)
+        width = features_IND.shape[2]
+        target = config.projection or width
+        self.space = projection(width, target, seed) if target < width else None
+        self.progress = progress
+
+    def bank(self, pictures: Array) -> tuple[Bank, float]:
+        """The bank of some pictures and their copies, and its covering radius."""
+        images = np.flatnonzero(np.isin(self.pictures_I, pictures))
+        rows_MD, radius = _coreset(
+            self.features_IND, images, self.config, self.rng, self.space, self.progress
+        )
+        return Bank(rows_MD), radius
+
+    def hold_out(self, pictures: Array) -> _Judged:
+        """Score each picture with the bank of the other folds.
+
+        A bank of all without the rows of a picture would not do: those rows stood for patches of
+        others, too, and where they stood alone the picture would find nothing near.
+        """
+        config = self.config
+        order = self.rng.permutation(len(pictures))
+        parts = np.array_split(order, min(config.folds, len(pictures)))
+        if len(pictures) == 1:
+            grid, size, folds = self._quarters(pictures[0])
+        else:
+            grid, size = self.grid, self.image_size
+            folds = [self._fold(pictures, np.sort(part)) for part in parts]
+        k = min(config.k, *(len(fold.bank) for fold in folds))
+        params = self._statistics(folds, k, grid)
+        scores = []
+        for fold in folds:
+            for i in fold.images:
+                features_ND = fold.features_IND[i]
+                found = fold.bank.search(features_ND, params.neighbours)
+                scores_N, _ = params.judge(fold.bank, features_ND, *found)
+                scores.append(_highest(params, scores_N, grid, size))
+        if len(pictures) == 1:
+            return _Judged(params, np.max(scores, axis=0, keepdims=True))
+        scores_P2 = np.empty((len(pictures), 2), np.float32)
+        scores_P2[np.concatenate([np.sort(part) for part in parts])] = scores
+        return _Judged(params, scores_P2)
+
+    def _fold(self, pictures: Array, part: Array) -> _Fold:
+        """The bank of all pictures but a part, and the images of that part as they are."""
+        bank, _ = self.bank(np.delete(pictures, part))
+        # the first of a picture's images: the others are changed copies
+        firsts = np.searchsorted(self.pictures_I, pictures[part])
+        return _Fold(bank, self.features_IND, firsts.tolist())
+
+    def _quarters(self, picture: int) -> tuple[tuple[int, int], tuple[int, int], list[_Fold]]:
+        """One picture alone: its quarters stand for pictures. Grid and image size of a quarter."""
+        rows, columns = (side // 2 for side in self.grid)
+        height, width = (side // 2 for side in self.image_size)
+        first = int(np.searchsorted(self.pictures_I, picture))
+        whole_hwD = self.features_IND[first].reshape(*self.grid, -1)
+        if not rows or not columns:
+            raise InputError(
+                f"one picture of {self.grid[0]} x {self.grid[1]} patches says nothing of others",
+                fix="add normal pictures, or take a larger preprocess.size",
+            )
+        quarters = [
+            whole_hwD[y : y + rows, x : x + columns].reshape(rows * columns, -1)
+            for y in (0, self.grid[0] - rows)
+            for x in (0, self.grid[1] - columns)
+        ]
+        folds = [
+            _Fold(Bank(np.concatenate(quarters[:i] + quarters[i + 1 :])), np.stack(quarters), [i])
+            for i in range(len(quarters))
+        ]
+        return (rows, columns), (height, width), folds
+
+    def _statistics(self, folds: Sequence[_Fold], k: int, grid: tuple[int, int]) -> Params:
+        """Mean and spread of each signal over the patches of some held-out images."""
+        config = self.config
+        known = [(fold.bank, fold.features_IND[i]) for fold in folds for i in fold.images]
+        chosen = np.sort(self.rng.permutation(len(known))[: config.statistics_images])
+        found = [(*known[i], *known[i][0].search(known[i][1], k)) for i in chosen]
+        mean_distance = _statistics(np.stack([d.mean(axis=1) for _, _, d, _ in found]))
+        per_image = [
+            patch_signals(
+                bank,
+                features_ND,
+                distances,
+                indices,
+                names=SIGNALS,
+                mean_distance=mean_distance,
+                noise_range=config.noise_range,
+                distance_weight=config.distance_weight,
+            )
+            for bank, features_ND, distances, indices in found
+        ]
+        statistics = {name: _statistics(np.stack([s[name] for s in per_image])) for name in SIGNALS}
+        scores = np.stack([combine(s, statistics, config.weights) for s in per_image])
+        return Params(
+            grid=self.grid,
+            k=k,
+            noise_range=config.noise_range,
+            distance_weight=config.distance_weight,
+            weights=dict(config.weights),
+            smoothing=config.smoothing,
+            image_score=config.image_score,
+            top=config.top,
+            mean_distance=mean_distance,
+            signals=statistics,
+            score_std=max(float(scores.std()), 1e-12),
+        )
 
 
 def hold_out(num_images: int, config: FitConfig, *, seed: int) -> tuple[Array, Array]:
@@ -174,8 +332,13 @@ def hold_out(num_images: int, config: FitConfig, *, seed: int) -> tuple[Array, A
     Raises:
         InputError: fewer than two images.
     """
-    _check_count(num_images)
-    held_out = _folds(num_images, config, np.random.default_rng(seed))[0]
+    if num_images < 2:
+        raise InputError(
+            f"a discriminator needs at least two normal images, got {num_images}",
+            fix="one part of them is held out for its borders: add images, or take judge=bank",
+        )
+    order = np.random.default_rng(seed).permutation(num_images)
+    held_out = np.sort(np.array_split(order, min(config.folds, num_images))[0])
     return np.setdiff1d(np.arange(num_images), held_out), held_out
 
 
@@ -190,50 +353,42 @@ def calibrate(
         image_size: (height, width) of the anomaly maps.
     """
     params = DiscriminatorParams(
-        grid=grid, smoothing=config.smoothing, scores=_statistics(scores_IN)
+        grid=grid,
+        smoothing=config.smoothing,
+        image_score=config.image_score,
+        top=config.top,
+        scores=_statistics(scores_IN),
     )
-    standardised = np.stack([params.standardise(scores_N) for scores_N in scores_IN])
-    return params, _thresholds(standardised, grid, image_size, config)
+    standardised = [params.standardise(scores_N) for scores_N in scores_IN]
+    held_out = [_highest(params, scores_N, grid, image_size) for scores_N in standardised]
+    return params, _thresholds(np.array(held_out, np.float32), config)
 
 
-def _thresholds(
-    scores_IN: Array, grid: tuple[int, int], image_size: tuple[int, int], config: FitConfig
-) -> dict[str, Threshold]:
-    """What at most the budget's share of held-out images reaches: by patch and by pixel."""
-    maps = [anomaly_map(scores_N, grid, image_size, config.smoothing) for scores_N in scores_IN]
-    source = (
-        f"false-reject budget {config.false_reject} on {len(scores_IN)} held-out training images"
-    )
-    return {
-        "image": Threshold(
-            value=false_reject_threshold(scores_IN.max(axis=1), config.false_reject),
+def _highest(
+    params: Params | DiscriminatorParams,
+    scores_N: Array,
+    grid: tuple[int, int],
+    image_size: tuple[int, int],
+) -> tuple[float, float]:
+    """What an image's borders are held against: its score, and its highest pixel."""
+    map_HW = anomaly_map(scores_N, grid, image_size, params.smoothing)
+    return image_score(params.image_score, scores_N, params.top), float(map_HW.max())
+
+
+def _thresholds(scores_P2: Array, config: FitConfig) -> dict[str, Threshold]:
+    """The borders of image and pixel, from what ``_highest`` says of held-out pictures."""
+    budget = config.false_reject
+    source = f"false-reject budget {budget:g} on {len(scores_P2)} held-out training pictures"
+    thresholds = {}
+    for name, scores_P in zip(("image", "pixel"), scores_P2.T, strict=True):
+        held_out = HeldOut.of(scores_P)
+        by_rank = config.rule == "rank"
+        thresholds[name] = Threshold(
+            value=false_reject_threshold(scores_P, budget) if by_rank else border(held_out, budget),
             source=source,
-        ),
-        "pixel": Threshold(
-            value=false_reject_threshold(np.array([m.max() for m in maps]), config.false_reject),
-            source=source + ", highest pixel of each",
-        ),
-    }
-
-
-def _check_count(num_images: int) -> None:
-    if num_images < 2:
-        raise InputError(
-            f"noising needs at least two normal images, got {num_images}",
-            fix="its statistics score each image against the others: add images",
+            held_out=held_out,
         )
-
-
-def _folds(num_images: int, config: FitConfig, rng: np.random.Generator) -> list[Array]:
-    """Disjoint sets of images, each to be scored with a bank of all others; sorted indices.
-
-    The coreset of all, without the rows of an image, would not do: those rows stood for patches of
-    others, too, and where they stood alone the image would find nothing near.
-    """
-    count = min(config.statistics_images, num_images)
-    largest = -(-num_images // config.folds)
-    held_out = rng.permutation(num_images)[:count]
-    return [np.sort(part) for part in np.array_split(held_out, -(-count // largest))]
+    return thresholds
 
 
 def _coreset(
@@ -324,5 +479,6 @@ def ablation(
         for name, weights in combinations.items():
             scores = combine(signals, params.signals, weights) / np.float32(params.score_std)
             scored = anomaly_map(scores, params.grid, image_size, params.smoothing)
-            metrics[name].update(float(scores.max()), label, scored, mask)
+            score = image_score(params.image_score, scores, params.top)
+            metrics[name].update(score, label, scored, mask)
     return metrics

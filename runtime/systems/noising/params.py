@@ -7,15 +7,30 @@ from typing import Annotated, Self, TypeAlias
 import numpy as np
 from pydantic import Field, FiniteFloat, model_validator
 
-from runtime.systems.noising.signals import SIGNALS, Measure, Part, Spread, Statistics
+from runtime.bank import Bank
+from runtime.systems.noising.signals import (
+    SIGNALS,
+    ImageScore,
+    Measure,
+    Part,
+    Spread,
+    Statistics,
+    combine,
+    patch_signals,
+)
 from runtime.tensors import Array
 
 Grid: TypeAlias = tuple[Annotated[int, Field(ge=1, le=4096)], Annotated[int, Field(ge=1, le=4096)]]
+Top: TypeAlias = Annotated[float, Field(gt=0, le=1)]
 Smoothing: TypeAlias = Annotated[FiniteFloat, Field(ge=0, le=256)]
 
 
 class Params(Part):
-    """What the bundle of a ``noising`` system says beyond graphs, bank and preprocessing."""
+    """What the bundle of a ``noising`` system says beyond graphs, bank and preprocessing.
+
+    Attributes:
+        image_score, top: see ``signals.image_score``; bundles that do not say it mean ``patch``.
+    """
 
     grid: Grid
     k: int = Field(ge=1, le=10_000)
@@ -23,6 +38,8 @@ class Params(Part):
     distance_weight: Measure
     weights: dict[str, Measure]
     smoothing: Smoothing
+    image_score: ImageScore = "patch"
+    top: Top = 0.01
     mean_distance: Statistics
     signals: dict[str, Statistics]
     score_std: Spread
@@ -32,6 +49,45 @@ class Params(Part):
         if set(self.weights) != set(SIGNALS) or set(self.signals) != set(SIGNALS):
             raise ValueError(f"weights and signals must name exactly {', '.join(SIGNALS)}")
         return self
+
+    @property
+    def neighbours(self) -> int:
+        """How many rows of the bank must be found: only the distance is content with one."""
+        others = any(weight for name, weight in self.weights.items() if name != "distance")
+        return self.k if others else 1
+
+    def judge(
+        self,
+        bank: Bank,
+        features_ND: Array,
+        distances_NK: Array,
+        indices_NK: Array,
+        *,
+        threads: int | None = None,
+    ) -> tuple[Array, Array | None]:
+        """Of each patch, (N,) float32: score, and influence where it has a weight; in standard
+        deviations.
+
+        Args:
+            features_ND: (N, D) float32 patches.
+            distances_NK, indices_NK: their nearest rows, ``neighbours`` of them.
+        """
+        signals = patch_signals(
+            bank,
+            features_ND,
+            distances_NK,
+            indices_NK,
+            names=[name for name in SIGNALS if self.weights[name]],
+            mean_distance=self.mean_distance,
+            noise_range=self.noise_range,
+            distance_weight=self.distance_weight,
+            threads=threads,
+        )
+        scores_N = combine(signals, self.signals, self.weights) / np.float32(self.score_std)
+        if "influence" not in signals:
+            return scores_N, None
+        statistics = self.signals["influence"]
+        return scores_N, (signals["influence"] - statistics.mean) / statistics.std
 
 
 class DiscriminatorParams(Part):
@@ -43,6 +99,8 @@ class DiscriminatorParams(Part):
 
     grid: Grid
     smoothing: Smoothing
+    image_score: ImageScore = "patch"
+    top: Top = 0.01
     scores: Statistics
 
     def standardise(self, scores_N: Array) -> Array:

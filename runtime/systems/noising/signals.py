@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 import cv2
 import numpy as np
@@ -14,6 +14,8 @@ from runtime.tensors import Array
 from runtime.threads import available_threads, in_parts
 
 SIGNALS = ("distance", "influence", "concentration", "response")
+
+ImageScore: TypeAlias = Literal["top", "patch"]
 
 _TILE = 128  # patches whose neighbours fit into a core's cache together
 
@@ -210,3 +212,16 @@ def anomaly_map(
     if smoothing:
         upsampled = cv2.GaussianBlur(upsampled, (0, 0), smoothing, borderType=cv2.BORDER_REFLECT)
     return np.asarray(upsampled)
+
+
+def image_score(which: ImageScore, scores_N: Array, top: float) -> float:
+    """The score of an image from those of its patches, (N,) float32.
+
+    Args:
+        which: ``top``: the mean of the highest; ``patch``: the highest alone.
+        top: share of the patches that counts as the highest, at least one.
+    """
+    if which == "patch":
+        return float(scores_N.max())
+    num = max(1, round(top * len(scores_N)))
+    return float(np.partition(scores_N, -num)[-num:].mean(dtype=np.float64))

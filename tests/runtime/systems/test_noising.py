@@ -454,8 +454,11 @@ def drawn_features(num_images: int = 8, grid: tuple[int, int] = (3, 4), width: i
     return (place + 0.5 * noise).astype(np.float32)
 
 
-def fit_drawn(features: Array, *, seed: int = 0, **config: Any) -> Fitted:
-    return fit(features, (3, 4), (12, 16), FitConfig(**config), seed=seed)
+def fit_drawn(
+    features: Array, *, seed: int = 0, pictures: Array | None = None, **config: Any
+) -> Fitted:
+    settings = FitConfig(**{"image_score": "patch", "rule": "rank"} | config)
+    return fit(features, (3, 4), (12, 16), settings, seed=seed, pictures_I=pictures)
 
 
 def images_of_rows(bank: Bank, features: Array) -> Array:
@@ -545,6 +548,8 @@ class TestFitting:
             "bank_rows": 24,
             "covering_radius": fitted.report["covering_radius"],
             "k": 3,
+            # of the rank's border of 3 % of 8 pictures: none; Wilson's interval
+            "held_out_above_border": "0 of 8 (0.0 to 32.4 %)",
         }
         covered = fitted.bank.search(drawn_features().reshape(-1, 6), 1)[0].max()
         # product form against differences, float32
@@ -565,9 +570,11 @@ class TestFitting:
         mapped = np.load(tmp_path / "features.npy", mmap_mode="r")
         assert fit_drawn(mapped, k=2).params == fit_drawn(drawn_features(), k=2).params
 
-    def test_of_fewer_images_for_statistics_scores_only_those(self) -> None:
+    def test_of_fewer_images_for_statistics_scores_all_of_them(self) -> None:
         fitted = fit_drawn(drawn_features(), k=2, statistics_images=3)
-        assert "on 3 held-out" in fitted.thresholds["image"].source
+        assert "on 8 held-out" in fitted.thresholds["image"].source
+        held_out = fitted.thresholds["image"].held_out
+        assert held_out is not None and held_out.count == 8
 
     def test_group_by_group_covers_every_patch_within_the_radius_it_reports(self) -> None:
         features = np.random.default_rng(0).standard_normal((50, 64, 4)).astype(np.float32)
@@ -589,11 +596,30 @@ class TestFewImages:
         fitted = fit_drawn(drawn_features(2), coreset_ratio=1.0)
         assert fitted.params.k == 9 and len(fitted.bank) == 24
 
-    @pytest.mark.parametrize("count", [0, 1])
-    def test_fewer_are_refused(self, count: int) -> None:
-        with pytest.raises(InputError, match=f"at least two normal images, got {count}") as caught:
-            fit_drawn(drawn_features(count))
+    def test_none_are_refused(self) -> None:
+        with pytest.raises(InputError, match="normal images, got none") as caught:
+            fit_drawn(drawn_features(0))
         assert caught.value.fix
+
+    def test_the_quarters_of_one_stand_for_pictures(self) -> None:
+        features = drawn_features(1, (4, 6))
+        settings = FitConfig(coreset_ratio=1.0, image_score="patch", rule="rank", smoothing=0.0)
+        fitted = fit(features, (4, 6), (16, 24), settings, seed=0)
+        assert len(fitted.bank) == 24
+        quarters = features[0].reshape(2, 2, 2, 3, 6).swapaxes(1, 2).reshape(4, 6, 6)
+        nearest = [
+            np.linalg.norm(x - np.concatenate(np.delete(quarters, i, axis=0)), axis=1).min()
+            for i, quarter in enumerate(quarters)
+            for x in quarter
+        ]
+        distance = fitted.params.signals["distance"]
+        assert distance.mean == pytest.approx(np.mean(nearest), rel=1e-5)
+        highest = (np.max(nearest) - np.mean(nearest)) / np.std(nearest)
+        assert fitted.thresholds["image"].value == pytest.approx(highest, rel=1e-4)
+
+    def test_one_that_has_no_quarters_is_refused(self) -> None:
+        with pytest.raises(InputError, match="1 x 6 patches"):
+            fit(drawn_features(1, (1, 6)), (1, 6), (4, 24), FitConfig(), seed=0)
 
     def test_with_few_rows_k_is_what_every_search_can_answer(self) -> None:
         features = drawn_features(3)
@@ -993,14 +1019,14 @@ class TestTheUnitOfADiscriminator:
     @pytest.mark.parametrize("budget", [0.0, 0.1])
     def test_has_thresholds_that_keep_the_budget(self, budget: float) -> None:
         scores = self.scores()
-        config = FitConfig(false_reject=budget, smoothing=2.0)
+        config = FitConfig(false_reject=budget, smoothing=2.0, image_score="patch", rule="rank")
         params, thresholds = calibrate(scores, self.grid, (32, 48), config)
         standard = [params.standardise(scores_N) for scores_N in scores]
         rejected = sum(s.max() >= thresholds["image"].value for s in standard)
         assert rejected == budget * len(scores)
         maps = [anomaly_map(s, self.grid, (32, 48), 2.0) for s in standard]
         assert sum(m.max() >= thresholds["pixel"].value for m in maps) == budget * len(scores)
-        assert "40 held-out training images" in thresholds["image"].source
+        assert "40 held-out training pictures" in thresholds["image"].source
 
     def test_of_scores_that_are_all_alike_is_not_nothing(self) -> None:
         params, thresholds = calibrate(

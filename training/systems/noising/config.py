@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Literal, Self, TypeAlias
 
 from pydantic import Field, model_validator
 
@@ -10,9 +10,12 @@ from runtime.preprocess import PreprocessSpec
 from runtime.systems.noising.fit import FitConfig
 from training.config import BackboneConfig, Config, SystemConfig
 
+Neighbourhood: TypeAlias = Literal["zeros", "inside", "none"]
+Scale: TypeAlias = Literal["roots", "none"]
+
 
 class AugmentConfig(Config):
-    """How a normal picture is changed before the discriminator sees its patches.
+    """How a normal picture is changed, as it might have been taken as well.
 
     Attributes:
         flip: mirrored along each axis in half of the cases; for parts without an up and a left.
@@ -23,6 +26,16 @@ class AugmentConfig(Config):
     flip: bool = False
     rotation: float = Field(default=0.0, ge=0, le=180)
     brightness: float = Field(default=0.0, ge=0, lt=1)
+
+
+class CopiesConfig(AugmentConfig):
+    """Changed copies of each normal picture, which join the bank.
+
+    Attributes:
+        num: of each picture.
+    """
+
+    num: int = Field(default=4, ge=1)
 
 
 class DiscriminatorConfig(Config):
@@ -66,6 +79,13 @@ class TaskConfig(SystemConfig):
         backbone: the frozen net; only convolutional nets have the maps that this needs.
         preprocess: pixels to network input; must be what the backbone was trained with.
         width: feature width D after pooling along the channels; null keeps all channels.
+        neighbourhood: a patch is the mean of the 3x3 around it. ``zeros``: in each map by itself,
+            with zeros beyond its border; ``inside``: of all maps together, and at the border of the
+            part inside, as runs are that do not say; ``none``: the patch alone.
+        scale: ``roots``: signed square roots of the features, and of their length; ``none``: as
+            they are, and as in runs that do not say.
+        copies: null: the bank holds the pictures as they are; else changed copies as well, for
+            parts that lie turned, light that varies, or few pictures.
         judge: ``bank``: the distance to a memory bank, and what belongs to it. ``discriminator``:
             a trained net in its place, one graph with the backbone; the bundle has no bank.
         fit: bank, signals and thresholds; of these the discriminator takes ``smoothing``,
@@ -77,6 +97,9 @@ class TaskConfig(SystemConfig):
     backbone: BackboneConfig
     preprocess: PreprocessSpec
     width: int | None = Field(default=None, ge=1)
+    neighbourhood: Neighbourhood = "inside"
+    scale: Scale = "none"
+    copies: CopiesConfig | None = None
     judge: Literal["bank", "discriminator"] = "bank"
     fit: FitConfig = FitConfig()
     discriminator: DiscriminatorConfig = DiscriminatorConfig()

@@ -13,22 +13,37 @@ from runtime.datasets import MvtecSample
 from runtime.preprocess import PreprocessSpec
 from runtime.tensors import Array
 from training.data import preprocess
-from training.systems.noising.config import AugmentConfig
+from training.systems.noising.config import AugmentConfig, CopiesConfig
 
 
 class Images:
-    """Pictures as network input, with the place of each in the list."""
+    """Pictures as network input, each followed by its changed copies where those are wanted."""
 
-    def __init__(self, samples: list[MvtecSample], spec: PreprocessSpec) -> None:
+    def __init__(
+        self,
+        samples: Sequence[MvtecSample],
+        spec: PreprocessSpec,
+        copies: CopiesConfig | None = None,
+    ) -> None:
         self.samples = samples
         self.spec = spec
+        self.copies = copies
+        self.each = 1 + (copies.num if copies else 0)
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return self.each * len(self.samples)
+
+    @property
+    def pictures_I(self) -> Array:
+        """Which picture each image shows: (I,) int64, ascending."""
+        return np.arange(len(self)) // self.each
 
     def get(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
-        """``images`` (3, height, width) float32 and ``index``; nothing is random."""
-        image = images.read(self.samples[index].path)
+        """``images`` (3, height, width) float32 and ``index``; only copies are random."""
+        picture, copy = divmod(index, self.each)
+        image = images.read(self.samples[picture].path)
+        if self.copies is not None and copy:
+            image = augment(image, self.copies, rng)
         return {"images": preprocess(self.spec, [image])[0], "index": index}
 
 

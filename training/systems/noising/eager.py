@@ -62,12 +62,17 @@ class EagerNoising(ABC):
         """One image's result from what the network says of it."""
         scores, influence = self.judge(answer)
         return AnomalyMap(
-            score=float(scores.max()),
+            score=self._image_score(scores),
             threshold=self.thresholds["image"].value,
             pixel_threshold=self.thresholds["pixel"].value,
             map_HW=self._smooth(self._upsample(scores)).numpy(),
             influence_HW=None if influence is None else self._upsample(influence)[0, 0].numpy(),
         )
+
+    def _image_score(self, scores_N: Tensor) -> float:
+        if self.params.image_score == "patch":
+            return float(scores_N.max())
+        return float(scores_N.topk(max(1, round(self.params.top * len(scores_N)))).values.mean())
 
     @abstractmethod
     def judge(self, answer: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -112,8 +117,13 @@ class EagerBank(EagerNoising):
 
     def judge(self, answer: Tensor) -> tuple[Tensor, Tensor | None]:
         params, features_ND = self.params, answer
-        found = torch.cdist(features_ND[None], self.bank_MD[None])[0].topk(params.k, largest=False)
+        distances = torch.cdist(features_ND[None], self.bank_MD[None])[0]
+        found = distances.topk(params.neighbours, largest=False)
         distances_NK = found.values
+        if params.neighbours == 1:
+            statistics = params.signals["distance"]
+            scale = params.weights["distance"] / (statistics.std * params.score_std)
+            return (distances_NK[:, 0] - statistics.mean) * scale, None
         differences = features_ND[:, None] - self.bank_MD[found.indices]
         directions = differences / distances_NK[..., None].clamp_min(1e-12)
         g_ND = directions.mean(dim=1).abs()
@@ -132,6 +142,8 @@ class EagerBank(EagerNoising):
             ]
         ).sum(dim=0)
         scores = scores / params.score_std
+        if not params.weights["influence"]:
+            return scores, None
         influence = params.signals["influence"]
         return scores, (signals["influence"] - influence.mean) / influence.std
 

@@ -25,7 +25,7 @@ from runtime.metrics import AnomalyMetrics
 from runtime.systems.noising import target_mask
 from runtime.systems.noising.fit import ablation, calibrate, fit, hold_out
 from runtime.systems.noising.params import DiscriminatorParams, Params
-from runtime.systems.noising.signals import anomaly_map
+from runtime.systems.noising.signals import anomaly_map, image_score
 from runtime.tensors import Array
 from training import backbones
 from training.data import Samples, fingerprint, loader
@@ -55,7 +55,9 @@ def build_model(
     backbone = backbones.create(
         config.backbone, seed=config.train.seed, weights=weights, size=config.preprocess.size
     )
-    features = PatchFeatures(backbone.net, backbone.channels, config.width)
+    features = PatchFeatures(
+        backbone.net, backbone.channels, config.width, config.neighbourhood, config.scale
+    )
     features.requires_grad_(False).eval()
     if config.judge == "bank":
         return features, backbone.provenance
@@ -94,11 +96,13 @@ class Task:
         height, width = config.preprocess.size
         self.grid = self.features.grid(height, width)
         self.features_path = root / _FEATURES_NAME
+        copies = None if isinstance(model, DiscriminatorTraining) else config.copies
+        self.images = Images(self.samples, config.preprocess, copies)
 
     def loader(self) -> DataLoader[Any]:
         config, spec = self.config, self.config.preprocess
         if not isinstance(self.model, DiscriminatorTraining):
-            return loader(Images(self.samples, spec), config.train, shuffle=False)
+            return loader(self.images, config.train, shuffle=False)
         self._extract()
         settings, seed = config.discriminator, config.train.seed
         learned, _ = hold_out(len(self.samples), config.fit, seed=seed)
@@ -163,18 +167,36 @@ class Task:
             size,
             self.config.fit,
             seed=self.config.train.seed,
+            pictures_I=self.images.pictures_I,
             progress=lambda done, of: progress("coreset", done, of),
         )
         fitted.bank.save(run.root / "bank.faiss")
         results: dict[str, JsonValue] = {"fit": fitted.report}
+        image = fitted.thresholds["image"].value
+        for title, found in (
+            ("look at these: they stand out of the normal pictures", fitted.outstanding),
+            ("left out: taken as contamination", fitted.left_out),
+        ):
+            if found:
+                results[title] = {
+                    self.samples[picture].path.name: {"score": score, "border": image}
+                    for picture, score in found.items()
+                }
         shipped: Mapping[str, float] = {}
         if self.labelled:
+<<<<<<< HEAD
             found = ablation(fitted.bank, fitted.params, size, self._judged(progress))
             judged = self._evaluation(found.pop("shipped"), fitted.thresholds)
             shipped = judged.metrics
             each = {name: metrics.compute() for name, metrics in found.items()}
             results["ablation"] = cast(JsonValue, {**each, "shipped": shipped})
             results["decisions"] = judged.to_json()["decisions"]
+=======
+            judged = self._judged(progress)
+            earned = ablation(fitted.bank, fitted.params, size, judged)
+            results["ablation"] = cast(JsonValue, earned)
+            shipped = earned["shipped"]
+>>>>>>> 6baab54 (noising decides by what holds on several sets: roots of features without a border of their own, the top of the patches, 2,000 rows, and a border that one odd picture hardly moves)
         self._write(run, fitted.params, fitted.thresholds, shipped)
         return results
 
@@ -207,6 +229,7 @@ class Task:
             }
             for name, scores_N in scored.items():
                 map_HW = anomaly_map(scores_N, self.grid, size, settings.smoothing)
+<<<<<<< HEAD
                 metrics[name].update(float(scores_N.max()), label, map_HW, mask)
         shipped: Mapping[str, float] = {}
         if self.labelled:
@@ -216,6 +239,16 @@ class Task:
             results["judges"] = cast(JsonValue, {"discriminator": shipped, "distance": distance})
             results["decisions"] = judged.to_json()["decisions"]
         self._write(run, params, thresholds, shipped)
+=======
+                score = image_score(params.image_score, scores_N, params.top)
+                metrics[name].update(score, label, map_HW, mask)
+        found = (
+            {name: metric.compute() for name, metric in metrics.items()} if self.labelled else {}
+        )
+        if found:
+            results["judges"] = cast(JsonValue, found)
+        self._write(run, params, thresholds, found.get("discriminator", {}))
+>>>>>>> 6baab54 (noising decides by what holds on several sets: roots of features without a border of their own, the top of the patches, 2,000 rows, and a border that one odd picture hardly moves)
         return results
 
     def _evaluation(
@@ -275,7 +308,7 @@ class Task:
         self, path: Path | None = None, mode: Literal["r+", "w+"] | None = None
     ) -> np.memmap[Any, Any]:
         """The file of all features (images, N, D): on disk, because they may outgrow memory."""
-        shape = (len(self.samples), self.grid[0] * self.grid[1], self.features.width)
+        shape = (len(self.images), self.grid[0] * self.grid[1], self.features.width)
         path = path or self.features_path
         mode = mode or ("r+" if path.is_file() else "w+")
         return np.memmap(path, np.float32, mode, shape=shape)

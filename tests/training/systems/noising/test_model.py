@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,21 +15,37 @@ from training.systems.noising.model import (
     ChannelPool,
     PatchFeatures,
     neighbourhood_mean,
+    roots,
     side_by_side,
 )
 
 pytestmark = pytest.mark.train
 
 
-def reference(maps: list[Tensor], width: int | None) -> Tensor:
-    """The same in the textbook's order, in float64: resize, stack, mean, pool, rows."""
+def sum_of_nine(maps: Tensor) -> Tensor:
+    weight = torch.ones(maps.shape[1], 1, 3, 3).double()
+    return F.conv2d(maps, weight, padding=1, groups=maps.shape[1])
+
+
+def reference(
+    maps: list[Tensor], width: int | None, neighbourhood: Any = "zeros", scale: Any = "roots"
+) -> Tensor:
+    """The same in the textbook's order, in float64: mean, roots, resize, stack, pool, rows; or as
+    before there were roots: resize, stack, mean of the part inside, pool, rows.
+    """
     maps = [m.double() for m in maps]
     grid = max((m.shape[2:] for m in maps), key=lambda hw: hw[0] * hw[1])
+    if neighbourhood == "zeros":
+        maps = [sum_of_nine(m) / 9 for m in maps]
+    if scale == "roots":
+        maps = [
+            torch.copysign(m.abs() ** 0.5, m) / (m.abs().sum(1, keepdim=True) ** 0.5 + 1e-3) ** 0.5
+            for m in maps
+        ]
     stacked = torch.cat([F.interpolate(m, tuple(grid), mode="bilinear") for m in maps], 1)
-    ones = F.conv2d(torch.ones_like(stacked[:, :1]), torch.ones(1, 1, 3, 3).double(), padding=1)
-    weight = torch.ones(stacked.shape[1], 1, 3, 3).double()
-    mean = F.conv2d(stacked, weight, padding=1, groups=stacked.shape[1]) / ones
-    rows = mean.permute(0, 2, 3, 1).flatten(1, 2)
+    if neighbourhood == "inside":
+        stacked = sum_of_nine(stacked) / sum_of_nine(torch.ones_like(stacked))
+    rows = stacked.permute(0, 2, 3, 1).flatten(1, 2)
     return rows if width is None else nn.AdaptiveAvgPool1d(width)(rows)
 
 
@@ -49,6 +66,8 @@ class TestPatchFeatures:
         channels=st.lists(st.integers(1, 12), min_size=1, max_size=3),
         grids=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=3, max_size=3),
         width=st.none() | st.integers(1, 40),
+        neighbourhood=st.sampled_from(["zeros", "inside", "none"]),
+        scale=st.sampled_from(["roots", "none"]),
         seed=st.integers(0, 99),
     )
     def test_are_the_textbooks(
@@ -56,6 +75,8 @@ class TestPatchFeatures:
         channels: list[int],
         grids: list[tuple[int, int]],
         width: int | None,
+        neighbourhood: Any,
+        scale: Any,
         seed: int,
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -63,10 +84,14 @@ class TestPatchFeatures:
             torch.randn(2, c, *grid, generator=generator)
             for c, grid in zip(channels, grids, strict=False)
         ]
-        got = PatchFeatures(Maps(maps), channels, width)(torch.zeros(2, 3, 8, 8))
+        model = PatchFeatures(Maps(maps), channels, width, neighbourhood, scale)
+        got = model(torch.zeros(2, 3, 8, 8))
         assert got.dtype == torch.float32
-        # a few float32 roundings of numbers of size 1
-        torch.testing.assert_close(got.double(), reference(maps, width), rtol=0, atol=5e-6)
+        want = reference(maps, width, neighbourhood, scale)
+        # a few float32 roundings of numbers of size 1; a root makes those of 0 as large as 3e-4
+        torch.testing.assert_close(
+            got.double(), want, rtol=0, atol=5e-6 if scale == "none" else 1e-3
+        )
 
     def test_rows_run_along_the_rows_of_the_picture(self) -> None:
         rows = PatchFeatures.rows(torch.arange(6.0).reshape(1, 1, 2, 3))
@@ -120,6 +145,22 @@ def test_alignment_is_that_of_the_published_code(shared: Path) -> None:
     )
 
 
-def test_a_neighbourhood_at_the_border_is_the_part_inside() -> None:
+def test_a_neighbourhood_at_the_border_counts_zeros_or_the_part_inside() -> None:
     ramp = torch.arange(9.0).reshape(1, 1, 3, 3)
-    assert neighbourhood_mean(ramp)[0, 0, 0, 0] == torch.tensor([0.0, 1, 3, 4]).mean()
+    inside = torch.tensor([0.0, 1, 3, 4])
+    assert neighbourhood_mean(ramp, zeros=False)[0, 0, 0, 0] == inside.mean()
+    assert neighbourhood_mean(ramp, zeros=True)[0, 0, 0, 0] == pytest.approx(inside.sum() / 9)
+
+
+class TestRoots:
+    def test_take_half_of_the_contrast_out(self) -> None:
+        maps = torch.rand(2, 16, 3, 3) + 0.1
+        # twice the root of a value, over the root of twice the length
+        torch.testing.assert_close(roots(16 * maps), 2 * roots(maps), rtol=1e-3, atol=0)
+
+    def test_keep_the_sign(self) -> None:
+        maps = torch.randn(2, 16, 3, 3)
+        assert torch.equal(roots(maps).sign(), maps.sign())
+
+    def test_of_nothing_are_nothing(self) -> None:
+        assert torch.equal(roots(torch.zeros(1, 4, 2, 2)), torch.zeros(1, 4, 2, 2))
