@@ -184,19 +184,12 @@ class Task:
                 }
         shipped: Mapping[str, float] = {}
         if self.labelled:
-<<<<<<< HEAD
-            found = ablation(fitted.bank, fitted.params, size, self._judged(progress))
-            judged = self._evaluation(found.pop("shipped"), fitted.thresholds)
+            earned = ablation(fitted.bank, fitted.params, size, self._judged(progress))
+            judged = self._evaluation(earned.pop("shipped"), fitted.thresholds)
             shipped = judged.metrics
-            each = {name: metrics.compute() for name, metrics in found.items()}
+            each = {name: metrics.compute() for name, metrics in earned.items()}
             results["ablation"] = cast(JsonValue, {**each, "shipped": shipped})
             results["decisions"] = judged.to_json()["decisions"]
-=======
-            judged = self._judged(progress)
-            earned = ablation(fitted.bank, fitted.params, size, judged)
-            results["ablation"] = cast(JsonValue, earned)
-            shipped = earned["shipped"]
->>>>>>> 6baab54 (noising decides by what holds on several sets: roots of features without a border of their own, the top of the patches, 2,000 rows, and a border that one odd picture hardly moves)
         self._write(run, fitted.params, fitted.thresholds, shipped)
         return results
 
@@ -229,8 +222,8 @@ class Task:
             }
             for name, scores_N in scored.items():
                 map_HW = anomaly_map(scores_N, self.grid, size, settings.smoothing)
-<<<<<<< HEAD
-                metrics[name].update(float(scores_N.max()), label, map_HW, mask)
+                score = image_score(params.image_score, scores_N, params.top)
+                metrics[name].update(score, label, map_HW, mask)
         shipped: Mapping[str, float] = {}
         if self.labelled:
             judged = self._evaluation(metrics["discriminator"], thresholds)
@@ -239,16 +232,6 @@ class Task:
             results["judges"] = cast(JsonValue, {"discriminator": shipped, "distance": distance})
             results["decisions"] = judged.to_json()["decisions"]
         self._write(run, params, thresholds, shipped)
-=======
-                score = image_score(params.image_score, scores_N, params.top)
-                metrics[name].update(score, label, map_HW, mask)
-        found = (
-            {name: metric.compute() for name, metric in metrics.items()} if self.labelled else {}
-        )
-        if found:
-            results["judges"] = cast(JsonValue, found)
-        self._write(run, params, thresholds, found.get("discriminator", {}))
->>>>>>> 6baab54 (noising decides by what holds on several sets: roots of features without a border of their own, the top of the patches, 2,000 rows, and a border that one odd picture hardly moves)
         return results
 
     def _evaluation(
