@@ -22,6 +22,7 @@ from runtime.claims import claim
 from runtime.errors import BackendError, UsageError
 from runtime.refusals import explain
 from runtime.signals import Stopped, stoppable
+from runtime.texts import hide_secrets, shown
 
 if TYPE_CHECKING:
     from runtime.bench import Row
@@ -218,13 +219,13 @@ class Cli(click.Group):
         except (click.ClickException, click.Abort, click.exceptions.Exit):
             raise
         except Stopped as stopped:
-            click.secho(f"{stopped}", fg="yellow", err=True)
+            _echo(f"{stopped}", fg="yellow", err=True)
             context.exit(stopped.exit_code)
         except Exception as error:
             if isinstance(error, OSError) and error.errno == errno.EPIPE:
                 raise  # click ends quietly where nobody reads on
             explained = explain(error)
-            click.secho(f"error: {explained}", fg="red", err=True)
+            _echo(f"error: {explained}", fg="red", err=True)
             _drop_unwritten()
             context.exit(explained.exit_code)
 
@@ -256,7 +257,7 @@ def sample(system: str, out: Path, seed: int) -> None:
         if any(out.iterdir()):
             raise UsageError(f"{out} is not empty", fix="choose another --out, or delete it")
         draw.sample(out, seed=seed)
-    click.echo(out)
+    _echo(out)
 
 
 @main.command()
@@ -300,7 +301,7 @@ def train(
             merged, data, out, resume=resume, exist_ok=exist_ok, profile=profile, progress=progress
         )
     _print_results(run.info.results)
-    click.echo(run.root)
+    _echo(run.root)
 
 
 @main.command()
@@ -446,7 +447,7 @@ def export(
     reports = bundles.load_manifest(out).reports
     _print_parity(reports)
     _print_gate(reports.get("gate", {}))
-    click.echo(out)
+    _echo(out)
 
 
 @main.command()
@@ -513,7 +514,7 @@ def infer(
         from runtime.report import of_inference
 
         facts = {
-            "source": source,
+            "source": hide_secrets(source),
             "bundle": system.bundle.root,
             "digest": system.bundle.manifest.digest,
             "backend": f"{system.backend}, {system.precision}",
@@ -525,7 +526,7 @@ def infer(
         of_inference(system.bundle, out, facts).write(report)
     for name, message in summary.failures:
         _warn(f"skipped {name}: {message}")
-    click.echo(
+    _echo(
         f"{summary.num_done} done, {summary.num_failed} failed, "
         f"{summary.images_per_second:.1f} images/s, results in {out}"
     )
@@ -604,7 +605,7 @@ def bench(
         from runtime.compare import compare as compare_reports
         from runtime.compare import render as render_comparison
 
-        click.echo(render_comparison(compare_reports(*compare)))
+        _echo(render_comparison(compare_reports(*compare)))
         return
     if bundle is None:
         raise UsageError("bench needs a bundle", fix="name one, or pass --compare A.json B.json")
@@ -638,7 +639,7 @@ def bench(
         host_code=host_code,
         say=say,
     )
-    click.echo(render(rows))
+    _echo(render(rows))
     if json_file:
         content = {
             "environment": environment(threads=threads),
@@ -673,7 +674,7 @@ def refs(bundle: Path, refs: Path, out: Path, open_bundle: OpenBundle, exist_ok:
             raise UsageError(f"{bundle} is of a system that is not told what to look for")
         prototypes = system.encode(read_references(refs))
         prototypes.save(out)
-    click.echo(f"{', '.join(prototypes.names)} in {out}")
+    _echo(f"{', '.join(prototypes.names)} in {out}")
 
 
 @main.command()
@@ -686,7 +687,7 @@ def doctor() -> None:
         colour = {"ok": "green", "missing": "yellow", "problem": "red"}[finding.level]
         click.echo(f"{click.style(finding.level.ljust(8), fg=colour)}{finding.text}")
         if finding.fix:
-            click.echo(f"        {finding.fix}")
+            _echo(f"        {finding.fix}")
         problems += finding.level == "problem"
     if problems:
         sys.exit(1)
@@ -704,18 +705,18 @@ def show(folder: Path) -> None:
     from runtime.bundle import read
 
     manifest = read(folder).manifest
-    click.echo(f"{manifest.system}, schema {manifest.schema_version}, {manifest.digest[:12]}")
+    _echo(f"{manifest.system}, schema {manifest.schema_version}, {manifest.digest[:12]}")
     for name, graph in manifest.graphs.items():
         tensors = [f"{n} {spec.describe()}" for n, spec in graph.inputs.items()]
-        click.echo(f"graph {name}: {', '.join(tensors)}; {', '.join(graph.variants)}")
+        _echo(f"graph {name}: {', '.join(tensors)}; {', '.join(graph.variants)}")
     for name, threshold in manifest.thresholds.items():
-        click.echo(f"threshold {name}: {threshold.value:.4f} ({threshold.source})")
+        _echo(f"threshold {name}: {threshold.value:.4f} ({threshold.source})")
     _print_gate(manifest.reports.get("gate", {}))
     if verdict := manifest.reports.get("verdict"):
         from runtime.verdict import describe
 
         for line in describe(verdict):
-            click.echo(line)
+            _echo(line)
 
 
 @bundle.command(name="set-threshold")
@@ -739,7 +740,7 @@ def set_threshold(folder: Path, name: str, value: str) -> None:
             fix=f"give a number or one of {', '.join(sorted(known))}",
         ) from error
     bundles.set_threshold(opened, name, number)
-    click.echo(f"{name} = {number:g}")
+    _echo(f"{name} = {number:g}")
 
 
 @main.group()
@@ -778,7 +779,7 @@ def add(
             threads=threads,
             exist_ok=exist_ok,
         )
-    click.echo(f"{count} rows added, {out}")
+    _echo(f"{count} rows added, {out}")
 
 
 def _backbone(name: str, given: dict[str, Any]) -> tuple[BackboneConfig, tuple[int, int] | None]:
@@ -828,9 +829,14 @@ def _need(package: str, extra: str) -> None:
         )
 
 
+def _echo(text: object, *, err: bool = False, fg: str | None = None) -> None:
+    """Print lines that may hold names and labels: no terminal shall obey them."""
+    click.secho(shown(str(text)), err=err, fg=fg)
+
+
 def _say(context: click.Context) -> Callable[[str], None]:
     quiet = context.find_root().obj["quiet"]
-    return (lambda _text: None) if quiet else (lambda text: click.echo(text, err=True))
+    return (lambda _text: None) if quiet else (lambda text: _echo(text, err=True))
 
 
 class _Warnings(logging.Handler):
@@ -844,7 +850,7 @@ class _Warnings(logging.Handler):
         message = record.getMessage()
         if message not in self._shown:
             self._shown.add(message)
-            click.secho(message, fg="yellow", err=True)
+            _echo(message, fg="yellow", err=True)
 
 
 def _show_warnings() -> None:
@@ -890,14 +896,16 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 def _print_table(title: str, header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(show_header=any(header))
     for name in header:
-        table.add_column(name, overflow="fold")  # a narrow terminal must not cut names off
+        # a narrow terminal must not cut names off
+        table.add_column(Text(shown(name)), overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(Text(shown(part)) for part in row))
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
-    console.print(title, table, sep="\n")
+    console.print(Text(shown(title)), table, sep="\n")
 
 
 def _print_decisions(decisions: Sequence[Decisions | dict[str, Any]]) -> None:
@@ -920,12 +928,12 @@ def _print_decisions(decisions: Sequence[Decisions | dict[str, Any]]) -> None:
 def _print_gate(gate: dict[str, Any]) -> None:
     """What the precisions of an export decided; gates of older exports do not tell."""
     for precision, decisions in gate.get("decisions", {}).items():
-        click.echo(f"{precision}:")
+        _echo(f"{precision}:")
         _print_decisions(decisions)
 
 
 def _warn(text: str) -> None:
-    click.secho(text, fg="yellow", err=True)
+    _echo(text, fg="yellow", err=True)
 
 
 def _print_parity(reports: dict[str, Any]) -> None:

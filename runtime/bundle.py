@@ -49,6 +49,7 @@ Name: TypeAlias = Annotated[str, Field(min_length=1, max_length=1000)]
 _Comparisons: TypeAlias = dict[str, dict[str, dict[str, dict[str, FiniteFloat | None]]]]
 _COMPARISONS = ("parity", "parity_half", "parity_int8")
 _RULES: TypeAdapter[Any] = TypeAdapter(dict[Literal["op_types", "patterns", "nodes"], list[str]])
+_DECISIONS: TypeAdapter[Any] = TypeAdapter(dict[str, list[Decisions]])
 _PLANS: TypeAdapter[Any] = TypeAdapter(dict[str, dict[str, dict[str, Any]]])
 _MAX_READS, _READ_AGAIN_S = 50, 0.01  # of a bundle that is replaced while it is read
 _WAIT_S = 10.0  # for another change of thresholds
@@ -153,6 +154,9 @@ class Manifest(_Part):
         if "verdict" in reports:
             _Verdict.model_validate(reports["verdict"])
         _Gate.model_validate(reports.get("gate", {}))
+        gate = reports.get("gate") or {}
+        TypeAdapter(dict[str, Any]).validate_python(gate)
+        _DECISIONS.validate_python(gate.get("decisions", {}))
         for name in _COMPARISONS:
             TypeAdapter(_Comparisons).validate_python(reports.get(name, {}))
         return reports

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, FiniteFloat, PositiveInt, TypeAdapter, ValidationError
 
-from runtime import folders, headers
+from runtime import budgets, folders, headers
 from runtime.errors import DatasetError
 from runtime.folders import Tally
 from runtime.labels import Box, Faults
@@ -231,6 +231,7 @@ def validated(schema: TypeAdapter[_T], path: Path) -> _T:
         DatasetError: it cannot be read, or does not fit.
     """
     try:
+        budgets.LABEL_BYTES.check(path.stat().st_size, str(path))
         return schema.validate_json(path.read_bytes())
     except ValidationError as error:
         fault = error.errors()[0]

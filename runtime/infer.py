@@ -33,6 +33,7 @@ from runtime.results import Detections
 from runtime.sources import Source
 from runtime.systems import Promptable, Result, System
 from runtime.tensors import Array
+from runtime.texts import cell
 from runtime.tracking import Tracks
 
 Progress = Callable[[int, int], None]
@@ -328,8 +329,11 @@ class _Table:
     def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
         if self._writer is None:
             self._writer = csv.DictWriter(self._file, list(rows[0]), extrasaction="ignore")
-            self._writer.writeheader()
-        self._writer.writerows(rows)
+            self._writer.writerow({name: cell(name) for name in rows[0]})
+        self._writer.writerows(
+            {k: cell(value) if isinstance(value, str) else value for k, value in row.items()}
+            for row in rows
+        )
         self._file.flush()
 
 

@@ -14,6 +14,7 @@ import traceback
 
 from runtime import __version__
 from runtime.errors import EngineworksError, ResourceError, UnexpectedError
+from runtime.texts import hide_secrets
 
 _WAYS_OUT = {
     errno.ENOSPC: "make room on the disk, or choose a place on another one",
@@ -80,7 +81,7 @@ def _unexpected(error: Exception) -> UnexpectedError:
         descriptor, path = tempfile.mkstemp(prefix="engineworks-error-", suffix=".log", text=True)
         with os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(f"engineworks {__version__}, Python {sys.version}\n")
-            file.writelines(lines)
+            file.writelines(map(hide_secrets, lines))
     except OSError as refused:  # no place for a log: the innermost line must do
         frame = traceback.extract_tb(error.__traceback__)[-1]
         path = (

@@ -18,6 +18,7 @@ from runtime import files, images, video
 from runtime.bundle import Bundle
 from runtime.errors import InputError
 from runtime.tensors import Array
+from runtime.texts import shown
 from runtime.verdict import headline
 
 _MAX_FIGURES = 12
@@ -55,28 +56,28 @@ class Report:
     """
 
     def __init__(self, title: str) -> None:
-        self._title = escape(title)
+        self._title = _escaped(title)
         self._parts: list[str] = []
 
     def heading(self, text: str) -> Self:
         """A heading over what follows, e.g. over figures."""
-        return self._add(f"<h2>{escape(text)}</h2>")
+        return self._add(f"<h2>{_escaped(text)}</h2>")
 
     def text(self, paragraph: str) -> Self:
-        return self._add(f"<p>{escape(paragraph)}</p>")
+        return self._add(f"<p>{_escaped(paragraph)}</p>")
 
     def points(self, lines: Sequence[str]) -> Self:
         """A list, one point a line."""
-        return self._add(f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>")
+        return self._add(f"<ul>{''.join(f'<li>{_escaped(line)}</li>' for line in lines)}</ul>")
 
     def warning(self, message: str) -> Self:
         """A paragraph that stands out."""
-        return self._add(f'<p class="warning" role="note">{escape(message)}</p>')
+        return self._add(f'<p class="warning" role="note">{_escaped(message)}</p>')
 
     def values(self, heading: str, values: Mapping[str, object]) -> Self:
         """Names and values, one pair a line; see ``table`` for how values are shown."""
         rows = (
-            f'<tr><th scope="row">{escape(name)}</th>{_cell(value, _format([value]))}</tr>'
+            f'<tr><th scope="row">{_escaped(name)}</th>{_cell(value, _format([value]))}</tr>'
             for name, value in values.items()
         )
         return self._table(heading, f"<tbody>{''.join(rows)}</tbody>")
@@ -97,7 +98,7 @@ class Report:
         columns = list(zip(*rows, strict=True)) or [()] * len(header)
         formats = [_format(column) for column in columns]
         head = "".join(
-            f'<th scope="col"{_class(column)}>{escape(name)}</th>'
+            f'<th scope="col"{_class(column)}>{_escaped(name)}</th>'
             for name, column in zip(header, columns, strict=True)
         )
         body = "".join(f"<tr>{''.join(map(_cell, row, formats))}</tr>" for row in rows)
@@ -125,7 +126,7 @@ class Report:
             image = cv2.resize(image, None, fx=shrink, fy=shrink, interpolation=cv2.INTER_AREA)
         pixels = cv2.cvtColor(image, cv2.COLOR_RGB2BGR) if image.ndim == 3 else image
         encoded = base64.b64encode(cv2.imencode(f".{kind}", pixels, options)[1].tobytes()).decode()
-        text = escape(caption)
+        text = _escaped(caption)
         return self._add(
             f'<figure><img alt="{text}" width="{image.shape[1]}" height="{image.shape[0]}" '
             f'src="data:image/{kind};base64,{encoded}"><figcaption>{text}</figcaption></figure>'
@@ -155,13 +156,18 @@ class Report:
         return self.heading(heading)._add(f'<div class="wide"><table>{content}</table></div>')
 
 
+def _escaped(text: str) -> str:
+    """The text as HTML, with what no page can hold spelt out."""
+    return escape(shown(text))
+
+
 def _cell(value: object, float_format: str) -> str:
     if isinstance(value, bool):
         text = "yes" if value else "no"
     elif isinstance(value, float | np.floating):
         text = format(float(value), float_format)
     else:
-        text = "" if value is None else escape(str(value))
+        text = "" if value is None else _escaped(str(value))
     return f"<td{_class([value])}>{text}</td>"
 
 

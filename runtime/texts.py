@@ -42,6 +42,11 @@ def printable(text: str) -> str:
     )
 
 
+def shown(text: str) -> str:
+    """Lines that are made harmless one by one, and without the secrets of addresses."""
+    return "\n".join(printable(line) for line in hide_secrets(text).split("\n"))
+
+
 def cell(text: str) -> str:
     """The text as a field of a CSV file: with a quote before what a spreadsheet would compute."""
     return f"'{text}" if text.startswith(_FORMULA) else text

@@ -28,6 +28,7 @@ from pydantic import (
     model_validator,
 )
 
+from runtime import budgets
 from runtime.errors import ConfigError
 from training.systems import system_package
 
@@ -348,12 +349,40 @@ def _parse_override(override: str) -> dict[str, Any]:
 
 def _yaml(text: str, source: str) -> Any:
     try:
+        _check_extent(yaml.compose(text, _Loader), source)
         return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader with one more number format
+    except RecursionError as error:
+        raise ConfigError(f"{source} is nested too deeply", fix="write it flat") from error
+    except ValueError as error:  # a date that is none, a number of too many digits
+        raise ConfigError(f"{source} holds a value that is none: {error}") from error
     except yaml.YAMLError as error:
         raise ConfigError(
             f"{source} is not valid YAML: {' '.join(str(error).split())}",
             fix="check brackets, quotes and indentation",
         ) from error
+
+
+def _check_extent(root: yaml.Node | None, source: str) -> None:
+    """Refuse aliases that name what they stand in, or that make a text of a kilobyte huge."""
+    counted: dict[int, int] = {}
+
+    def extent(node: yaml.Node) -> int:
+        if (known := counted.get(id(node))) == 0:
+            raise ConfigError(f"{source} holds an alias of what it stands in")
+        if known is None:
+            counted[id(node)] = 0  # on the way
+            parts = node.value if isinstance(node, yaml.CollectionNode) else []
+            flat = [
+                each for part in parts for each in (part if isinstance(part, tuple) else [part])
+            ]
+            counted[id(node)] = 1 + sum(extent(each) for each in flat)
+        return counted[id(node)]
+
+    if root is not None and (asked := extent(root)) > (limit := budgets.YAML_NODES.limit):
+        raise ConfigError(
+            f"{source} asks for {asked:,} values, more than the {limit:,} that are allowed",
+            fix="write out what its aliases repeat",
+        )
 
 
 def _merge(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

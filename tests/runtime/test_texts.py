@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import csv
+import io
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cli import _print_table
+from runtime.infer import _Table
+from runtime.report import Report
 from runtime.texts import cell, hide_secrets, printable
 
 _PLAIN = st.text("abcXYZ019-_.", min_size=1)
@@ -61,3 +68,23 @@ class TestACell:
     def test_is_never_a_formula(self, text: str) -> None:
         assert not cell(text).startswith(("=", "+", "-", "@", "\t", "\r"))
         assert cell(text).removeprefix("'").endswith(text.removeprefix("'"))
+
+
+class TestATable:
+    def test_of_results_holds_no_formula(self) -> None:
+        file = io.StringIO()
+        table = _Table(file)
+        table.add([{"source": "=1+1.png", "score": -1.5, "@x": "+2"}])
+        rows = list(csv.reader(io.StringIO(file.getvalue())))
+        assert rows == [["source", "score", "'@x"], ["'=1+1.png", "-1.5", "'+2"]]
+
+    def test_on_the_terminal_takes_no_markup(self, capsys: pytest.CaptureFixture[str]) -> None:
+        _print_table("[/x]", ("[red]a", ""), [("[/x]", "\x1b]0;owned\x07")])
+        printed = capsys.readouterr().out
+        assert "[red]a" in printed and "[/x]" in printed and "\x1b" not in printed
+
+
+def test_a_page_takes_names_that_are_no_utf_8(tmp_path: Path) -> None:
+    page = Report("\udcff").values("x", {"\udcfe": "\x1b[31m"}).write(tmp_path / "a.html")
+    text = page.read_text(encoding="utf-8")
+    assert "\\udcff" in text and "\\udcfe" in text and "\x1b" not in text

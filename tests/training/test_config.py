@@ -188,3 +188,30 @@ def test_neither_configuration_nor_drawing_loads_torch() -> None:
         "import training.systems.noising.sample; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+class TestAliases:
+    LAUGH = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+        f"{c}: &{c} [{', '.join(['*' + p] * 9)}]\n"
+        for p, c in zip("abcdefgh", "bcdefghi", strict=True)
+    )
+
+    @pytest.mark.parametrize(
+        ("text", "reason"),
+        [
+            (LAUGH, "values"),
+            ("a: &a [*a]", "alias of what it stands in"),
+            ("a: " + "[" * 3000 + "]" * 3000, "nested too deeply"),
+            ("a: " + "9" * 5000, "value"),
+        ],
+    )
+    def test_that_would_fill_the_memory_are_refused(
+        self, tmp_path: Path, text: str, reason: str
+    ) -> None:
+        (tmp_path / "c.yaml").write_text(text)
+        with pytest.raises(ConfigError, match=reason):
+            load_config("noising", tmp_path / "c.yaml", ())
+
+    def test_may_repeat_what_was_written(self, tmp_path: Path) -> None:
+        (tmp_path / "c.yaml").write_text("train: {seed: &s 3}\npreprocess: {pad_value: *s}\n")
+        assert load_config("noising", tmp_path / "c.yaml", ()).train.seed == 3
