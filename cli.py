@@ -292,6 +292,11 @@ def train(
 
     if resume and out is not None and not config and not overrides:
         merged = open_run(out).config
+        if merged.system != system:
+            raise UsageError(
+                f"{out} is a run of '{merged.system}', not of '{system}'",
+                fix=f"give train {merged.system} --resume, or another --out",
+            )
     else:
         merged = load_config(system, config, overrides)
     from training.train import train as train_run  # torch takes seconds, a misspelt key needs none
@@ -784,9 +789,7 @@ def add(
 
 def _backbone(name: str, given: dict[str, Any]) -> tuple[BackboneConfig, tuple[int, int] | None]:
     """What ``backbone:NAME`` and its options mean: the net, and the size of its images."""
-    import yaml
-
-    from training.config import BackboneConfig, validate
+    from training.config import BackboneConfig, read_yaml, validate
 
     tree: dict[str, Any] = {"name": name, **given}
     size = None
@@ -797,8 +800,8 @@ def _backbone(name: str, given: dict[str, Any]) -> tuple[BackboneConfig, tuple[i
             height, width = (int(side) for side in text.split(","))
             size = height, width
         if "args" in tree:
-            tree["args"] = yaml.safe_load(given["args"])
-    except (ValueError, yaml.YAMLError) as error:
+            tree["args"] = read_yaml(given["args"], "--args")
+    except ValueError as error:
         raise UsageError(
             f"--stages, --size or --args of {name} cannot be read: {error}",
             fix="write e.g. --stages 2,3 --size 256,256 --args '{pad_type: same}'",

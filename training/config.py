@@ -11,11 +11,11 @@ import difflib
 import importlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar, get_origin
 
 import yaml
 from pydantic import (
@@ -170,9 +170,48 @@ class SystemConfig(Config):
 AnyConfig = TypeVar("AnyConfig", bound=Config)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML whose floats may be written ``1e-3``, as everybody does (YAML 1.1 wants ``1.0e-3``)."""
+class _Misleading(yaml.YAMLError):
+    """Valid YAML that means something else than it looks like."""
 
+    def __init__(self, problem: str, mark: yaml.Mark, fix: str) -> None:
+        super().__init__(f"line {mark.line + 1}: {problem}")
+        self.fix = fix
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without its traps.
+
+    Floats may be written ``1e-3``, as everybody does (YAML 1.1 wants ``1.0e-3``). A key that stands
+    twice in a mapping, of which YAML takes the last, is refused, and so is a number that YAML 1.1
+    reads in base 8 or 60.
+    """
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if (first := seen.get((key.tag, key.value))) is not None:
+                    raise _Misleading(
+                        f"the key '{key.value}' stands in line {first} already",
+                        key.start_mark,
+                        "write each key once, with all that belongs to it",
+                    )
+                seen[key.tag, key.value] = key.start_mark.line + 1
+        return node
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        number: int = super().construct_yaml_int(node)
+        if re.match(r"[-+]?0[0-9_]", node.value) or ":" in node.value:
+            raise _Misleading(
+                f"YAML reads {node.value} as {number}",
+                node.start_mark,
+                f"write {number}, or the number that is meant without leading zeros and colons",
+            )
+        return number
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
@@ -191,7 +230,8 @@ def load_config(
         file: YAML with any part of the tree, e.g. the config.yaml of an earlier run; or the bare
             name of one that comes with the system, e.g. ``small`` of refdet.
         overrides: ``key=value`` each, with dots into the tree; values are YAML, e.g.
-            ``backbone.stages=[1, 2]``.
+            ``backbone.stages=[1, 2]``. Arguments of another package's, such as ``backbone.args``,
+            are replaced as a whole, or one by one: ``backbone.args.pad_type=same``.
 
     Raises:
         UsageError: there is no such system.
@@ -199,17 +239,21 @@ def load_config(
     """
     package = system_package(system)
     default = resources.files(package).joinpath("default.yaml").read_text(encoding="utf-8")
+    schema = schema_of(system)
+    whole = _free_form(schema)
     merged = _parse(default, f"default.yaml of '{system}'")
     if file is not None:
-        merged = _merge(merged, _parse(_read_over(package, file), str(file)))
+        merged = _merge(merged, _parse(_read_over(package, file), str(file)), whole)
     for override in overrides:
-        merged = _merge(merged, _parse_override(override))
+        key, tree = _parse_override(override)
+        inside = any(key.startswith(f"{name}.") for name in whole)
+        merged = _merge(merged, tree, () if inside else whole)
     if merged["system"] != system:
         raise ConfigError(
             f"the configuration is of system '{merged['system']}', not '{system}'",
             fix=f"give a configuration of '{system}', or train '{merged['system']}'",
         )
-    return validate(schema_of(system), merged)
+    return validate(schema, merged)
 
 
 def _read_over(package: str, file: Path) -> str:
@@ -287,14 +331,21 @@ def validate(schema: type[AnyConfig], tree: Mapping[str, Any]) -> AnyConfig:
 
 def keys(schema: type[BaseModel], prefix: str = "") -> list[str]:
     """All keys of a schema that hold a value, with dots, in the order of definition."""
-    found: list[str] = []
+    return [key for key, _ in _typed_keys(schema, prefix)]
+
+
+def _typed_keys(schema: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, field in schema.model_fields.items():
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
-            found += keys(kind, f"{prefix}{name}.")
+            yield from _typed_keys(kind, f"{prefix}{name}.")
         else:
-            found.append(prefix + name)
-    return found
+            yield prefix + name, kind
+
+
+def _free_form(schema: type[BaseModel]) -> tuple[str, ...]:
+    """The keys whose values are mappings with keys of their own."""
+    return tuple(key for key, kind in _typed_keys(schema) if get_origin(kind) is dict)
 
 
 def _nearest(schema: type[BaseModel], key: str) -> str:
@@ -320,7 +371,7 @@ def read_text(file: Path) -> str:
 
 
 def _parse(text: str, source: str) -> dict[str, Any]:
-    tree = _yaml(text, source)
+    tree = read_yaml(text, source)
     if tree is None:
         return {}
     if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
@@ -330,27 +381,39 @@ def _parse(text: str, source: str) -> dict[str, Any]:
     return tree
 
 
-def _parse_override(override: str) -> dict[str, Any]:
+def _parse_override(override: str) -> tuple[str, dict[str, Any]]:
+    """The key of ``key=value``, and the tree that holds the value alone."""
     key, equals, text = override.partition("=")
     if not equals or not all(key.strip().split(".")):
         raise ConfigError(
             f"'{override}' is not of the form key=value",
             fix="write e.g. --set train.seed=1",
         )
-    value = _yaml(text, f"the value of --set {key}")
+    key = key.strip()
+    value = read_yaml(text, f"the value of --set {key}")
     tree: dict[str, Any] = {}
     inner = tree
-    *path, leaf = key.strip().split(".")
+    *path, leaf = key.split(".")
     for part in path:
         inner[part] = inner = {}
     inner[leaf] = value
-    return tree
+    return key, tree
 
 
-def _yaml(text: str, source: str) -> Any:
+def read_yaml(text: str, source: str) -> Any:
+    """Plain values from YAML.
+
+    Args:
+        source: what errors call the text.
+
+    Raises:
+        ConfigError: no YAML, or YAML that means something else than it looks like.
+    """
     try:
         _check_extent(yaml.compose(text, _Loader), source)
         return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader with one more number format
+    except _Misleading as error:
+        raise ConfigError(f"{source}, {error}", fix=error.fix) from error
     except RecursionError as error:
         raise ConfigError(f"{source} is nested too deeply", fix="write it flat") from error
     except ValueError as error:  # a date that is none, a number of too many digits
@@ -385,12 +448,16 @@ def _check_extent(root: yaml.Node | None, source: str) -> None:
         )
 
 
-def _merge(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def _merge(
+    below: dict[str, Any], above: Mapping[str, Any], whole: Collection[str] = (), prefix: str = ""
+) -> dict[str, Any]:
+    """``above`` over ``below``, block by block; a value of a key in ``whole`` is no block."""
     merged = dict(below)
     for key, value in above.items():
         old = merged.get(key)
-        if isinstance(old, dict) and isinstance(value, Mapping):
-            merged[key] = _merge(old, value)
+        name = f"{prefix}{key}"
+        if isinstance(old, dict) and isinstance(value, Mapping) and name not in whole:
+            merged[key] = _merge(old, value, whole, f"{name}.")
         else:
             merged[key] = value
     return merged

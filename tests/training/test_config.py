@@ -215,3 +215,55 @@ class TestAliases:
     def test_may_repeat_what_was_written(self, tmp_path: Path) -> None:
         (tmp_path / "c.yaml").write_text("train: {seed: &s 3}\npreprocess: {pad_value: *s}\n")
         assert load_config("noising", tmp_path / "c.yaml", ()).train.seed == 3
+
+
+class TestYamlThatMisleads:
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "train: {epochs: 2}\ntrain: {seed: 1}",
+            "train:\n  seed: 1\n  seed: 2",
+            "backbone: {args: {a: 1, a: 1}}",
+        ],
+    )
+    def test_a_key_twice_is_named_with_both_lines(self, tmp_path: Path, text: str) -> None:
+        (tmp_path / "c.yaml").write_text(text)
+        with pytest.raises(ConfigError, match=r"line \d: the key '\w+' stands in line 1|2"):
+            load_config("noising", tmp_path / "c.yaml")
+
+    def test_a_key_over_a_merged_one_is_not_twice(self, tmp_path: Path) -> None:
+        (tmp_path / "c.yaml").write_text("train: {<<: {seed: 1, epochs: 2}, seed: 3}")
+        config = load_config("noising", tmp_path / "c.yaml")
+        assert (config.train.seed, config.train.epochs) == (3, 2)
+
+    @pytest.mark.parametrize("text", ["010", "-010", "0_7", "1:30", "00"])
+    def test_a_number_of_another_base_is_refused(self, text: str) -> None:
+        with pytest.raises(ConfigError, match=f"YAML reads {text} as") as caught:
+            load_config("noising", overrides=[f"train.seed={text}"])
+        assert caught.value.fix
+
+    @pytest.mark.parametrize(
+        ("text", "seed"), [("0", 0), ("10", 10), ("0x10", 16), ("1_000", 1000)]
+    )
+    def test_other_numbers_are_what_they_look_like(self, text: str, seed: int) -> None:
+        assert load_config("noising", overrides=[f"train.seed={text}"]).train.seed == seed
+
+
+class TestArgumentsOfOtherPackages:
+    @pytest.mark.parametrize(("system", "key"), [("noising", "backbone"), ("refdet", "encoder")])
+    def test_are_replaced_as_a_whole_or_one_by_one(
+        self, tmp_path: Path, system: str, key: str
+    ) -> None:
+        (tmp_path / "c.yaml").write_text(f"{key}: {{args: {{a: 1, b: 2}}}}")
+
+        def args(*overrides: str) -> dict[str, object]:
+            config = load_config(system, tmp_path / "c.yaml", overrides)
+            found: dict[str, object] = getattr(config, key).args
+            return found
+
+        assert args() == {"a": 1, "b": 2}
+        assert args(f"{key}.args={{}}") == {}
+        assert args(f"{key}={{args: {{}}}}") == {}
+        assert args(f"{key}.args={{b: 3}}") == {"b": 3}
+        assert args(f"{key}.args.b=3") == {"a": 1, "b": 3}
+        assert args(f"{key}.args={{}}", f"{key}.args.c=3") == {"c": 3}
