@@ -13,6 +13,7 @@ import re
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from runtime import budgets, tiff
@@ -58,12 +59,18 @@ def read(path: Path) -> Header | None:
         None: it cannot be read, or is of no known format; decoding says what is wrong with it.
     """
     try:
-        with path.open("rb") as file:
-            data = file.read(_HEAD_BYTES)
-            found = None if _needs_all(data) else parse(data)
-            return found or parse(data + file.read())
+        status = path.stat()
+        return _read(path, status.st_mtime_ns, status.st_size)
     except OSError:
         return None
+
+
+@lru_cache(1 << 16)  # a set is looked at more than once before it is learnt from
+def _read(path: Path, _mtime_ns: int, _size: int) -> Header | None:
+    with path.open("rb") as file:
+        data = file.read(_HEAD_BYTES)
+        found = None if _needs_all(data) else parse(data)
+        return found or parse(data + file.read())
 
 
 def parse(data: bytes) -> Header | None:

@@ -32,6 +32,7 @@ from training.features import EngineBackbone, FeatureCache, FeatureStore, read_b
 
 # where timm keeps the rest of a net inside its own feature wrappers
 _WRAPPERS = ("", "model.", "body.")
+_PICKLES = (b"PK\x03\x04", b"\x80")  # how files of torch.save begin, now and before 1.6
 
 
 @dataclass(frozen=True)
@@ -425,6 +426,14 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     try:
         return dict(load_file(path))
     except SafetensorError as error:
+        with path.open("rb") as file:
+            if file.read(4).startswith(_PICKLES):
+                raise WeightsError(
+                    f"{path} is a file of torch.save, which may hold code and is never loaded",
+                    fix="convert it where you trust it: safetensors.torch.save_file("
+                    "torch.load(PATH, weights_only=True), 'weights.safetensors'); a checkpoint "
+                    "keeps the weights in one of its entries, such as 'state_dict' or 'model'",
+                ) from error
         raise WeightsError(
             f"{path} is not a whole safetensors file ({error})", fix="copy or download it again"
         ) from error

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import gc
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
@@ -16,9 +18,11 @@ import cv2
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, default_convert
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, default_convert
 
 from runtime.bundle import sha256_file
+from runtime.errors import EngineworksError, RunError
+from runtime.labels import Labelled
 from runtime.preprocess import PreprocessSpec, apply
 from runtime.tensors import Array
 from training.config import TrainConfig
@@ -36,6 +40,13 @@ class Samples(Protocol):
         global generator, which is seeded alike).
         """
         ...
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """Why there is no sample: torch would turn an error of a worker into another one's text."""
+
+    error: EngineworksError
 
 
 class _Seeded(Dataset[Any]):
@@ -56,6 +67,8 @@ class _Seeded(Dataset[Any]):
         torch.default_generator.manual_seed(int(rng.integers(2**63)))
         try:
             return self.samples.get(index, rng)
+        except EngineworksError as error:
+            return _Failure(error)
         finally:
             torch.default_generator.set_state(before)
 
@@ -92,13 +105,15 @@ def loader(
 ) -> DataLoader[Any]:
     """Batches of samples, collated by torch's default rules (arrays stack along a new axis).
 
+    To be read by ``iterate``, which raises what a sample raised.
+
     Args:
         batched: each sample is a whole batch already; its arrays become tensors, no axis is added.
     """
     return DataLoader(
         _Seeded(samples, config.seed),
         batch_size=1 if batched else config.batch_size,
-        collate_fn=_only if batched else None,
+        collate_fn=partial(_collate, _only if batched else default_collate),
         sampler=EpochSampler(len(samples), seed=config.seed, shuffle=shuffle),
         num_workers=config.workers,
         prefetch_factor=config.prefetch if config.workers else None,
@@ -108,6 +123,28 @@ def loader(
         generator=torch.Generator().manual_seed(config.seed),
         drop_last=drop_last,
     )
+
+
+def iterate(loader: Iterable[Any]) -> Iterator[Any]:
+    """The batches of a loader, or of what accelerate made of it.
+
+    Raises:
+        EngineworksError: what a sample raised, in whichever process.
+        RunError: a process of the loader is gone.
+    """
+    try:
+        for batch in loader:
+            if isinstance(batch, _Failure):
+                raise batch.error
+            yield batch
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise RunError(
+            f"a process that loads pictures has ended: {' '.join(str(error).split())}",
+            fix="there may be too little memory: lower train.workers, train.batch_size or "
+            "train.prefetch; then go on with --resume",
+        ) from error
 
 
 def preprocess(spec: PreprocessSpec, images: Sequence[Array]) -> Tensor:
@@ -121,6 +158,28 @@ def fingerprint(root: Path, files: Sequence[Path]) -> str:
     for file in sorted(files):
         digest.update(f"{file.relative_to(root).as_posix()} {sha256_file(file)}\n".encode())
     return digest.hexdigest()
+
+
+def labels_fingerprint(labelled: Labelled) -> str:
+    """SHA-256 over all that is said of a data set: every split, name, label, box and mask, and the
+    content of all files but those that are trained on, which have a fingerprint of their own.
+    """
+    digest = hashlib.sha256()
+    hashes = {file: "" for item in labelled.splits.get("train", ()) for file in item.files}
+    for split, items in labelled.splits.items():
+        for item in items:
+            for file in [*item.files, *([item.mask] if item.mask else ())]:
+                if file not in hashes:
+                    hashes[file] = sha256_file(file)
+            said = (split, item.name, item.label, item.boxes, item.frame)
+            mask = hashes[item.mask] if item.mask else None
+            digest.update(repr((said, [hashes[file] for file in item.files], mask)).encode())
+    return digest.hexdigest()
+
+
+def _collate(collate: Callable[[list[Any]], Any], samples: list[Any]) -> Any:
+    failures = [sample for sample in samples if isinstance(sample, _Failure)]
+    return failures[0] if failures else collate(samples)
 
 
 def _only(samples: Sequence[Any]) -> Any:

@@ -10,6 +10,7 @@ from pydantic import JsonValue
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from runtime.labels import Labelled
 from training.run import Run
 
 # (what is being done, so many done, of so many)
@@ -41,6 +42,7 @@ class Task(Protocol):
     Attributes:
         model: everything that learns or is saved; prototypes and the like are its buffers.
         best: metric that chooses weights/best and whether more is better; None takes the last.
+        dataset: all that the data say, see ``runtime.labels``.
         data_summary: folder's name, counts and hash, for the record.
         provenance: where the starting weights came from.
         written: patterns of what it leaves in the run's folder, beyond what every run has.
@@ -51,6 +53,7 @@ class Task(Protocol):
     working: ClassVar[tuple[str, ...]]
     model: nn.Module
     best: tuple[str, Literal["max", "min"]] | None
+    dataset: Labelled
     data_summary: dict[str, JsonValue]
     provenance: dict[str, JsonValue]
 

@@ -28,11 +28,14 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.tensorboard import SummaryWriter
 
-from runtime import files
+from runtime import files, folders
 from runtime.errors import BackendError, ConfigError, RunError
+from runtime.labels import Labelled
+from runtime.survey import survey
 from training import checkpoint
 from training.allocator import keep_freed_memory
 from training.config import OptimizerConfig, SystemConfig, TrainConfig, dump, read_text
+from training.data import iterate, labels_fingerprint
 from training.profiler import Profiler, section
 from training.run import (
     CONFIG_NAME,
@@ -118,19 +121,22 @@ def _train(
     main = accelerator.is_main_process
     # built first: a wrong path or weights file must leave no folder, and a replaced run whole
     task: Task = _task(config)(config, data, root, weights=state is None)
+    _check_labels(task.dataset, data)
     if before is None and main:
         clear(root, (*task.written, *task.working))
         (root / "weights").mkdir()
     accelerator.wait_for_everyone()
+    summary = {**task.data_summary, "labels_sha256": labels_fingerprint(task.dataset)}
     if before is None:
-        run = Run(root, config, _record(config, task, accelerator))
+        run = Run(root, config, _record(config, task, accelerator, summary))
         if main:
             run.save()
     else:
         run = before
-        if run.info.data != task.data_summary:
+        if unlike := _unlike(run.info.data, summary):
             raise RunError(
-                f"the data in {data} are not those that run {root} was trained on",
+                f"the data in {data} are not those that run {root} was trained on: "
+                f"{', '.join(unlike)}",
                 fix="give the same data to --resume, or train into a new folder",
             )
 
@@ -246,7 +252,7 @@ def _train(
 
 def _timed(batches: Iterable[Any]) -> Iterator[Any]:
     """The batches, with the time that they take to come under ``data``."""
-    iterator = iter(batches)
+    iterator = iterate(batches)
     while True:
         with section("data"):
             batch = next(iterator, None)
@@ -317,14 +323,32 @@ def _accelerator(settings: TrainConfig) -> Accelerator:
     )
 
 
-def _record(config: SystemConfig, task: Task, accelerator: Accelerator) -> RunInfo:
+def _check_labels(labelled: Labelled, data: Path) -> None:
+    """The quick half of ``runtime.survey``.
+
+    Raises:
+        DatasetError: training would be wrong.
+    """
+    found = survey(labelled, quick=True)
+    folders.tell(data, found.left_out)
+    found.faults.check(data)
+
+
+def _unlike(before: Mapping[str, JsonValue], now: Mapping[str, JsonValue]) -> list[str]:
+    """What of the data has changed; their place may, and older runs recorded less."""
+    return [key for key in before if key != "folder" and before[key] != now.get(key)]
+
+
+def _record(
+    config: SystemConfig, task: Task, accelerator: Accelerator, data: dict[str, JsonValue]
+) -> RunInfo:
     return RunInfo(
         system=config.system,
         seed=config.train.seed,
         device=str(accelerator.device),
         precision=config.train.precision,
         versions={package: metadata.version(package) for package in _PACKAGES},
-        data=task.data_summary,
+        data=data,
         provenance=task.provenance,
     )
 

@@ -14,6 +14,7 @@ from runtime.engines import BACKENDS, Engine, check_backend, open_engine
 from runtime.errors import BackendError, BundleError, UsageError
 from runtime.evaluation import Evaluation
 from runtime.graphs import check_graph
+from runtime.labels import Labelled
 from runtime.plans import PLAN_VARIANTS, check_origin
 from runtime.references import SUFFIX, Prototypes, References, read_references
 from runtime.results import Detections
@@ -51,9 +52,11 @@ class System(Protocol):
         engines: graph name -> engine; replaced by tests and by calibration's ``Tap``.
         backend, precision: what really runs, never ``auto``.
         reader: of the class: how files become its images.
+        labelled: of the class: folder -> all that its data set says.
     """
 
     reader: ClassVar[Reader]
+    labelled: ClassVar[Callable[[Path], Labelled]]
     bundle: Bundle
     engines: Mapping[str, Engine]
     backend: str
@@ -166,6 +169,16 @@ def reader_of(name: str) -> Reader:
     """
     reader: Reader = system_module(name).System.reader
     return reader
+
+
+def labelled_of(name: str) -> Callable[[Path], Labelled]:
+    """How folders become the labelled data of a system; see ``runtime.labels``.
+
+    Raises:
+        UsageError: there is no such system.
+    """
+    labelled: Callable[[Path], Labelled] = system_module(name).System.labelled
+    return labelled
 
 
 def choose(bundle: Bundle, backend: str = "auto", precision: str = "auto") -> tuple[str, str]:

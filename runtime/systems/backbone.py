@@ -94,6 +94,7 @@ class System:
     """An opened ``backbone`` bundle; see ``runtime.systems.System``."""
 
     reader = PICTURES
+    labelled = staticmethod(datasets.class_labels)
 
     def __init__(
         self,

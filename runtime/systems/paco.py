@@ -58,6 +58,7 @@ class System:
     """An opened ``paco`` bundle; see ``runtime.systems.System``."""
 
     reader = PICTURES
+    labelled = staticmethod(datasets.class_labels)
 
     def __init__(
         self,

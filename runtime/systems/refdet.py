@@ -30,7 +30,7 @@ from runtime.engines import Engine
 from runtime.errors import DatasetError, EngineError, InputError, NotFiniteError, UsageError
 from runtime.evaluation import Evaluation
 from runtime.frames import Frames
-from runtime.objects import Frame, LabelledFrame, read_objects
+from runtime.objects import Frame, LabelledFrame, object_labels, read_objects
 from runtime.preprocess import PreprocessSpec, apply
 from runtime.references import (
     Prototypes,
@@ -339,6 +339,7 @@ class System:
     """An opened ``refdet`` bundle; see ``runtime.systems.System`` and ``Promptable``."""
 
     reader = PICTURES
+    labelled = staticmethod(object_labels)
 
     def __init__(
         self,

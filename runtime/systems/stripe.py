@@ -301,6 +301,7 @@ class System:
     """An opened ``stripe`` bundle; see ``runtime.systems.System``."""
 
     reader = planes.PLANES
+    labelled = staticmethod(datasets.strip_labels)
 
     def __init__(
         self,

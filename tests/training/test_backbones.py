@@ -435,3 +435,12 @@ class TestTheWeightsForDevelopment:
             BackboneConfig(name="mobilenetv2_100", stages=(2, 3), weights=str(file), args=args)
         )
         assert made.channels == (32, 96)
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_a_file_of_torch_save_is_refused_with_the_way_out(tmp_path: Path, old: bool) -> None:
+    path = tmp_path / "model.pt"
+    torch.save({"a": torch.zeros(2)}, path, _use_new_zipfile_serialization=not old)
+    with pytest.raises(WeightsError, match="which may hold code") as caught:
+        backbones.read_weights(path)
+    assert "save_file" in str(caught.value.fix)

@@ -6,6 +6,7 @@ import csv
 import json
 import sys
 import threading
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +19,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from runtime.errors import BackendError, ConfigError, InUseError, RunError
+from runtime.labels import Item, Labelled
 from tests.campaign.faults import other_process
 from training import checkpoint
 from training.config import SystemConfig, TrainConfig, dump, validate
@@ -60,7 +62,12 @@ class ToyTask:
         self.model = nn.Sequential(
             nn.Linear(4, 8), nn.Dropout(0.2), nn.BatchNorm1d(8), nn.Linear(8, 1)
         )
-        self.data_summary = {"folder": data.name}
+        said = data / "labels.txt"
+        label = said.read_text() if said.exists() else ""
+        self.dataset = Labelled(
+            {"train": (Item("a", (said,), partial(np.zeros, (2, 2, 3)), label),)}
+        )
+        self.data_summary = {"folder": data.name, "sha256": "0" * 64}
         self.provenance = {"weights": "random"}
         self.batches = 0
 
@@ -181,12 +188,33 @@ class TestAResumedRun:
         with pytest.raises(RunError, match="another configuration"):
             train(config(epochs=4), tmp_path, tmp_path / "run", resume=True)
 
-    def test_is_refused_with_other_data(self, tmp_path: Path, toy: type[ToyTask]) -> None:
+    def test_is_refused_with_other_labels_but_not_in_another_place(
+        self, tmp_path: Path, toy: type[ToyTask]
+    ) -> None:
+        first, other = tmp_path / "data", tmp_path / "renamed"
+        first.mkdir()
+        toy.stop_at = 3
+        with pytest.raises(KeyboardInterrupt):
+            train(config(), first, tmp_path / "run")
+        first.rename(other)
+        (other / "labels.txt").write_text("another")
+        with pytest.raises(RunError, match=r"not those.*: labels_sha256"):
+            train(config(), other, tmp_path / "run", resume=True)
+        (other / "labels.txt").unlink()
+        toy.stop_at = None
+        assert train(config(), other, tmp_path / "run", resume=True).info.status == "finished"
+
+    def test_that_began_before_labels_were_recorded_goes_on(
+        self, tmp_path: Path, toy: type[ToyTask]
+    ) -> None:
         toy.stop_at = 3
         with pytest.raises(KeyboardInterrupt):
             train(config(), tmp_path, tmp_path / "run")
-        with pytest.raises(RunError, match="not those"):
-            train(config(), tmp_path / "other", tmp_path / "run", resume=True)
+        record = json.loads((tmp_path / "run" / "run.json").read_text())
+        del record["data"]["labels_sha256"]
+        (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+        toy.stop_at = None
+        assert train(config(), tmp_path, tmp_path / "run", resume=True).info.status == "finished"
 
     def test_needs_a_run(self, tmp_path: Path) -> None:
         with pytest.raises(RunError, match=r"no training run"):

@@ -120,6 +120,7 @@ class System:
     """
 
     reader = PICTURES
+    labelled = staticmethod(datasets.mvtec_labels)
 
     def __init__(
         self,

@@ -28,7 +28,7 @@ from runtime.systems.noising.params import DiscriminatorParams, Params
 from runtime.systems.noising.signals import anomaly_map, image_score
 from runtime.tensors import Array
 from training import backbones
-from training.data import Samples, fingerprint, loader
+from training.data import Samples, fingerprint, iterate, loader
 from training.profiler import section
 from training.run import Run
 from training.systems.noising.config import TaskConfig
@@ -83,6 +83,7 @@ class Task:
                 f"{data} has no training images", fix="put normal images into train/good"
             )
         files = [sample.path for sample in self.samples]
+        self.dataset = datasets.mvtec_labels(data)
         self.data_summary: dict[str, JsonValue] = {
             "folder": data.resolve().name,
             "num_train": len(files),
@@ -306,11 +307,10 @@ class Task:
         rows_ND = torch.from_numpy(np.ascontiguousarray(features_ND)).to(self._device)
         return np.asarray(discriminator(rows_ND).cpu().numpy())
 
-    def _batches(self, samples: Sequence[datasets.MvtecSample]) -> DataLoader[Any]:
+    def _batches(self, samples: Sequence[datasets.MvtecSample]) -> Iterator[Any]:
         """All images of a list as at inference, in its order."""
-        return loader(
-            Images(list(samples), self.config.preprocess), self.config.train, shuffle=False
-        )
+        images = Images(list(samples), self.config.preprocess)
+        return iterate(loader(images, self.config.train, shuffle=False))
 
     def _judged(self, progress: Progress) -> Iterator[tuple[Array, int, Array | None]]:
         """Features, label and mask of each test image."""

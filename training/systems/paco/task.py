@@ -19,10 +19,11 @@ from runtime import datasets, draw, files, images
 from runtime.bundle import sha256_file
 from runtime.errors import ConfigError, DatasetError
 from runtime.metrics import ClassificationMetrics
+from runtime.names import file_name
 from runtime.preprocess import place
 from runtime.tensors import Array
 from training import backbones
-from training.data import Samples, fingerprint, loader, preprocess
+from training.data import Samples, fingerprint, iterate, loader, preprocess
 from training.features import FeatureCache
 from training.run import Run, judged, open_run, read_json
 from training.systems.paco.config import TaskConfig
@@ -133,6 +134,7 @@ class Task:
         self.best: tuple[str, Literal["max", "min"]] | None = (
             ("top1", "max") if self.judged_by == "val" else None
         )
+        self.dataset = datasets.class_labels(data)
         self.data_summary: dict[str, JsonValue] = {
             "folder": data.resolve().name,
             "num_train": len(self.training.samples),
@@ -266,7 +268,7 @@ class Task:
     def _batches(self, folder: datasets.ClassFolder) -> Iterator[Tensor]:
         """All pictures as at inference: (B, 3, height, width) float32 on the model's device."""
         pictures = Pictures(folder.samples, self.config.preprocess, read=datasets.read)
-        for batch in loader(pictures, self.config.train, shuffle=False):
+        for batch in iterate(loader(pictures, self.config.train, shuffle=False)):
             yield batch["images"].to(_device(self.model))
 
     def _embedded(self, name: str, folder: datasets.ClassFolder) -> Array:
@@ -307,7 +309,7 @@ class Task:
             for k, (row, column) in reversed(list(enumerate(peaks_BK2[0].tolist()))):
                 mask_HW = _window(spec.size, grid, row, column, self.config.parts.window // 2)
                 drawn = draw.contour(drawn, mask_HW, _PART_COLOURS[k % len(_PART_COLOURS)])
-            images.write(folder / f"{sample.class_name}_{i:05d}.png", drawn)
+            images.write(folder / f"{file_name(sample.class_name)}_{i:05d}.png", drawn)
 
 
 def _window(

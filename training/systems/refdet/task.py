@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from runtime import files, references
 from runtime.evaluation import Evaluation
 from runtime.frames import Frames
-from runtime.objects import ObjectData, object_splits, read_objects
+from runtime.objects import ObjectData, object_labels, object_splits, read_objects
 from runtime.preprocess import apply
 from runtime.systems import refdet
 from runtime.tensors import Array
@@ -119,6 +119,7 @@ class Task:
             ("map50", "max") if self.judged_by == "val" else None
         )
         self.labels = sorted(self.training.references) if config.base else []
+        self.dataset = object_labels(data)
         self.data_summary: dict[str, JsonValue] = {
             "folder": data.resolve().name,
             "num_train": len(self.training.frames),

@@ -68,6 +68,7 @@ class Task:
         self.best: tuple[str, Literal["max", "min"]] | None = (
             ("pixel_ap", "max") if defective and can_choose else None
         )
+        self.dataset = datasets.strip_labels(data)
         self.data_summary: dict[str, JsonValue] = {
             "folder": data.resolve().name,
             "num_train": len(self.samples),
