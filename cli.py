@@ -262,6 +262,38 @@ def sample(system: str, out: Path, seed: int) -> None:
 
 @main.command()
 @click.argument("system")
+@click.option("--data", type=FOLDER, required=True, help="Folder of labelled data.")
+@click.option("--quick", is_flag=True, help="Decode masks alone, as train does.")
+@click.option("--report", type=PATH, help="Also write one HTML page, with labels drawn in.")
+@click.pass_context
+def check(
+    context: click.Context, system: str, data: Path, quick: bool, report: Path | None
+) -> None:
+    """Look through the labelled data of SYSTEM: what is there, and what is wrong with it.
+
+    Exit 1 where training would be wrong.
+    """
+    from runtime.survey import HEADER, findings, lines, page, survey
+    from runtime.systems import labelled_of
+
+    labelled = labelled_of(system)(data)
+    with _Progress(context) as show:
+        found = survey(labelled, quick=quick, progress=partial(show, "reading"))
+    _print_table(str(data), HEADER, found.rows)
+    for heading, tally in findings(found).items():
+        click.secho(heading, bold=True)
+        for line in lines(tally):
+            click.echo(f"  {line}")
+    for fix in dict.fromkeys(found.faults.fixes.values()):
+        click.echo(f"  fix: {fix}")
+    if report is not None:
+        click.echo(page(f"{system}: {data.resolve().name}", found, labelled).write(report))
+    if found.faults:
+        context.exit(1)
+
+
+@main.command()
+@click.argument("system")
 @click.option("--data", type=FOLDER, required=True, help="Folder of training data.")
 @click.option("--out", type=PATH, help="Run folder [runs/SYSTEM/trainN].")
 @click.option(

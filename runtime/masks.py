@@ -149,11 +149,11 @@ def read(path: Path, size: tuple[int, int] | None = None) -> Array:
 
     Raises:
         ImageError: it cannot be read.
-        DatasetError: nothing or nearly everything is grey, or it has another shape.
+        DatasetError: nothing is marked, or it was blurred, or it has another shape.
     """
     values = images.read_mask(path)
     if fault := fault_in(values, path):
-        raise DatasetError(f"the mask {path} {fault[0]}", fix=fault[1])
+        raise DatasetError(f"{fault[0]}: {path}", fix=fault[1])
     if size is not None and values.shape != size:
         if not same_shape(values.shape, size):
             raise DatasetError(
@@ -165,19 +165,16 @@ def read(path: Path, size: tuple[int, int] | None = None) -> Array:
 
 
 def fault_in(values: Array, path: Path) -> tuple[str, str] | None:
-    """What makes a mask of a defect useless, and what to do; None where it is sound.
+    """What kind of useless mask of a defect this is, and what to do; None where it is sound.
 
     Args:
         values: (H, W) uint8 of the file.
     """
     levels = np.unique(values)
     if not levels.any():
-        return "is empty, though its picture is defective", "mark the defect, or move the picture"
+        return "empty masks of defective pictures", "mark the defects, or move the pictures to good"
     if len(levels) > 2 and _is_lossy(path):
-        return (
-            f"was blurred when it was compressed: it has {len(levels)} grey levels",
-            "save masks as PNG",
-        )
+        return "masks blurred by their compression", "save masks as PNG"
     return None
 
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -39,6 +39,7 @@ from runtime.names import file_name
 from runtime.references import pictures_in
 from runtime.sources import VIDEO_SUFFIXES
 from runtime.tensors import Array
+from runtime.video import VideoFile
 
 Split: TypeAlias = Literal["train", "val", "test"]
 
@@ -165,7 +166,10 @@ def object_labels(root: Path) -> Labelled:
         notes.merge(found.notes)
         faults[split] = found.faults
         listed |= {path for path, _ in found.pictures}
-        items[split] = tuple(_item(root / "images", each) for each in _frames(found))
+        items[split] = tuple(
+            _item(root / "images", each, partial(images.read, each.frame.path))
+            for each in _frames(found)
+        )
         if not any(each.boxes for each in items[split]):
             faults[split].note("file without a box", f"annotations_{split}.json", "label it")
     pictures = folders.of_suffix(folders.below(root / "images", left_out), left_out)
@@ -181,14 +185,15 @@ def object_labels(root: Path) -> Labelled:
     return Labelled(items, left_out, notes, faults)
 
 
-def _item(root: Path, frame: LabelledFrame) -> Item:
-    boxes = [(x1, y1, x2, y2) for x1, y1, x2, y2 in frame.boxes_N4.tolist()]
+def _item(root: Path, each: LabelledFrame, read: Callable[[], Array]) -> Item:
+    boxes = [(x1, y1, x2, y2) for x1, y1, x2, y2 in each.boxes_N4.tolist()]
+    path, index = each.frame.path, each.frame.index
     return Item(
-        frame.frame.path.relative_to(root).as_posix(),
-        (frame.frame.path,),
-        partial(images.read, frame.frame.path),
-        boxes=tuple(zip(frame.objects, boxes, strict=True)),
-        frame=frame.frame.index,
+        path.relative_to(root).as_posix() + ("" if index is None else f", frame {index}"),
+        (path,),
+        read,
+        boxes=tuple(zip(each.objects, boxes, strict=True)),
+        frame=index,
     )
 
 
@@ -385,8 +390,9 @@ def _entries(folder: Path) -> list[Path]:
 def _video_labels(root: Path) -> Labelled:
     left_out, notes = Tally(), Tally()
     by_object = _videos_by_object(root / "annotations.json", Faults())
+    last = _LastVideo()
     items = [
-        _item(root / "samples", each)
+        _item(root / "samples", each, partial(_LastVideo.read, last, each.frame))
         for name, videos in sorted(by_object.items())
         for video in videos
         for each in _video_frames(root / "samples" / video.video_id, video, name, notes)
@@ -398,6 +404,21 @@ def _video_labels(root: Path) -> Labelled:
         if folder.name not in listed:
             left_out.add("folder", folder.relative_to(root))
     return Labelled({"all": tuple(items)}, left_out, notes)
+
+
+class _LastVideo:
+    """Reads frames of one video at a time."""
+
+    def __init__(self) -> None:
+        self._open: tuple[Path, VideoFile] | None = None
+
+    def read(self, frame: Frame) -> Array:
+        assert frame.index is not None
+        if self._open is None or self._open[0] != frame.path:
+            if self._open is not None:
+                self._open[1].close()
+            self._open = frame.path, VideoFile(frame.path)
+        return self._open[1].read(frame.index)
 
 
 def _folders(folder: Path) -> list[Path]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from runtime import draw, headers, images, masks, video
+from runtime.datasets import NORMAL
 from runtime.errors import EngineworksError
 from runtime.folders import Tally
 from runtime.labels import Faults, Item, Labelled
@@ -24,6 +25,7 @@ HEADER = ("split", "pictures", "sizes", "classes", "boxes", "masks")
 _MAX_CLASSES = 6  # that a cell of the table names
 _MAX_FIGURES = 8  # of a split
 _SIDE = 640  # of a figure at most, in pixels
+_MOST_MARKED = 0.5  # of a picture: more is rather a mask the other way round
 
 Progress = Callable[[int, int], None]
 
@@ -64,7 +66,7 @@ def survey(labelled: Labelled, *, quick: bool = False, progress: Progress | None
     for split, items in labelled.splits.items():
         sizes: Counter[tuple[int, int]] = Counter()
         for item in items:
-            _check_mask(split, item, found.faults)
+            _check_mask(split, item, found)
             _check_frame(split, item, lengths, found.faults)
             header = None if item.packed or item.frame is not None else headers.read(item.files[0])
             size = header.size if header else None
@@ -77,22 +79,25 @@ def survey(labelled: Labelled, *, quick: bool = False, progress: Progress | None
             if progress:
                 progress(done, total)
         found.rows.append(_row(split, items, sizes))
+    _check_classes(labelled, found.notes)
     for alike in contents.values():
         _check_alike(alike, found)
     return found
 
 
-def _check_mask(split: str, item: Item, faults: Faults) -> None:
+def _check_mask(split: str, item: Item, found: Survey) -> None:
     if item.mask is None:
         return
     name = f"{split}: {item.mask.parent.name}/{item.mask.name}"
     try:
-        fault = masks.fault_in(images.read_mask(item.mask), item.mask)
+        values = images.read_mask(item.mask)
     except EngineworksError as error:
-        faults.note("masks that cannot be read", f"{name}: {error.message}", "copy them again")
+        found.faults.note("masks that cannot be read", error.message, "copy them again")
         return
-    if fault:
-        faults.note(f"masks of which each {fault[0].split(':')[0]}", name, fault[1])
+    if fault := masks.fault_in(values, item.mask):
+        found.faults.note(fault[0], name, fault[1])
+    elif (values > 0).mean() > _MOST_MARKED:
+        found.notes.add("masks that mark most of their picture", name)
 
 
 def _check_frame(split: str, item: Item, lengths: dict[Path, int], faults: Faults) -> None:
@@ -126,6 +131,22 @@ def _read(split: str, item: Item, faults: Faults) -> tuple[int, int] | None:
     return height, width
 
 
+def _check_classes(labelled: Labelled, notes: Tally) -> None:
+    """Say which metrics will lack something to be computed of."""
+    shown = {split: _classes(items) for split, items in labelled.splits.items()}
+    for split, classes in shown.items():
+        for name in sorted(set(shown.get("train", ())) - set(classes)):
+            notes.add(f"classes that {split} does not show", name)
+        if split != "train" and set(classes) == {NORMAL} == set(shown.get("train", {NORMAL})):
+            notes.add("splits without a defect", split)
+
+
+def _classes(items: Sequence[Item]) -> Counter[str]:
+    classes = Counter(item.label for item in items if item.label)
+    classes.update(name for item in items for name, _ in item.boxes)
+    return classes
+
+
 def _content(item: Item) -> str:
     """What two items have in common that show the same: a hash of their bytes."""
     digest = hashlib.sha256(str(item.frame).encode())
@@ -156,8 +177,6 @@ def _check_alike(alike: Sequence[tuple[str, Item]], found: Survey) -> None:
 
 
 def _row(split: str, items: Sequence[Item], sizes: Counter[tuple[int, int]]) -> tuple[str, ...]:
-    classes = Counter(item.label for item in items if item.label)
-    classes.update(name for item in items for name, _ in item.boxes)
     num_boxes = sum(len(item.boxes) for item in items)
     bare = sum(not item.boxes for item in items)
     has_boxes = any(item.boxes for item in items)
@@ -165,7 +184,7 @@ def _row(split: str, items: Sequence[Item], sizes: Counter[tuple[int, int]]) -> 
         split,
         str(len(items)),
         _range(sizes),
-        _counts(classes),
+        _counts(_classes(items)),
         f"{num_boxes}, {bare} pictures without" if has_boxes else "",
         str(sum(item.mask is not None for item in items) or ""),
     )
@@ -184,7 +203,8 @@ def _counts(classes: Counter[str]) -> str:
     if len(parts) <= _MAX_CLASSES:
         return ", ".join(parts)
     fewest, most = min(classes.values()), max(classes.values())
-    return f"{len(parts)} of {fewest} to {most}: {', '.join(parts[: _MAX_CLASSES - 1])}, ..."
+    each = f"{fewest} each" if fewest == most else f"{fewest} to {most}"
+    return f"{len(parts)} of {each}: {', '.join(sorted(classes)[: _MAX_CLASSES - 1])}, ..."
 
 
 # --- the page ------------------------------------------------------------------------------------
@@ -195,6 +215,8 @@ def page(title: str, found: Survey, labelled: Labelled) -> Report:
     report = Report(title).table("Splits", HEADER, found.rows)
     for heading, tally in findings(found).items():
         report.heading(heading).points(lines(tally))
+    if found.faults:
+        report.warning("; ".join(dict.fromkeys(found.faults.fixes.values())))
     for split, items in labelled.splits.items():
         chosen = _chosen(items)
         report.heading(f"{split}: {len(chosen)} of {len(items)}")
