@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -26,6 +27,7 @@ from runtime.texts import hide_secrets, shown
 
 if TYPE_CHECKING:
     from runtime.bench import Row
+    from runtime.bundle import Bundle
     from runtime.evaluation import Decisions
     from runtime.plans import PlanConfig
     from runtime.systems import System
@@ -59,6 +61,14 @@ HOST_CODE = click.option(
     is_flag=True,
     help="Let a version-compatible plan bring program code: only one that you built yourself.",
 )
+SIGNED = click.option(
+    "--require-signature",
+    "signers",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    multiple=True,
+    metavar="KEY",
+    help="Refuse a bundle that this public key has not signed; of several one is enough.",
+)
 REFS = click.option(
     "--refs",
     type=click.Path(path_type=Path, exists=True),
@@ -74,6 +84,7 @@ def engine_options(command: Callable[..., None]) -> Callable[..., None]:
     @PRECISION
     @THREADS
     @HOST_CODE
+    @SIGNED
     @wraps(command)
     def with_engines(
         *arguments: Any,
@@ -81,15 +92,15 @@ def engine_options(command: Callable[..., None]) -> Callable[..., None]:
         precision: str,
         threads: int | None,
         host_code: bool,
+        signers: tuple[Path, ...],
         **options: Any,
     ) -> None:
         def open_bundle(bundle: Path) -> closing[System]:
-            from runtime.bundle import read
             from runtime.systems import open_system
 
             return closing(
                 open_system(
-                    read(bundle),
+                    _read_bundle(bundle, signers),
                     backend=backend,
                     precision=precision,
                     threads=threads,
@@ -612,6 +623,7 @@ def evaluate(
 @click.option("--batch", "batches", default="1", show_default=True, help="Sizes, e.g. 1,8.")
 @THREADS
 @HOST_CODE
+@SIGNED
 @click.option("--seconds", type=float, default=3.0, show_default=True, help="Per row.")
 @JSON
 @click.option(
@@ -633,6 +645,7 @@ def bench(
     batches: str,
     threads: int | None,
     host_code: bool,
+    signers: tuple[Path, ...],
     seconds: float,
     json_file: Path | None,
     compare: tuple[Path, Path] | None,
@@ -648,7 +661,6 @@ def bench(
         raise UsageError("bench needs a bundle", fix="name one, or pass --compare A.json B.json")
     from runtime import contenders
     from runtime.bench import environment, render
-    from runtime.bundle import read
     from runtime.threads import available_threads
 
     try:
@@ -660,7 +672,7 @@ def bench(
     if run is not None:
         _need("torch", "train")
     threads = threads or available_threads()
-    opened = read(bundle)
+    opened = _read_bundle(bundle, signers)
     images = contenders.images_for(opened, source)
     say = _say(context)
     rows: list[Row] = contenders.measure(
@@ -732,7 +744,7 @@ def doctor() -> None:
 
 @main.group()
 def bundle() -> None:
-    """Look at a bundle, check it, move its thresholds."""
+    """Look at a bundle, check it, sign it, move its thresholds."""
 
 
 @bundle.command()
@@ -778,6 +790,54 @@ def set_threshold(folder: Path, name: str, value: str) -> None:
         ) from error
     bundles.set_threshold(opened, name, number)
     _echo(f"{name} = {number:g}")
+
+
+@bundle.command()
+@click.argument("key", type=PATH)
+def keygen(key: Path) -> None:
+    """Make a pair of keys to sign with: KEY, which stays with you, and KEY.pub for everybody."""
+    from runtime.signing import make_keys
+
+    public = key.with_name(f"{key.name}.pub")
+    make_keys(key, public)
+    _echo(f"{key}\n{public}")
+
+
+@bundle.command(name="sign")
+@click.argument("folder", type=PATH)
+@click.option("--key", type=PATH, required=True, help="Private key: Ed25519, PEM or OpenSSH.")
+def sign_bundle(folder: Path, key: Path) -> None:
+    """Sign a bundle, after checking all of it."""
+    from runtime.bundle import read
+    from runtime.signing import sign
+
+    opened = read(folder)
+    sign(opened, key, password=lambda: click.prompt("password of the key", hide_input=True))
+    _echo(f"signed {folder}, {opened.manifest.digest[:12]}")
+
+
+@bundle.command(name="verify")
+@click.argument("folder", type=PATH)
+@click.option("--key", "keys", type=PATH, multiple=True, help="Public key that must have signed.")
+def verify_bundle(folder: Path, keys: tuple[Path, ...]) -> None:
+    """Check all of a bundle and, with --key, who signed it."""
+    opened = _read_bundle(folder, keys)
+    _echo(f"{folder}, {opened.manifest.digest[:12]}: whole{', and signed' if keys else ''}")
+
+
+@bundle.command()
+@click.argument("folder", type=PATH)
+@click.option("--out", type=PATH, help="File to write [standard output].")
+def sbom(folder: Path, out: Path | None) -> None:
+    """What made a bundle, as a bill of materials (CycloneDX)."""
+    from runtime.bundle import read
+    from runtime.sbom import describe
+
+    bill = describe(read(folder))
+    if out is None:
+        _echo(json.dumps(bill, indent=2))
+    else:
+        _write_json(out, bill)
 
 
 @main.group()
@@ -852,6 +912,18 @@ def _drop_unwritten() -> None:
 def _names(text: str) -> tuple[str, ...]:
     """``a,b`` -> names, each once."""
     return tuple(dict.fromkeys(filter(None, text.split(","))))
+
+
+def _read_bundle(folder: Path, signers: Sequence[Path] = ()) -> Bundle:
+    """A checked bundle, signed by one of these keys where there are any."""
+    from runtime.bundle import read
+
+    opened = read(folder)
+    if signers:
+        from runtime.signing import check_signature
+
+        check_signature(opened, signers)
+    return opened
 
 
 def _need(package: str, extra: str) -> None:
@@ -982,8 +1054,8 @@ def _print_parity(reports: dict[str, Any]) -> None:
         (
             stage,
             f"{graph}.{output}",
-            *(f"{parity[key]:.2e}" for key in ("max_rel", "mean_rel")),
-            *(f"{parity[key]:.6f}" for key in ("cosine", "cosine_worst1pct")),
+            *(f"{parity.get(key, math.nan):.2e}" for key in ("max_rel", "mean_rel")),
+            *(f"{parity.get(key, math.nan):.6f}" for key in ("cosine", "cosine_worst1pct")),
         )
         for stage, graphs in stages.items()
         for graph, outputs in graphs.items()

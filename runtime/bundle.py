@@ -40,13 +40,14 @@ from runtime.tensors import TensorSpec
 FORMAT = "engineworks-bundle"
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
+SIGNATURE_NAME = "signature.json"  # not of the manifest: see runtime.signing
 _CHUNK_BYTES = 1 << 20
 _MAX_FILE_BYTES = 1 << 40
 
 Name: TypeAlias = Annotated[str, Field(min_length=1, max_length=1000)]
 # what is read of the parts that are there to inform people: of a verdict, of a comparison of
 # tensors (whose stage, graph and output lead to its measures), of the origin of a plan
-_Comparisons: TypeAlias = dict[str, dict[str, dict[str, dict[str, FiniteFloat | None]]]]
+_Comparisons: TypeAlias = dict[str, dict[str, dict[str, dict[str, FiniteFloat]]]]
 _COMPARISONS = ("parity", "parity_half", "parity_int8")
 _RULES: TypeAdapter[Any] = TypeAdapter(dict[Literal["op_types", "patterns", "nodes"], list[str]])
 _DECISIONS: TypeAdapter[Any] = TypeAdapter(dict[str, list[Decisions]])
@@ -271,7 +272,7 @@ def sha256_file(path: Path) -> str:
 def _check_name(root: Path, name: str) -> None:
     parts = name.split("/")
     safe = all(re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*", part) for part in parts)
-    if not safe or parts[0] == MANIFEST_NAME:
+    if not safe or parts[0] in (MANIFEST_NAME, SIGNATURE_NAME):
         raise BundleError(
             f"bundle {root} lists the file name {name!r}, which is not a plain relative path",
             fix="do not use this bundle: it was not written by engineworks",
@@ -366,7 +367,7 @@ def verify(root: Path, manifest: Manifest) -> None:
     Raises:
         BundleError: a file is missing, extra, no plain file, of another size or another SHA-256.
     """
-    present = _present(root)
+    present = _present(root) - {SIGNATURE_NAME}
     missing, extra = sorted(set(manifest.files) - present), sorted(present - set(manifest.files))
     if missing or extra:
         raise BundleError(
