@@ -191,23 +191,31 @@ def decide(
         "misses": Rate.counted(int((passed & defective).sum()), int(defective.sum())),
     }
     names = np.array(kinds, dtype=object)
+    missed = {
+        kind: Rate.counted(int((passed & of).sum()), int(of.sum()))
+        for kind in dict.fromkeys(names[defective].tolist())
+        for of in [defective & (names == kind)]
+    }
+    warnings = warned(
+        rates,
+        {
+            "misses": "passes {} of {} labelled defects at its border",
+            "false rejects": "rejects {} of {} good pictures at its border",
+        },
+    )
+    if not rates["misses"].most:
+        warnings += tuple(
+            f"passes {rate.fraction} labelled defects of '{kind}'"
+            for kind, rate in missed.items()
+            if rate.most
+        )
     return Decisions(
         border=border,
         value=value,
         source=source,
         rates=rates,
-        kinds={
-            kind: {"misses": Rate.counted(int((passed & of).sum()), int(of.sum()))}
-            for kind in dict.fromkeys(names[defective].tolist())
-            for of in [defective & (names == kind)]
-        },
-        warnings=warned(
-            rates,
-            {
-                "misses": "passes {} of {} labelled defects at its border",
-                "false rejects": "rejects {} of {} good pictures at its border",
-            },
-        ),
+        kinds={kind: {"misses": rate} for kind, rate in missed.items()},
+        warnings=warnings,
     )
 
 

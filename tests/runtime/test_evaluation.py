@@ -56,6 +56,14 @@ class TestDecisionsOnPictures:
         assert high.warnings == ("passes 3 of 3 labelled defects at its border",)
         assert low.warnings == ("rejects 2 of 3 good pictures at its border",)
 
+    def test_warn_of_a_kind_that_mostly_passes_where_others_do_not(self) -> None:
+        made = decide("image", 0.6, "shipped", SCORES, LABELS, ["good"] * 3 + ["a", "b", "b"])
+
+        assert made.rates["misses"].fraction == "2 of 3" and len(made.warnings) == 1
+        scores = np.array([0, 0, 0, 0.3, 0.7, 0.7])
+        made = decide("image", 0.6, "shipped", scores, LABELS, ["good"] * 3 + ["a", "b", "b"])
+        assert made.warnings == ("passes 1 of 1 labelled defects of 'a'",)
+
     def test_of_good_pictures_alone_are_false_rejects(self) -> None:
         made = decide("image", 0.5, "shipped", SCORES[:3], LABELS[:3], KINDS[:3])
 
