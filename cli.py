@@ -1015,11 +1015,12 @@ def _print_table(title: str, header: tuple[str, ...], rows: list[tuple[str, ...]
     console.print(Text(shown(title)), table, sep="\n")
 
 
-def _print_decisions(decisions: Sequence[Decisions | dict[str, Any]]) -> None:
+def _print_decisions(decisions: Sequence[Decisions | dict[str, Any]], of: str = "") -> None:
     """What borders decide on labelled data, and what nobody would want of the one that ships.
 
     Args:
         decisions: as they were made, or as JSON has them.
+        of: the precision that made them, where there are several.
     """
     from runtime.evaluation import Decisions, table
 
@@ -1027,16 +1028,16 @@ def _print_decisions(decisions: Sequence[Decisions | dict[str, Any]]) -> None:
     if not made:
         return
     header, rows = table(made)
-    _print_table("decisions, with 95 % intervals (Wilson)", header, rows)
+    of = f"{of} " if of else ""
+    _print_table(f"{of}decisions, with 95 % intervals (Wilson)", header, rows)
     for warning in made[0].warnings:
-        _warn(f"warning: {warning}")
+        _warn(f"warning: {of}{warning}")
 
 
 def _print_gate(gate: dict[str, Any]) -> None:
     """What the precisions of an export decided; gates of older exports do not tell."""
     for precision, decisions in gate.get("decisions", {}).items():
-        _echo(f"{precision}:")
-        _print_decisions(decisions)
+        _print_decisions(decisions, precision)
 
 
 def _warn(text: str) -> None:
