@@ -54,18 +54,23 @@ def graphs(run: Path) -> dict[str, Source]:
 
 
 def contents(run: Path) -> Contents:
-    """Statistics, thresholds and the bank, where there is one, that ``finish`` left in the run."""
+    """Statistics, thresholds, and what the judge needs, that ``finish`` left in the run."""
     opened = open_run(run)
     assert isinstance(opened.config, TaskConfig)
     thresholds = {
         name: Threshold.model_validate_json(json.dumps(value))  # through JSON: tuples are lists
         for name, value in read_json(run, "thresholds").items()
     }
+    assets = {}
+    if opened.config.judge == "bank":
+        assets["bank"] = run / "bank.faiss"
+    if opened.config.fit.foreground:
+        assets["foreground"] = run / "foreground.npy"
     return Contents(
         preprocess=opened.config.preprocess,
         params=read_json(run, "params"),
         thresholds=thresholds,
-        assets={"bank": run / "bank.faiss"} if opened.config.judge == "bank" else {},
+        assets=assets,
     )
 
 

@@ -150,7 +150,8 @@ class TestOfNoising:
         ("system", "name", "suggests"),
         [
             ("refdet", "smal", "small"),
-            ("noising", "small", "default"),
+            ("noising", "small", "rad"),
+            ("stripe", "small", "default"),
             ("refdet", "default", "small"),
         ],
     )

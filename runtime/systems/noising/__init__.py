@@ -32,18 +32,20 @@ from pathlib import Path
 
 import numpy as np
 
-from runtime import datasets, draw, images, masks
+from runtime import datasets, draw, images, masks, npy
 from runtime.bank import Bank
 from runtime.bundle import Bundle
 from runtime.contract import Contract, Signature
 from runtime.engines import Engine
-from runtime.errors import NotFiniteError
+from runtime.errors import BundleError, NotFiniteError
 from runtime.evaluation import Evaluation
 from runtime.metrics import AnomalyMetrics
 from runtime.preprocess import PreprocessSpec, apply, place, restore
 from runtime.results import AnomalyMap
 from runtime.search import FastSearch
 from runtime.sources import PICTURES
+from runtime.systems.noising.foreground import Foreground
+from runtime.systems.noising.layers import LayerBank, Layers, LayerSearch
 from runtime.systems.noising.params import DiscriminatorParams, Params
 from runtime.systems.noising.signals import anomaly_map, image_score
 from runtime.tensors import Array
@@ -58,20 +60,28 @@ _EVALUATION_BATCH = 8
 def contract(bundle: Bundle) -> Contract:
     """What this system demands of its bundle."""
     judged = DISCRIMINATE in bundle.manifest.graphs
+    layers: Layers | None = None
     if judged:
         rows, columns = bundle.params(DiscriminatorParams).grid
         graphs = {DISCRIMINATE: Signature({"images": "B3HW"}, {"scores": "BN"})}
     else:
-        rows, columns = bundle.params(Params).grid
+        params = bundle.params(Params)
+        rows, columns = params.grid
         graphs = {FEATURES: Signature({"images": "B3HW"}, {"features": "BND"})}
+        layers = params.layers
     height, width = bundle.manifest.preprocess.size
+    sizes = {"H": height, "W": width, "N": rows * columns}
     return Contract(
         preprocess=PreprocessSpec,
         graphs=graphs,
-        sizes={"H": height, "W": width, "N": rows * columns},
+        sizes=sizes if layers is None else sizes | {"D": sum(layers.widths)},
         thresholds=("image", "pixel"),
-        assets=() if judged else ("bank",),
+        assets=() if judged else _assets(bundle.params(Params)),
     )
+
+
+def _assets(params: Params) -> tuple[str, ...]:
+    return ("bank",) if params.foreground is None else ("bank", "foreground")
 
 
 class _BankJudge:
@@ -81,19 +91,47 @@ class _BankJudge:
 
     def __init__(self, bundle: Bundle, *, backend: str, threads: int | None) -> None:
         self.params = bundle.params(Params)
-        self.bank = Bank.decode(bundle.asset_content("bank"), str(bundle.asset("bank")))
-        self.search = FastSearch(
-            self.bank, self.params.neighbours, backend=backend, threads=threads
-        )
+        bank = Bank.decode(bundle.asset_content("bank"), str(bundle.asset("bank")))
+        self.bank = self.params.bank(bank)
+        self.search: FastSearch | LayerSearch
+        if isinstance(self.bank, LayerBank):
+            self.search = LayerSearch(self.bank, backend=backend, threads=threads)
+        else:
+            k = self.params.neighbours
+            self.search = FastSearch(self.bank, k, backend=backend, threads=threads)
+        self._foreground = _foreground(bundle, self.params, self.bank.width)
         self._threads = threads
 
     def scores(self, features_ND: Array) -> tuple[Array, Array | None]:
         """Of each patch, (N,): score, and influence where it counts, in standard deviations."""
         found = self.search.search(features_ND)
-        return self.params.judge(self.bank, features_ND, *found, threads=self._threads)
+        scores_N, influence_N = self.params.judge(
+            self.bank, features_ND, *found, threads=self._threads
+        )
+        if self._foreground is not None:
+            scores_N = self._foreground.judge(scores_N, features_ND, self.params.grid)
+        return scores_N, influence_N
 
     def close(self) -> None:
         self.search.close()
+
+
+def _foreground(bundle: Bundle, params: Params, width: int) -> Foreground | None:
+    """What tells part from ground, where the bundle has it.
+
+    Raises:
+        BundleError: its direction is not one of the features.
+    """
+    if params.foreground is None:
+        return None
+    asset = bundle.asset("foreground")
+    direction_D = npy.decode(bundle.asset_content("foreground"), str(asset))
+    if direction_D.shape != (width,) or direction_D.dtype != np.float32:
+        raise BundleError(
+            f"{asset} is {direction_D.dtype} {direction_D.shape}, not float32 ({width},)",
+            fix="export the bundle again",
+        )
+    return Foreground(direction_D, params.foreground)
 
 
 class _DiscriminatorJudge:

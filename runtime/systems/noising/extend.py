@@ -15,6 +15,7 @@ from runtime.preprocess import apply
 from runtime.sources import open_source
 from runtime.systems import choose, open_engines
 from runtime.systems.noising import DISCRIMINATE, NAME
+from runtime.systems.noising.params import Params
 
 
 def extend(
@@ -49,6 +50,12 @@ def extend(
         raise BundleError(
             f"bundle {bundle.root} has no bank: a discriminator judges",
             fix="train again with the new images, or with --set judge=bank",
+        )
+    layers = bundle.params(Params).layers
+    if layers is not None and layers.window is not None:
+        raise BundleError(
+            f"the bank of {bundle.root} has as many rows for each place: a window searches it",
+            fix="train again with the new images",
         )
     source = open_source(str(folder))
     if source.kind != "images":

@@ -16,6 +16,8 @@ from runtime.coreset import Progress, greedy_k_centre, projection
 from runtime.errors import InputError
 from runtime.evaluation import Rate
 from runtime.metrics import AnomalyMetrics, false_reject_threshold
+from runtime.systems.noising.foreground import Foreground
+from runtime.systems.noising.layers import LayerBank, Layers, window_rows
 from runtime.systems.noising.params import DiscriminatorParams, Params
 from runtime.systems.noising.signals import (
     SIGNALS,
@@ -52,6 +54,12 @@ class FitConfig(Part):
         rule: of the borders, from the scores of all pictures by banks without them: ``quantile``,
             see ``runtime.borders``; ``rank``: what at most the budget's share of them reaches.
         false_reject: the budget: share of normal pictures that the borders may reject.
+        layers: one bank per layer, searched by cosines, and the mean of what they say (RAD, arXiv
+            2601.22763); the distance alone counts then.
+        window: of these, only rows of patches at most so many rows and columns away are searched;
+            needs as many rows as there are patches. None: all rows.
+        foreground: patches of the ground that parts lie on count as normal; for parts that leave
+            the border of the picture free, see ``foreground``.
         clean: share of the pictures taken as contamination: those that stand out most are left out
             of bank and borders.
     """
@@ -74,6 +82,9 @@ class FitConfig(Part):
     rule: Literal["quantile", "rank"] = "quantile"
     false_reject: float = Field(default=0.03, ge=0, lt=1)
     clean: float = Field(default=0.0, ge=0, lt=0.5)
+    layers: bool = False
+    window: int | None = Field(default=None, ge=0)
+    foreground: bool = False
 
     @field_validator("weights")
     @classmethod
@@ -90,6 +101,14 @@ class FitConfig(Part):
             raise ValueError("rule=quantile needs a false_reject above 0; rule=rank does not")
         return self
 
+    @model_validator(mode="after")
+    def _fits_layers(self) -> Self:
+        if self.window is not None and not self.layers:
+            raise ValueError("a window is for one bank per layer: set layers to true")
+        if self.layers and any(self.weights[name] for name in SIGNALS if name != "distance"):
+            raise ValueError("with one bank per layer only the distance may have a weight")
+        return self
+
 
 @dataclass(frozen=True)
 class Fitted:
@@ -99,6 +118,7 @@ class Fitted:
         outstanding: pictures whose score by a bank without them reaches the border, with that
             score, highest first.
         left_out: the same of pictures taken as contamination (``FitConfig.clean``).
+        foreground: what tells part from ground, where that was asked for.
     """
 
     bank: Bank
@@ -107,6 +127,7 @@ class Fitted:
     report: dict[str, Any]
     outstanding: dict[int, float]
     left_out: dict[int, float]
+    foreground: Foreground | None = None
 
 
 def fit(
@@ -116,6 +137,7 @@ def fit(
     config: FitConfig,
     *,
     seed: int,
+    widths: Sequence[int] = (),
     pictures_I: Array | None = None,
     progress: Progress | None = None,
 ) -> Fitted:
@@ -127,6 +149,7 @@ def fit(
         image_size: (height, width) of the network input, the size of the anomaly maps.
         seed: of the first coreset row, the projection, the folds and the choice of pictures for
             statistics.
+        widths: of the layers in a row of features, for ``FitConfig.layers``.
         pictures_I: 0, 1, ... in ascending order: which picture each image shows. The first is the
             picture as it is; the others, changed copies, join the bank and are not scored. None:
             each image is a picture.
@@ -142,7 +165,8 @@ def fit(
     if num_patches != grid[0] * grid[1]:
         raise InputError(f"{num_patches} patches do not fit a grid of {grid}")
     pictures_I = np.arange(num_images) if pictures_I is None else np.asarray(pictures_I)
-    fitting = _Fitting(features_IND, pictures_I, grid, image_size, config, seed, progress)
+    layers = Layers(widths=tuple(widths), window=config.window) if config.layers else None
+    fitting = _Fitting(features_IND, pictures_I, grid, image_size, config, layers, seed, progress)
     pictures = np.unique(pictures_I)
     judged = fitting.hold_out(pictures)
     ranked = _ranked(pictures, judged.scores_P2[:, 0])
@@ -173,6 +197,7 @@ def fit(
         report=report,
         outstanding=outstanding,
         left_out=left_out,
+        foreground=fitting.foreground,
     )
 
 
@@ -209,6 +234,7 @@ class _Fitting:
         grid: tuple[int, int],
         image_size: tuple[int, int],
         config: FitConfig,
+        layers: Layers | None,
         seed: int,
         progress: Progress | None,
     ) -> None:
@@ -217,19 +243,31 @@ class _Fitting:
         self.grid = grid
         self.image_size = image_size
         self.config = config
+        self.layers = layers
         self.rng = np.random.default_rng(seed)
         width = features_IND.shape[2]
         target = config.projection or width
         self.space = projection(width, target, seed) if target < width else None
         self.progress = progress
+        self.foreground: Foreground | None = None
+        if config.foreground:
+            self.foreground = Foreground.learn(features_IND, grid, self.rng)
 
     def bank(self, pictures: Array) -> tuple[Bank, float]:
         """The bank of some pictures and their copies, and its covering radius."""
+        config = self.config
         images = np.flatnonzero(np.isin(self.pictures_I, pictures))
-        rows_MD, radius = _coreset(
-            self.features_IND, images, self.config, self.rng, self.space, self.progress
-        )
-        return Bank(rows_MD), radius
+        if config.window is None:
+            rows_MD, radius = _coreset(
+                self.features_IND, images, config, self.rng, self.space, self.progress
+            )
+        else:
+            num = _num_rows(config, len(images) * self.features_IND.shape[1])
+            rows_MD, radius = window_rows(self.features_IND, images, num, self.rng)
+        return self._searched(rows_MD, self.grid), radius
+
+    def _searched(self, rows_MD: Array, grid: tuple[int, int]) -> Bank:
+        return Bank(rows_MD) if self.layers is None else LayerBank(rows_MD, self.layers, grid)
 
     def hold_out(self, pictures: Array) -> _Judged:
         """Score each picture with the bank of the other folds.
@@ -253,6 +291,8 @@ class _Fitting:
                 features_ND = fold.features_IND[i]
                 found = fold.bank.search(features_ND, params.neighbours)
                 scores_N, _ = params.judge(fold.bank, features_ND, *found)
+                if self.foreground is not None:
+                    scores_N = self.foreground.judge(scores_N, features_ND, grid)
                 scores.append(_highest(params, scores_N, grid, size))
         if len(pictures) == 1:
             return _Judged(params, np.max(scores, axis=0, keepdims=True))
@@ -283,10 +323,13 @@ class _Fitting:
             for y in (0, self.grid[0] - rows)
             for x in (0, self.grid[1] - columns)
         ]
-        folds = [
-            _Fold(Bank(np.concatenate(quarters[:i] + quarters[i + 1 :])), np.stack(quarters), [i])
-            for i in range(len(quarters))
-        ]
+        folds = []
+        for i in range(len(quarters)):
+            # place by place, as a window wants them
+            others_PD = np.stack(quarters[:i] + quarters[i + 1 :], axis=1)
+            rows_MD = others_PD.reshape(-1, others_PD.shape[-1])
+            bank = self._searched(rows_MD, (rows, columns))
+            folds.append(_Fold(bank, np.stack(quarters), [i]))
         return (rows, columns), (height, width), folds
 
     def _statistics(self, folds: Sequence[_Fold], k: int, grid: tuple[int, int]) -> Params:
@@ -296,20 +339,21 @@ class _Fitting:
         chosen = np.sort(self.rng.permutation(len(known))[: config.statistics_images])
         found = [(*known[i], *known[i][0].search(known[i][1], k)) for i in chosen]
         mean_distance = _statistics(np.stack([d.mean(axis=1) for _, _, d, _ in found]))
+        names = SIGNALS if self.layers is None else SIGNALS[:1]
         per_image = [
             patch_signals(
                 bank,
                 features_ND,
                 distances,
                 indices,
-                names=SIGNALS,
+                names=names,
                 mean_distance=mean_distance,
                 noise_range=config.noise_range,
                 distance_weight=config.distance_weight,
             )
             for bank, features_ND, distances, indices in found
         ]
-        statistics = {name: _statistics(np.stack([s[name] for s in per_image])) for name in SIGNALS}
+        statistics = {name: _statistics(np.stack([s[name] for s in per_image])) for name in names}
         scores = np.stack([combine(s, statistics, config.weights) for s in per_image])
         return Params(
             grid=self.grid,
@@ -321,8 +365,10 @@ class _Fitting:
             image_score=config.image_score,
             top=config.top,
             mean_distance=mean_distance,
-            signals=statistics,
+            signals={name: statistics.get(name, Statistics(mean=0, std=1)) for name in SIGNALS},
             score_std=max(float(scores.std()), 1e-12),
+            layers=self.layers,
+            foreground=None if self.foreground is None else self.foreground.border,
         )
 
 
@@ -406,7 +452,7 @@ def _coreset(
         space: projection in which the rows are chosen.
     """
     num_patches, width = features_IND.shape[1:]
-    num = max(1, min(config.max_rows, int(len(images) * num_patches * config.coreset_ratio)))
+    num = _num_rows(config, len(images) * num_patches)
 
     def reduce(rows_ND: Array) -> tuple[Array, float]:
         first = int(rng.integers(len(rows_ND)))
@@ -430,6 +476,11 @@ def _coreset(
     return rows_MD, radius + max(radii)
 
 
+def _num_rows(config: FitConfig, num_patches: int) -> int:
+    """How many rows a bank of so many patches has."""
+    return max(1, min(config.max_rows, int(num_patches * config.coreset_ratio)))
+
+
 def _statistics(values: Array) -> Statistics:
     return Statistics(
         mean=float(values.mean(dtype=np.float64)),
@@ -443,6 +494,8 @@ def ablation(
     params: Params,
     image_size: tuple[int, int],
     labelled: Iterable[tuple[Array, int, Array | None]],
+    *,
+    foreground: Foreground | None = None,
 ) -> dict[str, AnomalyMetrics]:
     """What each signal earns: the task's metrics for the distance alone and with each addition.
 
@@ -452,17 +505,14 @@ def ablation(
     Returns:
         name of the combination -> its metrics; ``shipped`` is the bundle's own weights.
     """
+    names = SIGNALS if params.layers is None else SIGNALS[:1]
     alone = dict.fromkeys(SIGNALS, 0.0)
-    combinations = {
-        "distance": alone | {"distance": 1.0},
-        **{
-            f"distance + {name}": alone | {"distance": 1.0, name: 1.0}
-            for name in SIGNALS
-            if name != "distance"
-        },
-        "all equal": dict.fromkeys(SIGNALS, 1.0),
-        "shipped": params.weights,
-    }
+    combinations: dict[str, dict[str, float]] = {"distance": alone | {"distance": 1.0}}
+    if params.layers is None:
+        for name in SIGNALS[1:]:
+            combinations[f"distance + {name}"] = alone | {"distance": 1.0, name: 1.0}
+        combinations["all equal"] = dict.fromkeys(SIGNALS, 1.0)
+    combinations["shipped"] = params.weights
     metrics = {name: AnomalyMetrics() for name in combinations}
     for features_ND, label, mask in labelled:
         distances, indices = bank.search(features_ND, params.k)
@@ -471,13 +521,15 @@ def ablation(
             features_ND,
             distances,
             indices,
-            names=SIGNALS,
+            names=names,
             mean_distance=params.mean_distance,
             noise_range=params.noise_range,
             distance_weight=params.distance_weight,
         )
         for name, weights in combinations.items():
             scores = combine(signals, params.signals, weights) / np.float32(params.score_std)
+            if foreground is not None and name == "shipped":
+                scores = foreground.judge(scores, features_ND, params.grid)
             scored = anomaly_map(scores, params.grid, image_size, params.smoothing)
             score = image_score(params.image_score, scores, params.top)
             metrics[name].update(score, label, scored, mask)

@@ -8,6 +8,7 @@ import numpy as np
 from pydantic import Field, FiniteFloat, model_validator
 
 from runtime.bank import Bank
+from runtime.systems.noising.layers import LayerBank, Layers
 from runtime.systems.noising.signals import (
     SIGNALS,
     ImageScore,
@@ -30,6 +31,8 @@ class Params(Part):
 
     Attributes:
         image_score, top: see ``signals.image_score``; bundles that do not say it mean ``patch``.
+        layers: a bank for each; None: one of them all.
+        foreground: the border of ``foreground.Foreground``; None: every patch counts.
     """
 
     grid: Grid
@@ -43,12 +46,23 @@ class Params(Part):
     mean_distance: Statistics
     signals: dict[str, Statistics]
     score_std: Spread
+    # left out where there is none: bundles without it are what they were
+    layers: Layers | None = Field(default=None, exclude_if=lambda value: value is None)
+    foreground: Measure | None = Field(default=None, exclude_if=lambda value: value is None)
 
     @model_validator(mode="after")
     def _of_all_signals(self) -> Self:
         if set(self.weights) != set(SIGNALS) or set(self.signals) != set(SIGNALS):
             raise ValueError(f"weights and signals must name exactly {', '.join(SIGNALS)}")
         return self
+
+    def bank(self, bank: Bank) -> Bank:
+        """The bank as these parameters search it.
+
+        Raises:
+            BundleError: it has other layers, or not as many rows for each place.
+        """
+        return bank if self.layers is None else LayerBank(bank.rows_MD, self.layers, self.grid)
 
     @property
     def neighbours(self) -> int:

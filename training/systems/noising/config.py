@@ -11,7 +11,7 @@ from runtime.systems.noising.fit import FitConfig
 from training.config import BackboneConfig, Config, SystemConfig
 
 Neighbourhood: TypeAlias = Literal["zeros", "inside", "none"]
-Scale: TypeAlias = Literal["roots", "none"]
+Scale: TypeAlias = Literal["roots", "unit", "none"]
 
 
 class AugmentConfig(Config):
@@ -76,13 +76,15 @@ class TaskConfig(SystemConfig):
     """What judges patch features, and how it is made of normal ones.
 
     Attributes:
-        backbone: the frozen net; only convolutional nets have the maps that this needs.
+        backbone: the frozen net, cut at stages whose maps are the layers; of a plain transformer
+            these are its blocks, without the tokens that are no patches.
         preprocess: pixels to network input; must be what the backbone was trained with.
         width: feature width D after pooling along the channels; null keeps all channels.
         neighbourhood: a patch is the mean of the 3x3 around it. ``zeros``: in each map by itself,
             with zeros beyond its border; ``inside``: of all maps together, and at the border of the
             part inside, as runs are that do not say; ``none``: the patch alone.
-        scale: ``roots``: signed square roots of the features, and of their length; ``none``: as
+        scale: ``roots``: signed square roots of the features, and of their length;
+            ``unit``: of length 1 in each map, so that distances are those of cosines; ``none``: as
             they are, and as in runs that do not say.
         copies: null: the bank holds the pictures as they are; else changed copies as well, for
             parts that lie turned, light that varies, or few pictures.
@@ -103,3 +105,16 @@ class TaskConfig(SystemConfig):
     judge: Literal["bank", "discriminator"] = "bank"
     fit: FitConfig = FitConfig()
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
+
+    @model_validator(mode="after")
+    def _fits_layers(self) -> Self:
+        if self.scale == "unit" and (self.width is not None or self.neighbourhood == "inside"):
+            raise ValueError(
+                "scale=unit leaves features as long as they are: width must be null and "
+                "neighbourhood zeros or none"
+            )
+        if self.fit.layers and self.scale != "unit":
+            raise ValueError("fit.layers compares by cosines: set scale to unit")
+        if self.judge != "bank" and (self.fit.layers or self.fit.foreground):
+            raise ValueError("fit.layers and fit.foreground are for judge=bank")
+        return self

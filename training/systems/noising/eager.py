@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
@@ -22,6 +23,7 @@ from runtime.contenders import Contender
 from runtime.errors import RunError
 from runtime.preprocess import apply
 from runtime.results import AnomalyMap
+from runtime.systems.noising.foreground import Foreground
 from runtime.systems.noising.params import DiscriminatorParams, Params
 from runtime.tensors import Array
 from training import eager
@@ -114,6 +116,10 @@ class EagerBank(EagerNoising):
         super().__init__(network, bundle)
         self.params = bundle.params(Params)
         self.bank_MD = torch.from_numpy(Bank.load(bundle.asset("bank")).rows_MD)
+        self.foreground: Foreground | None = None
+        if self.params.foreground is not None:
+            direction_D = np.load(bundle.asset("foreground"))
+            self.foreground = Foreground(direction_D, self.params.foreground)
 
     def judge(self, answer: Tensor) -> tuple[Tensor, Tensor | None]:
         params, features_ND = self.params, answer
@@ -141,11 +147,19 @@ class EagerBank(EagerNoising):
                 if weight
             ]
         ).sum(dim=0)
-        scores = scores / params.score_std
+        scores = self.of_part(scores / params.score_std, features_ND)
         if not params.weights["influence"]:
             return scores, None
         influence = params.signals["influence"]
         return scores, (signals["influence"] - influence.mean) / influence.std
+
+    def of_part(self, scores_N: Tensor, features_ND: Tensor) -> Tensor:
+        """Scores of which the ground's are no more than normal, where the bundle tells it apart."""
+        if self.foreground is None:
+            return scores_N
+        return torch.from_numpy(
+            self.foreground.judge(scores_N.numpy(), features_ND.numpy(), self.params.grid)
+        )
 
     def _response(self, g_ND: Tensor, distances_NK: Tensor, directions_NKD: Tensor) -> Tensor:
         params = self.params
@@ -158,6 +172,41 @@ class EagerBank(EagerNoising):
         along_NK = (directions_NKD.square() * variance[:, None]).sum(-1)
         second_order = 0.5 * (total_N1 - along_NK) / distances_NK.clamp_min(1e-12)
         return torch.minimum(second_order, total_N1.sqrt()).mean(1)
+
+
+class EagerLayers(EagerBank):
+    """One bank per layer: all cosines, and of these the window's."""
+
+    def __init__(self, network: eager.Network, bundle: Bundle) -> None:
+        super().__init__(network, bundle)
+        assert self.params.layers is not None
+        self.widths = list(self.params.layers.widths)
+        self.banks = [part.contiguous() for part in torch.split(self.bank_MD, self.widths, dim=1)]
+        self.is_far_NM: Tensor | None = None
+        window = self.params.layers.window
+        if window is not None:
+            h, w = self.params.grid
+            places_N = torch.arange(h * w)
+            rows_M = places_N.repeat_interleave(len(self.bank_MD) // (h * w))
+            apart = [
+                (places_N[:, None] // w - rows_M // w).abs(),
+                (places_N[:, None] % w - rows_M % w).abs(),
+            ]
+            self.is_far_NM = torch.maximum(*apart) > window
+
+    def judge(self, answer: Tensor) -> tuple[Tensor, Tensor | None]:
+        similar = [
+            part @ rows_MD.T
+            for part, rows_MD in zip(
+                torch.split(answer, self.widths, dim=1), self.banks, strict=True
+            )
+        ]
+        if self.is_far_NM is not None:
+            similar = [cosines.masked_fill(self.is_far_NM, -1) for cosines in similar]
+        raw_N = 1 - torch.stack([cosines.amax(dim=1) for cosines in similar]).mean(dim=0)
+        statistics = self.params.signals["distance"]
+        weight = self.params.weights["distance"] / self.params.score_std
+        return self.of_part(weight * (raw_N - statistics.mean) / statistics.std, answer), None
 
 
 def contenders(
@@ -175,7 +224,7 @@ def contenders(
     model, _ = build_model(plain, weights=False)
     model.load_state_dict(load_file(opened.weights("best")))
     network: nn.Module = model
-    around: type[EagerNoising] = EagerBank
+    around: type[EagerNoising] = EagerLayers if opened.config.fit.layers else EagerBank
     if isinstance(model, DiscriminatorTraining):
         network, around = model.judge().eval(), EagerDiscriminator
     return eager.contenders(network, lambda way: around(way, bundle), threads=threads, say=say)

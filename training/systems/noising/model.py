@@ -73,7 +73,11 @@ class PatchFeatures(nn.Module):
         channels: of each map.
         width: feature width D; None keeps all channels.
         neighbourhood: what a patch is the mean of; see ``TaskConfig``.
-        scale: ``roots`` or ``none``; see ``TaskConfig``.
+        scale: ``roots``, ``unit`` or ``none``; see ``TaskConfig``.
+
+    Attributes:
+        widths: of the maps' parts in a row, where their channels are not pooled.
+        width: D.
     """
 
     def __init__(
@@ -88,6 +92,7 @@ class PatchFeatures(nn.Module):
         self.backbone = backbone
         self.neighbourhood = neighbourhood
         self.scale = scale
+        self.widths = tuple(channels)
         self.width = width or sum(channels)
         self.pool = ChannelPool(sum(channels), self.width)
 
@@ -109,6 +114,9 @@ class PatchFeatures(nn.Module):
             maps = [neighbourhood_mean(m, zeros=True) for m in maps]
         if self.scale == "roots":
             maps = [roots(m) for m in maps]
+        if self.scale == "unit":
+            grid = largest_grid(maps)
+            maps = [unit(_resized(m, grid)) for m in maps]
         pooled = self.pool(side_by_side(maps))
         return neighbourhood_mean(pooled, zeros=False) if self.neighbourhood == "inside" else pooled
 
@@ -157,3 +165,9 @@ def roots(maps_BCHW: Tensor) -> Tensor:
     # of rooted values the square of the length is the sum of what was there before
     length = maps_BCHW.abs().sum(1, keepdim=True).sqrt()
     return rooted / (length + _SHORTEST).sqrt()
+
+
+def unit(map_BCHW: Tensor) -> Tensor:
+    """Each position's vector divided by its length: products of such are cosines."""
+    length_B1HW: Tensor = torch.linalg.vector_norm(map_BCHW, dim=1, keepdim=True)
+    return map_BCHW / length_B1HW.clamp_min(1e-12)

@@ -5,6 +5,7 @@ changed, in each step.
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -168,10 +169,15 @@ class Task:
             size,
             self.config.fit,
             seed=self.config.train.seed,
+            widths=self.features.widths,
             pictures_I=self.images.pictures_I,
             progress=lambda done, of: progress("coreset", done, of),
         )
         fitted.bank.save(run.root / "bank.faiss")
+        if fitted.foreground is not None:
+            content = io.BytesIO()
+            np.save(content, fitted.foreground.direction_D)
+            files.write(run.root / "foreground.npy", content.getvalue())
         results: dict[str, JsonValue] = {"fit": fitted.report}
         image = fitted.thresholds["image"].value
         for title, found in (
@@ -185,7 +191,13 @@ class Task:
                 }
         shipped: Mapping[str, float] = {}
         if self.labelled:
-            earned = ablation(fitted.bank, fitted.params, size, self._judged(progress))
+            earned = ablation(
+                fitted.bank,
+                fitted.params,
+                size,
+                self._judged(progress),
+                foreground=fitted.foreground,
+            )
             judged = self._evaluation(earned.pop("shipped"), fitted.thresholds)
             shipped = judged.metrics
             each = {name: metrics.compute() for name, metrics in earned.items()}
