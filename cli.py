@@ -608,9 +608,13 @@ def evaluate(
         or [("none", "these labels allow no metric")],
     )
     _print_decisions(judged.decisions)
+    for message in judged.failures:
+        _warn(f"left out: {message}")
     if json_file:
         content = {"backend": system.backend, "precision": system.precision, **judged.to_json()}
         _write_json(json_file, content)
+    if judged.failures:
+        context.exit(1)
 
 
 @main.command()

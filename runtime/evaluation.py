@@ -102,12 +102,14 @@ class Evaluation:
             decides nothing.
         evidence: what each picture brought to the metrics that a gate may ask for.
         groups_I: (I,) int: pictures of one number are drawn among themselves in a resample.
+        failures: why pictures were left out, which inference would leave out as well.
     """
 
     metrics: dict[str, float]
     decisions: tuple[Decisions, ...] = ()
     evidence: tuple[Evidence, ...] = ()
     groups_I: Array = field(default_factory=lambda: np.zeros(0, np.int64))
+    failures: tuple[str, ...] = ()
 
     @property
     def num_pictures(self) -> int:

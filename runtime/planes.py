@@ -29,6 +29,9 @@ DTYPES = ("uint8", "uint16", "float32")
 TARGET, REFERENCES = "target", ("ref1", "ref2")
 MAX_SHIFT = 3.0  # pixels between captures that are still taken for registered
 
+_MIN_SIDE = 32  # of planes whose displacement can be told
+_CHECKED_SIDE = 384  # of a file that holds all three: a correlation of all of it takes too long
+
 _NUM_CHANNELS = (3, 4)
 
 
@@ -93,8 +96,25 @@ def read(path: Path) -> Array:
                 f"{path} has {planes_HWC.shape[2]} planes, not target and two references",
                 fix="give files with 3 planes, or the folders target, ref1 and ref2 with one each",
             )
-        return np.ascontiguousarray(planes_HWC[..., :3])
+        image = np.ascontiguousarray(planes_HWC[..., :3])
+        _check_registered(path, image)
+        return image
     return read_triplet(found[0], found[1], found[-1])
+
+
+def _check_registered(path: Path, planes_HWC: Array) -> None:
+    """Refuse an image whose references are displaced, by what lies in its middle."""
+    height, width = planes_HWC.shape[:2]
+    top, left = max(0, height - _CHECKED_SIDE) // 2, max(0, width - _CHECKED_SIDE) // 2
+    middle = planes_HWC[top : top + _CHECKED_SIDE, left : left + _CHECKED_SIDE]
+    for plane in (1, 2):
+        dy, dx = displacement(middle[..., 0], middle[..., plane])
+        if np.hypot(dy, dx) > MAX_SHIFT:
+            raise ImageError(
+                f"reference {plane} of {path} is displaced against its target by {dy:+d} rows and "
+                f"{dx:+d} columns, more than {MAX_SHIFT:g} pixels",
+                fix="register the captures, or pair the right ones",
+            )
 
 
 def read_triplet(target: Path, ref1: Path, ref2: Path, *, max_shift: float = MAX_SHIFT) -> Array:
@@ -133,7 +153,8 @@ def displacement(plane_HW: Array, other_HW: Array) -> tuple[int, int]:
     """How far ``other`` must be moved to lie on ``plane``: (rows, columns) in whole pixels.
 
     Phase correlation proposes a displacement. On periodic images many are equally good, so it is
-    taken only where it explains more than half of what is left unexplained without it; else (0, 0).
+    taken only where it explains more than half of what is left unexplained without it; else (0, 0),
+    as for planes of less than 32 pixels, which say too little.
 
     Args:
         plane_HW, other_HW: (H, W), of one size.
@@ -142,6 +163,8 @@ def displacement(plane_HW: Array, other_HW: Array) -> tuple[int, int]:
         p.astype(np.float32) - np.float32(p.mean(dtype=np.float64)) for p in (plane_HW, other_HW)
     )
     height, width = a.shape
+    if min(height, width) < _MIN_SIDE:
+        return 0, 0
     window = np.outer(np.hanning(height + 2)[1:-1], np.hanning(width + 2)[1:-1])
     (x, y), _ = cv2.phaseCorrelate(b, a, window.astype(np.float32))
     dy, dx = round(y), round(x)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -27,7 +28,7 @@ from runtime.bundle import Bundle, Threshold
 from runtime.contract import Contract, Signature
 from runtime.datasets import StripeSample
 from runtime.engines import Engine
-from runtime.errors import InputError, NotFiniteError
+from runtime.errors import ImageError, InputError, NotFiniteError
 from runtime.evaluation import Evaluation
 from runtime.metrics import AnomalyMetrics, CandidateMetrics, false_reject_threshold
 from runtime.preprocess import PlanesSpec, apply
@@ -271,16 +272,19 @@ def evaluate(
 
     Returns:
         The keys of ``runtime.metrics.AnomalyMetrics`` and ``CandidateMetrics``, and what the
-        threshold decides of whole images, of defects and of candidates.
+        threshold decides of whole images, of defects and of candidates. Images that cannot be
+        read, or whose captures are displaced, are in ``failures``, as in inference.
 
     Raises:
-        ImageError: an image or mask that cannot be read.
+        ImageError: no image can be read, or a mask cannot.
         DatasetError: a mask of another shape than its image, or without a defect.
     """
     pixels, found = AnomalyMetrics(), CandidateMetrics(config.match_radius, threshold)
+    failures: list[str] = []
+    kinds: list[str] = []
     for start in range(0, len(samples), _EVALUATION_BATCH):
-        part = samples[start : start + _EVALUATION_BATCH]
-        strips = [planes.read(sample.path) for sample in part]
+        part, strips = _readable(samples[start : start + _EVALUATION_BATCH], failures)
+        kinds += [sample.defect for sample in part]
         maps = defect_maps(run, strips, spec, tile=config.tile, overlap=config.overlap)
         for sample, map_HW in zip(part, maps, strict=True):
             marked, size = sample.mask_path, (map_HW.shape[0], map_HW.shape[1])
@@ -289,9 +293,27 @@ def evaluate(
             pixels.update(candidates[0].score, sample.label, map_HW, mask)
             found.update(candidates, sample.label, mask)
         if progress:
-            progress(start + len(part), len(samples))
-    kinds = [sample.defect for sample in samples]
-    return found.added_to(pixels.evaluation("candidate", threshold, kinds), kinds)
+            progress(min(start + _EVALUATION_BATCH, len(samples)), len(samples))
+    if failures and not kinds:
+        raise ImageError(f"no image can be judged: {failures[0]}")
+    judged = found.added_to(pixels.evaluation("candidate", threshold, kinds), kinds)
+    return replace(judged, failures=tuple(failures))
+
+
+def _readable(
+    samples: Sequence[StripeSample], failures: list[str]
+) -> tuple[list[StripeSample], list[Array]]:
+    """Samples with their images; those that inference would leave out go to ``failures``."""
+    kept: list[StripeSample] = []
+    strips: list[Array] = []
+    for sample in samples:
+        try:
+            strips.append(planes.read(sample.path))
+        except ImageError as error:
+            failures.append(error.message)
+        else:
+            kept.append(sample)
+    return kept, strips
 
 
 # --- the system ---------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from hypothesis.extra import numpy as hnp
 
 from runtime import images
 from runtime.errors import ImageError, InputError
+from runtime.folders import Tally
 from runtime.planes import (
     PLANES,
     check_planes,
@@ -269,7 +270,7 @@ class TestThreeFiles:
         assert is_reference(folders / "ref1" / "a.png")
         assert not is_reference(folders / "target" / "a.png")
         assert not is_reference(folders / "elsewhere" / "ref1" / "a.png")
-        found = PLANES.find(sorted(folders.rglob("*")))
+        found = PLANES.find(sorted(folders.rglob("*")), Tally())
         assert found == [folders / "target" / "a.png"]
 
     @pytest.mark.parametrize("other", [np.zeros((90, 80), np.uint8), np.zeros((96, 80), np.uint16)])
@@ -339,3 +340,31 @@ class TestCheckPlanes:
     def test_refuses_everything_else(self, image: Array) -> None:
         with pytest.raises(InputError):
             check_planes(image)
+
+
+class TestOneFileOfThreeCaptures:
+    def capture(self) -> Array:
+        rng = np.random.default_rng(0)
+        rough = rng.integers(0, 255, (60, 50), np.uint8)
+        return np.asarray(cv2.resize(rough, (500, 600), interpolation=cv2.INTER_CUBIC))
+
+    @pytest.mark.parametrize("suffix", [".npy", ".tif", ".png"])
+    @pytest.mark.parametrize("plane", [1, 2])
+    def test_is_refused_where_a_reference_is_displaced(
+        self, tmp_path: Path, suffix: str, plane: int
+    ) -> None:
+        image = np.stack([self.capture()] * 3, axis=-1)
+        write(tmp_path / f"good{suffix}", image)
+        assert (read(tmp_path / f"good{suffix}") == image).all()
+        image[..., plane] = np.roll(image[..., plane], (9, -7), (0, 1))
+        write(tmp_path / f"bad{suffix}", image)
+        with pytest.raises(ImageError, match=r"displaced against its target by -9 rows and .7"):
+            read(tmp_path / f"bad{suffix}")
+
+    def test_of_unlike_or_empty_captures_is_taken(self, tmp_path: Path) -> None:
+        rng = np.random.default_rng(1)
+        for i, image in enumerate(
+            (rng.integers(0, 255, (300, 200, 3), np.uint8), np.zeros((300, 200, 3), np.uint8))
+        ):
+            write(tmp_path / f"{i}.npy", image)
+            assert (read(tmp_path / f"{i}.npy") == image).all()

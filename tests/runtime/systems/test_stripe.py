@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as hnp
 
 from runtime import datasets, images, planes
 from runtime.bundle import Bundle
-from runtime.errors import BundleError, DatasetError, EngineError, InputError
+from runtime.errors import BundleError, DatasetError, EngineError, ImageError, InputError
 from runtime.preprocess import PlanesSpec
 from runtime.results import Candidate, DefectMap
 from runtime.systems import open_system
@@ -391,6 +391,26 @@ class TestSystem:
     def test_its_parameters_come_back_from_json(self) -> None:
         params = Params(value_range=(0.0, 4095.0), inference=InferenceConfig(tile=128))
         assert Params.model_validate_json(json.dumps(params.model_dump(mode="json"))) == params
+
+
+class TestImagesThatInferenceLeavesOut:
+    def test_are_told_and_the_others_judged(self, tmp_path: Path) -> None:
+        data = write_strips(tmp_path / "data")
+        samples = datasets.strips(data, "test")
+        (samples[1].path).write_bytes(b"no picture")
+
+        found = evaluate(lambda x: x[:, :1] * 0 - 9, samples, SPEC, InferenceConfig())
+
+        assert found.num_pictures == len(samples) - 1
+        assert len(found.failures) == 1 and str(samples[1].path) in found.failures[0]
+
+    def test_are_an_error_where_there_are_no_others(self, tmp_path: Path) -> None:
+        data = write_strips(tmp_path / "data")
+        samples = datasets.strips(data, "test")
+        for sample in samples:
+            sample.path.write_bytes(b"no picture")
+        with pytest.raises(ImageError, match="no image can be judged"):
+            evaluate(lambda x: x[:, :1] * 0 - 9, samples, SPEC, InferenceConfig())
 
 
 class TestEvaluate:
