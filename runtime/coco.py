@@ -6,6 +6,8 @@ no more than its header is read.
 
 from __future__ import annotations
 
+import codecs
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
@@ -21,6 +23,8 @@ MIN_AREA = 2.0  # square pixels of a box that can be learnt
 
 # a box may stick out by this share of the picture's side, and this share of all boxes by more
 _FAR, _MANY = 0.05, 0.1
+
+_LISTS = ("images", "annotations", "categories")
 
 _T = TypeVar("_T")
 
@@ -70,7 +74,7 @@ class CocoFile:
                 f"{root} has no {self.path.name}",
                 fix="give a folder with COCO files beside images/, or with videos under samples/",
             )
-        coco = validated(TypeAdapter(_Coco), self.path)
+        coco = validated(TypeAdapter(_Coco), self.path, once=_LISTS)
         self.notes, self.faults = Tally(), Faults()
         self._check_ids(coco)
         names = {category.id: category.name for category in coco.categories}
@@ -91,11 +95,12 @@ class CocoFile:
                 boxes[each.image_id].append((box, names[each.category_id]))
         placed.finish()
         place = root / "images"
-        there = {path.relative_to(place).as_posix() for path in _below(place)}
+        prefix = len(f"{place.as_posix()}/")
+        there = {path.as_posix()[prefix:]: path for path in _below(place)}
         self.pictures: list[tuple[Path, list[tuple[Box, str]]]] = []
         for image in coco.images:
-            picture = place / image.file_name
-            if self._is_there(image.file_name, place, there):
+            picture = there.get(image.file_name) or place / image.file_name
+            if image.file_name in there or self._is_there(image.file_name, place):
                 self._compare(image, headers.read(picture))
             self.pictures.append((picture, boxes[image.id]))
 
@@ -115,11 +120,11 @@ class CocoFile:
                     self.faults.note(kind, name, fix)
                 seen.add(key)
 
-    def _is_there(self, name: str, place: Path, there: set[str]) -> bool:
+    def _is_there(self, name: str, place: Path) -> bool:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             self.faults.note("pictures outside of images/", name, "put all pictures below images/")
             return False
-        if PurePosixPath(name).as_posix() in there or _is_file(place / name):
+        if _is_file(place / name):  # by another way of writing it, or through a link
             return True
         self.faults.note(
             "pictures that are not there", name, f"copy them into {place}, or leave them out"
@@ -168,6 +173,10 @@ class _Boxes:
         """
         x, y, width, height = bbox
         self._num += 1
+        right, lower = x + width, y + height
+        inside = x >= 0 and y >= 0 and right <= size[0] and lower <= size[1]
+        if inside and min(width, height) > 0 and width * height >= MIN_AREA:
+            return x, y, right, lower
         text = f"{name}: [{x:g}, {y:g}, {width:g}, {height:g}]"
         if width < 0 or height < 0:
             fix = "give x, y of the upper left corner, then width and height"
@@ -224,15 +233,24 @@ def clipped(boxes: Iterable[tuple[Box, str]], width: float, height: float) -> li
     return kept
 
 
-def validated(schema: TypeAdapter[_T], path: Path) -> _T:
+def validated(schema: TypeAdapter[_T], path: Path, *, once: Sequence[str] = ()) -> _T:
     """Content of a JSON file.
+
+    Args:
+        once: lists that must not be there twice: the first would be lost.
 
     Raises:
         DatasetError: it cannot be read, or does not fit.
     """
     try:
         budgets.LABEL_BYTES.check(path.stat().st_size, str(path))
-        return schema.validate_json(path.read_bytes())
+        data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+        for name in once:
+            if len(re.findall(rb'"%s"\s*:\s*\[' % name.encode(), data)) > 1:
+                raise DatasetError(
+                    f"{path} has '{name}' more than once", fix="join what was merged in one list"
+                )
+        return schema.validate_json(data)
     except ValidationError as error:
         fault = error.errors()[0]
         place = ".".join(str(part) for part in fault["loc"])

@@ -521,7 +521,10 @@ class _Strips:
             place = folder
             if (folder / planes.TARGET).is_dir():
                 place = folder / planes.TARGET
-                _known_folders(folder, {planes.TARGET, *planes.REFERENCES}, self.left_out)
+                captures = _known_folders(
+                    folder, {planes.TARGET, *planes.REFERENCES}, self.left_out
+                )
+                self._leave_out_references(captures)
             paths = _files(place, self.left_out, planes.SUFFIXES)
             if folder.name == NORMAL:
                 images_of += [(NORMAL, path, None) for path in paths]
@@ -529,6 +532,15 @@ class _Strips:
                 kept, marked = found.pair(folder.name, paths)
                 images_of += [(folder.name, *pair) for pair in zip(kept, marked, strict=True)]
         return images_of
+
+    def _leave_out_references(self, captures: Iterable[Path]) -> None:
+        """Say which references have no target."""
+        files = {capture.name: folders.entries(capture)[0] for capture in captures}
+        targets = {path.name for path in files.pop(planes.TARGET)}
+        for name, found in files.items():
+            for path in found:
+                if path.name not in targets:
+                    self.left_out.add("reference without a target", f"{name}/{path.name}")
 
 
 def _target(path: Path) -> Array:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -67,7 +67,7 @@ def read(path: Path) -> Header | None:
 
 @lru_cache(1 << 16)  # a set is looked at more than once before it is learnt from
 def _read(path: Path, _mtime_ns: int, _size: int) -> Header | None:
-    with path.open("rb") as file:
+    with path.open("rb", buffering=0) as file:
         data = file.read(_HEAD_BYTES)
         found = None if _needs_all(data) else parse(data)
         return found or parse(data + file.read())
@@ -82,8 +82,10 @@ def parse(data: bytes) -> Header | None:
             return Header(height, width, _valid(tiff.number(page, tiff.ORIENTATION, 1)))
         if data[4:8] == b"ftyp" and b"irot" in data[: 1 << 16]:
             return None  # turned, in a way that only the decoder knows
+        if data.startswith(b"\xff\xd8\xff"):
+            return _jpeg_header(data)
         ((width, height),) = _sizes(data, 1)
-        return Header(height, width, _orientation(data))
+        return Header(height, width, _orientation(_exif_blocks(data)))
     except (struct.error, IndexError, OverflowError, ValueError):
         return None
 
@@ -136,9 +138,26 @@ def _needs_all(data: bytes) -> bool:
     return tiff.is_tiff(data) or data[8:12] == _WEBP
 
 
-def _orientation(data: bytes) -> int:
+def _jpeg_header(data: bytes) -> Header | None:
+    """Size and orientation, without a look at what follows them."""
+    at, exif = 2, list[bytes]()
+    while spot := _SPOT.search(data, at):
+        kind, at = data[spot.start() + 1], spot.end()
+        if kind in _JPEG_FRAMES:
+            height, width = struct.unpack_from(">HH", data, at + 3)
+            return Header(height, width, _orientation(exif))
+        if kind in (_SCAN, _END):
+            return None
+        if kind not in _STANDALONE:
+            start, at = at, at + int.from_bytes(data[at : at + 2], "big")
+            if kind == _APP1:
+                exif.append(data[start + 2 : at])
+    return None
+
+
+def _orientation(exif_blocks: Iterable[bytes]) -> int:
     """How the camera was held; 1 where nothing sensible is said."""
-    for block in _exif_blocks(data):
+    for block in exif_blocks:
         content = block.removeprefix(_EXIF)
         if tiff.is_tiff(content):
             try:
@@ -149,13 +168,8 @@ def _orientation(data: bytes) -> int:
 
 
 def _exif_blocks(data: bytes) -> Iterator[bytes]:
-    if data.startswith(b"\xff\xd8"):
-        for kind, start, end in jpeg_segments(data):
-            if kind == _APP1 and data.startswith(_EXIF, start + 4):
-                yield data[start + 4 : end]
-            if kind == _SCAN:
-                return
-    elif data.startswith(_PNG):
+    """Those of a PNG or WebP."""
+    if data.startswith(_PNG):
         at = len(_PNG)
         while at + 8 <= len(data):
             length, name = struct.unpack_from(">I4s", data, at)

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import cv2
 import numpy as np
 
 from runtime import folders, headers, images
-from runtime.errors import DatasetError
+from runtime.errors import DatasetError, ImageError
 from runtime.folders import Tally
 from runtime.labels import Faults
 from runtime.tensors import Array
@@ -99,7 +100,7 @@ class Masks:
         """Compare pictures and masks, once all are paired.
 
         Args:
-            normal: folder of normal pictures, whose masks are not needed.
+            normal: folder of normal pictures, whose masks are not needed, and must be empty.
         """
         used = {mask for mask in self._paired.values() if mask is not None}
         orphans = [
@@ -108,6 +109,11 @@ class Masks:
             for mask in masks
             if defect != normal and mask not in used
         ]
+        for mask in self._by_defect.get(normal, []):
+            with suppress(ImageError):
+                if images.read_mask(mask).any():
+                    fix = "move the picture to its defect, or remove the mask"
+                    self.faults.note("masks of a defect in normal pictures", mask.name, fix)
         missing = [picture for picture, mask in self._paired.items() if mask is None]
         for picture in missing if used or orphans else ():
             self.faults.note(_MISSING, f"{picture.parent.name}/{picture.name}", _MISSING_FIX)

@@ -139,6 +139,12 @@ def _check_classes(labelled: Labelled, notes: Tally) -> None:
             notes.add(f"classes that {split} does not show", name)
         if split != "train" and set(classes) == {NORMAL} == set(shown.get("train", {NORMAL})):
             notes.add("splits without a defect", split)
+    alike: dict[str, set[str]] = defaultdict(set)
+    for name in {name for classes in shown.values() for name in classes}:
+        alike[name.strip().casefold()].add(name)
+    for names in alike.values():
+        if len(names) > 1:
+            notes.add("classes that differ in case or spaces alone", " = ".join(sorted(names)))
 
 
 def _classes(items: Sequence[Item]) -> Counter[str]:

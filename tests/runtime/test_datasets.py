@@ -562,3 +562,12 @@ class TestStrips:
         with pytest.raises(DatasetError, match=f"no images for '{split}'") as caught:
             strips(tmp_path, split)
         assert f"{split}/" in (caught.value.fix or "")
+
+
+def test_references_without_a_target_are_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    captures = ("target/0.png", "ref1/0.png", "ref1/1.png", "ref1/._1.png")
+    make(tmp_path, *(f"train/good/{name}" for name in captures))
+    assert len(strips(tmp_path, "train")) == 1
+    assert "reference without a target: 1 (ref1/1.png)" in caplog.text

@@ -179,3 +179,12 @@ def test_a_scaled_size_has_the_same_shape(
 def test_another_shape_is_none(other: tuple[int, int]) -> None:
     assert not masks.same_shape((96, 96), other)
     assert not masks.same_shape(other, (96, 96))
+
+
+@READERS
+def test_a_mask_of_a_normal_picture_must_be_empty(root: Path, read: object) -> None:
+    mask = mark(root / "ground_truth/good/0_mask.png")
+    with pytest.raises(DatasetError, match=r"in normal pictures: 1 \(0_mask\.png\)"):
+        read(root)  # type: ignore[operator]
+    images.write(mask, np.zeros((30, 40), np.uint8))
+    assert len(read(root)) == 3  # type: ignore[operator]

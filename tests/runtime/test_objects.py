@@ -362,3 +362,14 @@ def test_pictures_in_linked_folders_are_there(tmp_path: Path) -> None:
     (root / "images" / "x").rename(tmp_path / "elsewhere")
     (root / "images" / "x").symlink_to(tmp_path / "elsewhere")
     assert len(read_objects(root, "train").frames) == 1
+
+
+def test_a_list_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    root = write_coco(tmp_path, boxes={"a.png": [("cup", [5, 6, 10, 20])]})
+    path = root / "annotations_train.json"
+    text = path.read_text()
+    path.write_text(text.replace('"annotations"', '"annotations": [], "annotations"'))
+    with pytest.raises(DatasetError, match="'annotations' more than once"):
+        read_objects(root, "train")
+    path.write_text("\ufeff" + text)
+    assert len(read_objects(root, "train").frames) == 1

@@ -200,3 +200,10 @@ def test_a_test_split_of_one_kind_is_said(tmp_path: Path) -> None:
 
 def test_an_unknown_system_is_a_usage_error(tmp_path: Path) -> None:
     assert check("nothing", tmp_path).exit_code == 2
+
+
+def test_classes_that_differ_in_case_alone_are_said(tmp_path: Path) -> None:
+    data = write_flowers(tmp_path)
+    (data / "train" / "red").rename(data / "train" / "Blue")
+    (data / "test" / "red").rename(data / "test" / "Blue")
+    assert "in case or spaces alone: 1 (Blue = blue)" in check("paco", data, "--quick").output
