@@ -31,6 +31,12 @@ CODEC = "libx264" if "libx264" in av.codecs_available else "mpeg4"
 
 # 24, 25, 30, 50, 60 and 30000/1001 frames per second are exact in it; MPEG-4 allows at most 65535
 _TICK = Fraction(1, 60000)
+# a file is written in fragments, and gets an index of the whole when it is closed
+_FRAGMENTS = {
+    "movflags": "frag_keyframe+empty_moov+default_base_moof+hybrid_fragmented",
+    "frag_duration": "2000000",  # microseconds
+    "flush_packets": "1",
+}
 # formats in which a time leads to its frame; of others a frame is found by counting from the start
 _SEEKABLE = ("mov", "matroska")
 
@@ -185,22 +191,28 @@ class VideoFile:
 class VideoWriter:
     """An MP4 file: H.264 by libx264, or MPEG-4 Part 2 where PyAV came without it (``CODEC``).
 
-    Written beside its destination and renamed when it is closed, also after an interrupt: what was
-    annotated until then is a whole, playable file. Without a frame there is no file.
+    It grows under its own name, in fragments of two seconds: what stands in the file is playable
+    also after SIGKILL. Closed, also after an interrupt, it is an ordinary file with one index.
+    Without a frame, or where writing failed, there is no file.
 
     Args:
-        path: of the file, ending in ``.mp4``.
+        path: of the file, ending in ``.mp4``; one that is there is replaced.
         rate: mean frames per second, a hint for players; each frame keeps the time it is given.
+        crf: of libx264, from 0 (without loss) to 51.
     """
 
-    def __init__(self, path: Path, rate: Fraction) -> None:
+    def __init__(self, path: Path, rate: Fraction, *, crf: int | None = None) -> None:
         self._path = path
-        self._temporary = path.with_name(f".{path.name}.tmp")
         self._rate = rate
+        self._crf = crf
         self._stream: Any = None
+        self._failed = False
         self._last_tick = -1
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._container = av.open(str(self._temporary.absolute()), "w", format="mp4")
+        with self._explained():
+            self._container = av.open(
+                str(path.absolute()), "w", format="mp4", container_options=_FRAGMENTS
+            )
 
     def write(self, image: Array, time_s: float) -> None:
         """Add a frame.
@@ -229,6 +241,8 @@ class VideoWriter:
     def _add_stream(self, height: int, width: int) -> Any:
         # inference needs the cores more than the file needs to be small
         options = {"preset": "veryfast"} if CODEC == "libx264" else {}
+        if self._crf is not None and CODEC == "libx264":
+            options["crf"] = str(self._crf)
         stream: Any = self._container.add_stream(CODEC, rate=self._rate, options=options)
         stream.height, stream.width = height, width
         stream.pix_fmt = "yuv420p"
@@ -236,25 +250,26 @@ class VideoWriter:
         return stream
 
     def close(self) -> None:
-        """Finish the file and give it its name.
+        """Finish the file.
 
         Raises:
             VideoError: the encoder fails, or the disk is full; then there is no file.
         """
         try:
             with self._explained(), self._container:
-                if self._stream is not None:
+                # FFmpeg crashes where it is given more after a write that failed
+                if self._stream is not None and not self._failed:
                     self._container.mux(self._stream.encode())
-            if self._stream is not None:
-                self._temporary.replace(self._path)
         finally:
-            self._temporary.unlink(missing_ok=True)
+            if self._stream is None or self._failed:
+                self._path.unlink(missing_ok=True)
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
         try:
             yield
         except av.FFmpegError as error:
+            self._failed = True
             raise VideoError(
                 f"cannot write {self._path}: {error.strerror}",
                 fix="make room on the disk, or draw smaller pictures",

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
-import av
 import cv2
 import numpy as np
 from numpy.random import Generator
 
 from runtime.errors import RunError
 from runtime.tensors import Array
+from runtime.video import VideoWriter
 
 SCALE = 2  # drawn larger, then averaged down: smooth edges
 _FRAMES_STILL, _FRAMES_MOVING, _FPS = 10, 6, 12
@@ -87,14 +87,10 @@ def write_ride(path: Path, rng: Generator, stations: Sequence[Array]) -> int:
             t = np.arange(1, _FRAMES_MOVING + 1) / (_FRAMES_MOVING + 1)
             ease = t * t * (3 - 2 * t)
             positions += [round(p) for p in (station + ease) * size]
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=_FPS, options={"crf": "16"})
-        stream.width = stream.height = size // 2 * 2
-        stream.pix_fmt = "yuv420p"
-        stream.time_base = Fraction(1, _FPS)
-        for left in positions:
-            frame = strip[: stream.height, left : left + stream.width]
+    side = size // 2 * 2
+    with VideoWriter(path, Fraction(_FPS), crf=16) as video:
+        for i, left in enumerate(positions):
+            frame = strip[:side, left : left + side]
             noisy = np.clip(frame + rng.normal(0, 1.2, frame.shape), 0, 255).astype(np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(noisy, format="rgb24")))
-        container.mux(stream.encode())
+            video.write(noisy, i / _FPS)
     return len(positions)

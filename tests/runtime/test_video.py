@@ -393,7 +393,7 @@ class TestVideoWriter:
 
     @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no full device")
     def test_on_a_full_disk_says_so_and_leaves_no_file(self, tmp_path: Path) -> None:
-        (tmp_path / ".a.mp4.tmp").symlink_to("/dev/full")
+        (tmp_path / "a.mp4").symlink_to("/dev/full")
         writer = video.VideoWriter(tmp_path / "a.mp4", Fraction(25))
         writer.write(picture(0), 0.0)  # stays in the encoder
 

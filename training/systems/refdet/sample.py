@@ -21,7 +21,7 @@ import cv2
 import numpy as np
 from numpy.random import Generator
 
-from runtime import images
+from runtime import files, images
 from runtime.tensors import Array
 from runtime.video import VideoWriter
 from training import drawing
@@ -169,7 +169,7 @@ def sample(
     folder = out / "ride" / "samples" / "ride"
     shutil.copytree(out / "wanted" / moving.name, folder / "object_images")
     tube = _write_ride(out / "video.mp4", np.random.default_rng((seed, 4)), moving, others, size)
-    (folder / "drone_video.mp4").write_bytes((out / "video.mp4").read_bytes())
+    files.write(folder / "drone_video.mp4", (out / "video.mp4").read_bytes())
     corners = ("x1", "y1", "x2", "y2")
     known = [
         {"frame": i} | dict(zip(corners, box, strict=True))
@@ -177,7 +177,7 @@ def sample(
         if box is not None
     ]
     video = {"video_id": "ride", "object": moving.name, "annotations": [{"bboxes": known}]}
-    (out / "ride" / "annotations.json").write_text(json.dumps([video]), encoding="utf-8")
+    files.write(out / "ride" / "annotations.json", json.dumps([video]))
     return counts | {"video.mp4": len(tube)}
 
 
@@ -323,7 +323,7 @@ def _write_coco(
         "categories": [{"id": i, "name": name} for name, i in ids.items()],
         "annotations": annotations,
     }
-    path.write_text(json.dumps(content), encoding="utf-8")
+    files.write(path, json.dumps(content))
 
 
 def _write_ride(
