@@ -530,34 +530,41 @@ def infer(
     exist_ok: bool,
 ) -> None:
     """Run a BUNDLE on images or video, without PyTorch."""
+    from runtime.infer import Summary
     from runtime.infer import infer as run_infer
+    from runtime.outputs import is_free
     from runtime.sources import open_source
     from runtime.systems import Promptable
     from runtime.verdict import unjudged
 
-    if out.exists() and any(out.iterdir()) and not exist_ok:
+    if not exist_ok and not is_free(out):
         raise UsageError(f"{out} is not empty", fix="choose another --out, or pass --exist-ok")
     say = _say(context)
+    summary, stopped = Summary(), None
     with open_bundle(bundle) as system:
         opened = open_source(source, system.reader)
         prepare(system)
         say(f"{system.backend}, {system.precision}")
         if note := unjudged(system.bundle.manifest, system.precision):
             _warn(note)
-        with _Progress(context) as show:
-            summary = run_infer(
-                system,
-                opened,
-                out,
-                batch=batch,
-                jsonl=jsonl,
-                overlays=save_overlays,
-                coco=coco,
-                track=isinstance(system, Promptable) and not no_track,
-                frame_step=frame_step,
-                progress=partial(show, "inference"),
-                say=say,
-            )
+        try:
+            with _Progress(context) as show:
+                run_infer(
+                    system,
+                    opened,
+                    out,
+                    batch=batch,
+                    jsonl=jsonl,
+                    overlays=save_overlays,
+                    coco=coco,
+                    track=isinstance(system, Promptable) and not no_track,
+                    frame_step=frame_step,
+                    progress=partial(show, "inference"),
+                    say=say,
+                    summary=summary,
+                )
+        except Stopped as signal:
+            stopped = signal
     if report is not None:
         from runtime.report import of_inference
 
@@ -578,6 +585,8 @@ def infer(
         f"{summary.num_done} done, {summary.num_failed} failed, "
         f"{summary.images_per_second:.1f} images/s, results in {out}"
     )
+    if stopped is not None:
+        raise stopped
     if summary.num_failed:
         context.exit(1)
 

@@ -4,45 +4,42 @@
                                                             `--> drawing threads -> overlays and
                                                                  their overview, or a video
 
-Files are written under temporary names and renamed at the end; after an interrupt they are renamed
-as well, so that no result is lost. A live stream has no queue: its newest frame is taken, one at a
-time, until Ctrl-C.
+Tables and videos grow under their own names and are put on the disk every few seconds: whatever
+ends the process, what was found until then stands in them; ``infer.json`` says whether it is all. A
+live stream has no queue: its newest frame is taken, one at a time, until Ctrl-C.
 """
 
 from __future__ import annotations
 
-import csv
-import json
-import os
 import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from signal import SIGINT
+from typing import Any
 
 from runtime import draw, images, live, video
 from runtime.decoding import LIVE_RATE, Frame
 from runtime.errors import ImageError, InputError, NotFiniteError, UsageError, VideoError
 from runtime.names import overlay_names
+from runtime.outputs import Outputs
 from runtime.results import Detections
+from runtime.signals import unbroken
 from runtime.sources import Source
 from runtime.systems import Promptable, Result, System
+from runtime.tables import COCO_NAME, LINES_NAME, Coco, Item, Tables
 from runtime.tensors import Array
-from runtime.texts import cell
 from runtime.tracking import Tracks
 
 Progress = Callable[[int, int], None]
 Say = Callable[[str], None]
 
 OVERVIEW_NAME = "overview.jpg"
-COCO_NAME = "coco.json"
-_LINES_NAME = "results.jsonl"
-_ORIGIN = "source"  # first column of every table
 
 _QUEUE_BATCHES = 2  # decoded ahead of inference
 _DRAWING_THREADS = 2
@@ -61,6 +58,7 @@ class Summary:
             decoded pictures, the rest writing results and waiting for overlays. ``decode_seconds``
             is spent beside it, in the decoder's thread (0 for a live stream).
         num_dropped: frames of a live stream that were skipped to stay current.
+        files: what was written.
         freezes: (time, seconds) of a live stream's pictures that stood still.
     """
 
@@ -71,6 +69,7 @@ class Summary:
     wait_seconds: float = 0.0
     decode_seconds: float = 0.0
     num_dropped: int = 0
+    files: list[Path] = field(default_factory=list)
     freezes: list[tuple[float, float]] = field(default_factory=list)
 
     @property
@@ -80,17 +79,6 @@ class Summary:
     @property
     def images_per_second(self) -> float:
         return self.num_done / self.seconds if self.seconds else 0.0
-
-
-@dataclass(frozen=True)
-class _Item:
-    """A decoded picture, or the message why there is none."""
-
-    name: str
-    image: Array | None = None
-    error: str | None = None
-    index: int | None = None
-    time_s: float | None = None
 
 
 def infer(
@@ -106,6 +94,7 @@ def infer(
     frame_step: int = 1,
     progress: Progress | None = None,
     say: Say | None = None,
+    summary: Summary | None = None,
 ) -> Summary:
     """Run a system over a source.
 
@@ -114,8 +103,8 @@ def infer(
     with ``jsonl`` ``results.jsonl``, one object per picture, those that failed included;
     with ``overlays`` ``overlays/<name>.png`` per picture and ``overview.jpg``, the first 64 of them
     on a sheet, or one annotated ``<name>.mp4``; with ``coco`` ``coco.json``, detections in COCO's
-    form. Files of these names from an earlier run are removed, asked for or not: nobody shall take
-    its pictures for those of the new results.
+    form; and ``infer.json``, the list of these files. What an earlier run wrote is removed, or set
+    aside where it did not come to its end; see ``runtime.outputs``.
     ``system.draw`` is called in other threads than ``system.infer``.
 
     Args:
@@ -126,35 +115,40 @@ def infer(
         progress: called with (done, total); total is 0 where it is not known.
         say: called with a line per picture, its name and result; not for frames. Of a live stream
             with what happens to it, from another thread.
+        summary: is filled and returned; it is whole also where an error or interrupt is raised.
 
     Returns:
         Counts and times. Pictures that cannot be read, or that the system refuses, are in
         ``failures``, not raised.
 
     Raises:
-        InputError: results would be written over the source.
+        InputError: results would be written over the source, or over a file of somebody else's.
+        InUseError: another process writes results there.
         UsageError: ``coco`` where there is no such result.
         BackendError: ``track`` without the package that does it.
-        KeyboardInterrupt: passed on, after the results until then are in their files; for a live
-            stream it is the ordinary end and not raised.
+        KeyboardInterrupt: passed on, after the results until then are in their files; Ctrl-C on a
+            live stream is the ordinary end and not raised.
     """
     names = _names_for_coco(system, source) if coco else ()
     tracks = Tracks() if track and source.kind != "images" else None
-    out.mkdir(parents=True, exist_ok=True)
-    summary = Summary()
+    summary = summary or Summary()
+    outputs = Outputs(out, _planned(source, jsonl, coco, overlays), source.paths)
     total = _num_expected(source, frame_step)
     start = time.perf_counter()
     size = 1 if source.kind == "stream" else batch
-    with ExitStack() as stack:
-        drawer = _Drawer(system, out, source, frame_step) if overlays else None
-        _remove_earlier(out, source)
-        tables = stack.enter_context(_Tables(out, jsonl=jsonl))
-        dataset = stack.enter_context(_Coco(out, names)) if coco else None
-        if drawer:
-            stack.enter_context(drawer)
-        decoder = stack.enter_context(_Decoder(source, frame_step, size, say))
+    with _Closing() as stack:
+        stack.callback(_tell, summary, outputs, start)
+        stack.enter_context(outputs)
+        tables = stack.enter_context(Tables(outputs, jsonl=jsonl))
+        dataset = stack.enter_context(Coco(out, names)) if coco else None
+        drawer = None
+        if overlays:
+            drawer = stack.enter_context(_Drawer(system, out, source, frame_step))
+        decoder = _Decoder(source, frame_step, size, say)
+        stack.callback(decoder.tell, summary)
+        stack.enter_context(decoder)
 
-        def keep(item: _Item, result: Any) -> str | None:
+        def keep(item: Item, result: Any) -> str | None:
             """Write one result; None, or why it cannot be used."""
             assert item.image is not None
             if tracks and isinstance(result, Detections):
@@ -185,14 +179,12 @@ def infer(
                         tables.failed(item, error)
                 if progress:
                     progress(summary.num_done + summary.num_failed, total)
-        except KeyboardInterrupt:
-            if source.kind != "stream":
+            outputs.status = "finished"
+        except KeyboardInterrupt as stopped:
+            ordinary = source.kind == "stream" and getattr(stopped, "number", SIGINT) == SIGINT
+            outputs.status = "finished" if ordinary else "stopped"
+            if not ordinary:
                 raise
-    summary.seconds = time.perf_counter() - start
-    summary.wait_seconds = decoder.wait_seconds
-    summary.decode_seconds = decoder.decode_seconds
-    summary.num_dropped = decoder.num_dropped
-    summary.freezes = decoder.freezes
     return summary
 
 
@@ -207,6 +199,30 @@ def _answers(system: System, pictures: Sequence[Array]) -> Sequence[Result | str
         if len(pictures) == 1:
             return (error.message,)
         return [_answers(system, [picture])[0] for picture in pictures]
+
+
+class _Closing(ExitStack):
+    """Closes all that is open; a signal that comes meanwhile has to wait."""
+
+    def __exit__(self, *error: Any) -> bool | None:
+        with unbroken():
+            return super().__exit__(*error)
+
+
+def _tell(summary: Summary, outputs: Outputs, start: float) -> None:
+    summary.seconds = time.perf_counter() - start
+    summary.files = outputs.written()
+
+
+def _planned(source: Source, jsonl: bool, coco: bool, overlays: bool) -> list[str]:
+    """The files that will be written, but for tables of what is listed in results."""
+    planned = ["results.csv", *([LINES_NAME] if jsonl else []), *([COCO_NAME] if coco else [])]
+    if overlays and source.kind == "images":
+        names = overlay_names(source.paths).values()
+        planned += [OVERVIEW_NAME, *(f"overlays/{name.as_posix()}" for name in names)]
+    elif overlays:
+        planned.append(_video_name(source))
+    return planned
 
 
 def _num_expected(source: Source, step: int) -> int:
@@ -233,7 +249,7 @@ class _Decoder:
         self._source = source
         self._step = step
         self._batch = batch
-        self._queue: queue.Queue[_Item | BaseException | None] = queue.Queue(_QUEUE_BATCHES * batch)
+        self._queue: queue.Queue[Item | BaseException | None] = queue.Queue(_QUEUE_BATCHES * batch)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._live: live.LiveStream | None = None
@@ -253,10 +269,17 @@ class _Decoder:
         else:
             self._thread.join()
 
-    def batches(self) -> Iterator[list[_Item]]:
+    def tell(self, summary: Summary) -> None:
+        """Note what decoding took."""
+        summary.wait_seconds = self.wait_seconds
+        summary.decode_seconds = self.decode_seconds
+        summary.num_dropped = self.num_dropped
+        summary.freezes = self.freezes
+
+    def batches(self) -> Iterator[list[Item]]:
         """Lists of up to ``batch`` items, until the source ends."""
         source = self._queued() if self._live is None else self._frames(self._live)
-        items: list[_Item] = []
+        items: list[Item] = []
         while True:
             begin = time.perf_counter()
             item = next(source, None)
@@ -269,7 +292,7 @@ class _Decoder:
             if item is None:
                 return
 
-    def _queued(self) -> Iterator[_Item]:
+    def _queued(self) -> Iterator[Item]:
         while (item := self._queue.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
@@ -292,7 +315,7 @@ class _Decoder:
             last = error
         self._put(last)
 
-    def _put(self, item: _Item | BaseException | None) -> bool:
+    def _put(self, item: Item | BaseException | None) -> bool:
         """Queue an item; False once the consumer has gone."""
         while not self._stop.is_set():
             try:
@@ -302,147 +325,21 @@ class _Decoder:
                 continue
         return False
 
-    def _pictures(self) -> Iterator[_Item]:
+    def _pictures(self) -> Iterator[Item]:
         for path in self._source.paths:
             try:
-                yield _Item(str(path), self._source.reader.read(path))
+                yield Item(str(path), self._source.reader.read(path))
             except ImageError as error:
-                yield _Item(str(path), error=error.message)
+                yield Item(str(path), error=error.message)
 
-    def _frames(self, frames: Iterable[Frame]) -> Iterator[_Item]:
+    def _frames(self, frames: Iterable[Frame]) -> Iterator[Item]:
         name = self._source.name
         try:
             for frame in frames:
-                yield _Item(name, frame.image, index=frame.index, time_s=frame.time_s)
+                yield Item(name, frame.image, index=frame.index, time_s=frame.time_s)
         except VideoError as error:
             # what was decoded before stands; the source as a whole counts as failed
-            yield _Item(name, error=error.message)
-
-
-class _Table:
-    """One CSV file, its header from the first row."""
-
-    def __init__(self, file: IO[str]) -> None:
-        self._file = file
-        self._writer: csv.DictWriter[str] | None = None
-
-    def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        if self._writer is None:
-            self._writer = csv.DictWriter(self._file, list(rows[0]), extrasaction="ignore")
-            self._writer.writerow({name: cell(name) for name in rows[0]})
-        self._writer.writerows(
-            {k: cell(value) if isinstance(value, str) else value for k, value in row.items()}
-            for row in rows
-        )
-        self._file.flush()
-
-
-class _Tables:
-    """``results.csv``, one per field that lists objects and, if asked for, ``results.jsonl``."""
-
-    def __init__(self, out: Path, *, jsonl: bool) -> None:
-        self._out = out
-        self._jsonl = jsonl
-        self._stack = ExitStack()
-        self._lines: IO[str] | None = None
-        self._tables: dict[str, _Table] = {}
-
-    def __enter__(self) -> _Tables:
-        with ExitStack() as opened:  # closes the first where the second cannot be opened
-            opened.push(self._stack)
-            self._open("results")
-            if self._jsonl:
-                self._lines = self._stack.enter_context(_text(self._out / _LINES_NAME))
-            opened.pop_all()
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        self._stack.close()
-
-    def add(self, item: _Item, image: Array, result: Result) -> str | None:
-        """Write one result.
-
-        Returns:
-            None, or why the result cannot be used; then nothing is written.
-        """
-        height, width = image.shape[:2]
-        record = {**_origin(item), "width": width, "height": height, **result.to_json()}
-        try:
-            line = json.dumps(record, allow_nan=False)
-        except ValueError:
-            return "the result holds a number that is not finite"
-        self._line(line)
-        self._tables["results"].add([dict(_scalars(record))])
-        for name, values in record.items():
-            if isinstance(values, list) and values and isinstance(values[0], Mapping):
-                table = self._tables.get(name) or self._open(name)
-                table.add([{**_origin(item), **dict(_scalars(value))} for value in values])
-        return None
-
-    def failed(self, item: _Item, error: str) -> None:
-        """Note that there is no result for a picture."""
-        self._line(json.dumps({**_origin(item), "error": error}))
-
-    def _open(self, name: str) -> _Table:
-        file = self._stack.enter_context(_text(self._out / f"{name}.csv"))
-        self._tables[name] = _Table(file)
-        return self._tables[name]
-
-    def _line(self, line: str) -> None:
-        if self._lines is not None:
-            self._lines.write(line + "\n")
-            self._lines.flush()
-
-
-class _Coco:
-    """``coco.json``: images, categories and, as annotations with a score, what was found.
-
-    Annotations are written as they come: of an image no more than a line is kept.
-
-    Args:
-        names: of the categories, which get numbers from 1 in this order.
-    """
-
-    def __init__(self, out: Path, names: Sequence[str]) -> None:
-        self._path = out / COCO_NAME
-        self._stack = ExitStack()
-        self._images: list[str] = []
-        self._categories = {name: i + 1 for i, name in enumerate(dict.fromkeys(names))}
-        self._num_found = 0
-
-    def __enter__(self) -> _Coco:
-        self._file = self._stack.enter_context(_text(self._path))
-        self._file.write('{"annotations": [')
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        with self._stack:
-            categories = [{"id": k, "name": name} for name, k in self._categories.items()]
-            self._file.write('\n],\n"images": [\n' + ",\n".join(self._images))
-            self._file.write(f'\n],\n"categories": {json.dumps(categories)}}}\n')
-
-    def add(self, item: _Item, image: Array, result: Detections) -> None:
-        number = len(self._images) + 1
-        height, width = image.shape[:2]
-        origin = _origin(item)
-        size = {"id": number, "file_name": origin.pop(_ORIGIN), "width": width, "height": height}
-        self._images.append(json.dumps({**size, **origin}))
-        for found in result.objects:
-            x1, y1, x2, y2 = (round(float(side), 2) for side in found.box)
-            width, height = round(x2 - x1, 2), round(y2 - y1, 2)
-            self._num_found += 1
-            annotation: dict[str, Any] = {
-                "id": self._num_found,
-                "image_id": number,
-                "category_id": self._categories[found.name],
-                "bbox": [x1, y1, width, height],
-                "area": round(width * height, 2),
-                "iscrowd": 0,
-                "score": round(float(found.score), 6),
-            }
-            if found.track is not None:
-                annotation["track_id"] = found.track
-            self._file.write(("," if self._num_found > 1 else "") + "\n" + json.dumps(annotation))
+            yield Item(name, error=error.message)
 
 
 class _Drawer:
@@ -457,11 +354,9 @@ class _Drawer:
         self._source = source
         names = overlay_names(source.paths) if source.kind == "images" else {}
         self._pictures = {path: out / "overlays" / name for path, name in names.items()}
-        self._video_path = _video_path(out, source)
+        self._video_path = out / _video_name(source)
         self._overview_path = out / OVERVIEW_NAME
         self._thumbnails: dict[str, Array | None] = {}  # None until it is drawn
-        targets = [*self._pictures.values(), self._overview_path, self._video_path]
-        _check_apart(targets, source.paths)
         self._video: video.VideoWriter | None = None
         # the frames of a video stay in order
         self._threads = ThreadPoolExecutor(_DRAWING_THREADS if source.kind == "images" else 1)
@@ -479,7 +374,7 @@ class _Drawer:
                 for each in self._undrawn:
                     each.result()
 
-    def add(self, item: _Item, image: Array, result: Result) -> None:
+    def add(self, item: Item, image: Array, result: Result) -> None:
         """Queue one overlay; waits while too many are queued."""
         while self._undrawn and (len(self._undrawn) == _MAX_UNDRAWN or self._undrawn[0].done()):
             self._undrawn.popleft().result()
@@ -487,7 +382,7 @@ class _Drawer:
             self._thumbnails[item.name] = None
         self._undrawn.append(self._threads.submit(self._draw, item, image, result))
 
-    def _draw(self, item: _Item, image: Array, result: Result) -> None:
+    def _draw(self, item: Item, image: Array, result: Result) -> None:
         picture = self._system.draw(image, result)
         if item.time_s is None:
             images.write(self._pictures[Path(item.name)], picture)
@@ -510,39 +405,9 @@ class _Drawer:
             self._video.close()
 
 
-@contextmanager
-def _text(path: Path) -> Iterator[IO[str]]:
-    """A text file that grows under a temporary name and gets its own at the end, come what may."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    # file names need not be UTF-8: their bytes pass through
-    with temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-        try:
-            yield file
-        finally:
-            file.flush()
-            os.fsync(file.fileno())
-            temporary.replace(path)
-
-
-def _video_path(out: Path, source: Source) -> Path:
-    """Where the annotated video of a video or stream goes."""
-    return out / f"{source.paths[0].stem if source.kind == 'video' else 'stream'}.mp4"
-
-
-def _remove_earlier(out: Path, source: Source) -> None:
-    """Remove what an earlier run may have left beside its table, but nothing that is to be read."""
-    drawn = [*(out / "overlays").rglob("*.png"), out / OVERVIEW_NAME, _video_path(out, source)]
-    tables = [path for path in out.glob("*.csv") if _is_table(path)]
-    sources = {path.resolve() for path in source.paths}
-    for path in [*drawn, *tables, out / _LINES_NAME, out / COCO_NAME]:
-        if path.resolve() not in sources:
-            path.unlink(missing_ok=True)
-
-
-def _is_table(path: Path) -> bool:
-    """Whether a file begins as our tables do; the names of lists are their systems' affair."""
-    with path.open(encoding="utf-8", errors="surrogateescape") as file:
-        return file.readline().startswith(f"{_ORIGIN},")
+def _video_name(source: Source) -> str:
+    """What the annotated video of a video or stream is called."""
+    return f"{source.paths[0].stem if source.kind == 'video' else 'stream'}.mp4"
 
 
 def _names_for_coco(system: System, source: Source) -> tuple[str, ...]:
@@ -557,37 +422,3 @@ def _names_for_coco(system: System, source: Source) -> tuple[str, ...]:
             fix="take --jsonl, which is written line by line",
         )
     return system.names()
-
-
-def _check_apart(targets: Iterable[Path], sources: Sequence[Path]) -> None:
-    """Refuse to write over what is being read."""
-    clashes = {path.resolve() for path in targets} & {path.resolve() for path in sources}
-    if clashes:
-        raise InputError(
-            f"overlays would be written over their source {min(clashes)}",
-            fix="choose another --out",
-        )
-
-
-def _origin(item: _Item) -> dict[str, Any]:
-    """Where a record comes from."""
-    origin: dict[str, Any] = {_ORIGIN: item.name}
-    if item.index is not None:
-        origin["frame"] = item.index
-    if item.time_s is not None:
-        origin["time_s"] = round(item.time_s, 6)
-    return origin
-
-
-def _scalars(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The plain values of a record; nested names are joined by dots.
-
-    A list of numbers becomes numbered columns; other lists are left out.
-    """
-    for key, value in record.items():
-        if isinstance(value, Mapping):
-            yield from _scalars(value, f"{prefix}{key}.")
-        elif isinstance(value, list) and all(isinstance(each, float) for each in value):
-            yield from ((f"{prefix}{key}.{i}", each) for i, each in enumerate(value))
-        elif not isinstance(value, (list, tuple)):
-            yield f"{prefix}{key}", value

@@ -17,6 +17,7 @@ import numpy as np
 from runtime import files, images, video
 from runtime.bundle import Bundle
 from runtime.errors import InputError
+from runtime.outputs import recorded
 from runtime.tensors import Array
 from runtime.texts import shown
 from runtime.verdict import headline
@@ -193,7 +194,7 @@ def of_inference(bundle: Bundle, out: Path, facts: Mapping[str, object]) -> Repo
 
     Args:
         bundle: what was run; its verdict is shown.
-        out: the folder with ``results.csv`` and, if drawn, ``overlays`` or an annotated video.
+        out: the folder of the results.
         facts: counts, backend, precision and the like, shown first.
     """
     manifest = bundle.manifest
@@ -221,13 +222,14 @@ def of_inference(bundle: Bundle, out: Path, facts: Mapping[str, object]) -> Repo
 
 def _pictures(page: Report, out: Path) -> None:
     """Overlays and frames of annotated videos, evenly spread: every kind shall be among them."""
-    overlays = sorted((out / "overlays").rglob("*.png"))
+    written = recorded(out)  # what else lies there is somebody else's
+    overlays = sorted(path for path in written if path.is_relative_to(out / "overlays"))
     if overlays:
         page.heading(f"{min(len(overlays), _MAX_FIGURES)} of {len(overlays)} pictures")
     for i in np.linspace(0, len(overlays) - 1, min(len(overlays), _MAX_FIGURES)).astype(int):
         name = str(overlays[i].relative_to(out / "overlays"))
         page.figure(name, images.read(overlays[i]), photo=True)
-    for path in sorted(out.glob("*.mp4")):
+    for path in (path for path in written if path.suffix == ".mp4"):
         total = video.info(path).num_frames
         frames = list(video.frames(path, step=-(-total // _MAX_FIGURES)))
         page.heading(f"{len(frames)} of {total} frames of {path.name}")

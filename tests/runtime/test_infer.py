@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime import images, live, video
+from runtime import images, live, tables, video
 from runtime import infer as driver
 from runtime.bundle import Bundle
 from runtime.decoding import Frame
@@ -112,6 +112,10 @@ def lines(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
 
 
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
 def table(out: Path) -> list[dict[str, str]]:
     with (out / "results.csv").open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
@@ -153,7 +157,7 @@ class TestPictures:
         assert [float(row["level"]) for row in table(out)] == [line["level"] for line in good]
         assert list(table(out)[0]) == ["source", "width", "height", "level", "of.kind", "of.deep.x"]
         assert summary.num_done == 9
-        assert sorted(path.name for path in out.iterdir()) == ["results.csv", "results.jsonl"]
+        assert names(out) == ["infer.json", "results.csv", "results.jsonl"]
 
     def test_whose_results_list_objects_give_a_table_of_them(self, tmp_path: Path) -> None:
         class Listing(Levels):
@@ -267,14 +271,11 @@ class TestOverlays:
         infer(Levels(), open_source(str(pictures)), out, jsonl=True, overlays=True)
         infer(Levels(), film, out, overlays=True)
         drawn = {path.name for path in out.rglob("*") if path.is_file()}
-        assert drawn == {"results.csv", "film.mp4"}
+        assert drawn == {"results.csv", "film.mp4", "infer.json"}
         (out / "objects.csv").write_text("source,name\nfilm.mp4,cup\n")
-        (out / "mine.csv").write_text("name,price\ncup,3\n")
+        (out / "film.avi").write_text("mine")
         infer(Levels(), film, out)
-        assert {path.name for path in out.iterdir() if path.is_file()} == {
-            "results.csv",
-            "mine.csv",
-        }
+        assert names(out) == ["film.avi", "infer.json", "objects.csv", "results.csv"]
 
     def test_stay_where_they_are_what_is_read(self, tmp_path: Path) -> None:
         images.write(tmp_path / "overlays" / "a.png", grey(10))
@@ -283,7 +284,7 @@ class TestOverlays:
         summary = infer(Levels(), open_source(str(tmp_path / "overlays" / "a.png")), tmp_path)
 
         assert summary.num_done == 1
-        assert [path.name for path in (tmp_path / "overlays").iterdir()] == ["a.png"]
+        assert names(tmp_path / "overlays") == ["a.png", "b.png"]
 
     @settings(max_examples=200)
     @given(
@@ -480,7 +481,8 @@ class TestDrawing:
 
         infer(Levels(), open_source(str(tmp_path / "in")), out, jsonl=True, overlays=True)
 
-        assert len(synced) == 2
+        # two tables; the record and its folder, at the beginning and at the end
+        assert len(synced) == 2 + 4
 
 
 class TestAVideo:
@@ -518,7 +520,7 @@ class TestAVideo:
 
         drawn = list(video.frames(out / "film.mp4"))
         assert [frame.time_s for frame in drawn] == pytest.approx(self.times, abs=1e-5)
-        assert sorted(path.name for path in out.iterdir()) == ["film.mp4", "results.csv"]
+        assert names(out) == ["film.mp4", "infer.json", "results.csv"]
 
     def test_can_be_thinned(self, film: Path, out: Path) -> None:
         seen: list[int] = []
@@ -759,7 +761,7 @@ class TestAFault:
         assert self.num_threads() == threads
         assert [line["level"] for line in lines(out)] == [0, 1, 2, 3]
         assert len(table(out)) == 4
-        assert sorted(path.name for path in out.iterdir()) == ["results.csv", "results.jsonl"]
+        assert names(out) == ["infer.json", "results.csv", "results.jsonl"]
 
     @pytest.mark.parametrize("error", [MemoryError("too large"), ValueError("bug")])
     def test_of_the_decoder_that_is_no_bad_picture_reaches_the_caller(
@@ -792,29 +794,49 @@ class TestAFault:
 
 
 class TestTables:
-    def test_are_all_closed_where_one_cannot_be_opened(self, pictures: Path, out: Path) -> None:
-        (out / ".results.jsonl.tmp").mkdir(parents=True)  # no file can have its name
+    def test_are_all_closed_where_one_cannot_be_opened(
+        self, pictures: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        before = len(list(Path("/proc/self/fd").iterdir()))
+        new = tables.Lines
 
-        with pytest.raises(IsADirectoryError) as caught:
+        def fail(path: Path) -> tables.Lines:
+            if path.suffix == ".jsonl":
+                raise OSError(28, "No space left on device", str(path))
+            return new(path)
+
+        monkeypatch.setattr(tables, "Lines", fail)
+        with pytest.raises(OSError, match=r"results\.jsonl") as caught:
             infer(Levels(), open_source(str(pictures)), out, jsonl=True)
 
-        # it has its name once it is closed; the traceback would keep it open otherwise
-        assert (out / "results.csv").is_file() and caught.tb
+        # the traceback would keep files open otherwise
+        assert len(list(Path("/proc/self/fd").iterdir())) == before and caught.tb
 
 
 class TestWhileItRuns:
-    def test_lines_can_be_followed_under_a_temporary_name(self, tmp_path: Path, out: Path) -> None:
+    def test_lines_can_be_followed(self, tmp_path: Path, out: Path) -> None:
         write_pictures(tmp_path / "in", range(4))
-        seen: list[int] = []
+        seen: list[tuple[int, int]] = []
 
         def look(_done: int, _total: int) -> None:
-            assert not (out / "results.jsonl").exists()
-            assert not (out / "results.csv").exists()
-            seen.append(len((out / ".results.jsonl.tmp").read_text().splitlines()))
+            assert json.loads((out / "infer.json").read_text())["status"] == "running"
+            seen.append((len(lines(out)), len(table(out))))
 
         infer(Levels(), open_source(str(tmp_path / "in")), out, batch=1, jsonl=True, progress=look)
 
-        assert seen == [1, 2, 3, 4]
+        assert seen == [(1, 1), (2, 2), (3, 3), (4, 4)]
+
+    def test_lines_are_put_on_the_disk_every_now_and_then(
+        self, tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        write_pictures(tmp_path / "in", range(4))
+        synced = []
+        monkeypatch.setattr(tables, "_SYNC_S", 0)
+        monkeypatch.setattr(tables.Lines, "sync", lambda lines: synced.append(lines.path.name))
+
+        infer(Levels(), open_source(str(tmp_path / "in")), out, jsonl=True)
+
+        assert synced.count("results.csv") == synced.count("results.jsonl") == 4 + 1
 
 
 class TestSummary:

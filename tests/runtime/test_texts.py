@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cli import _print_table
-from runtime.infer import _Table
+from runtime.files import Lines
 from runtime.report import Report
+from runtime.tables import _Table
 from runtime.texts import cell, hide_secrets, printable
 
 _PLAIN = st.text("abcXYZ019-_.", min_size=1)
@@ -71,11 +72,11 @@ class TestACell:
 
 
 class TestATable:
-    def test_of_results_holds_no_formula(self) -> None:
-        file = io.StringIO()
-        table = _Table(file)
-        table.add([{"source": "=1+1.png", "score": -1.5, "@x": "+2"}])
-        rows = list(csv.reader(io.StringIO(file.getvalue())))
+    def test_of_results_holds_no_formula(self, tmp_path: Path) -> None:
+        file = Lines(tmp_path / "a.csv")
+        _Table(file).add([{"source": "=1+1.png", "score": -1.5, "@x": "+2"}])
+        file.close()
+        rows = list(csv.reader(io.StringIO((tmp_path / "a.csv").read_text())))
         assert rows == [["source", "score", "'@x"], ["'=1+1.png", "-1.5", "'+2"]]
 
     def test_on_the_terminal_takes_no_markup(self, capsys: pytest.CaptureFixture[str]) -> None:
