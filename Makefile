@@ -34,7 +34,7 @@ demo: $(SYSTEMS:%=demo-%)
 
 # one early stage and a small bank: random weights see little further on, and it is quick
 demo_noising := --set backbone.weights=$(WEIGHTS) --set "backbone.stages=[1]" \
-	--set "preprocess.size=[192, 192]" --set fit.max_rows=1000
+	--set fit.max_rows=1000
 
 # small pictures and a small net with a finer last map: the marks that tell the moths apart are small
 demo_paco := --profile --set backbone.weights=$(WEIGHTS) --set backbone.name=resnet10t \

@@ -92,7 +92,7 @@ def judge(
     failed = {
         name: max(found[name].value for found in drops.values())
         for name in judged
-        if any(found[name].value > allowed[name] for found in drops.values())
+        if any(found[name].exceeds(allowed[name]) for found in drops.values())
     }
     first, *others = (
         {"backend": backend, "int8": afters[backend].metrics, **_report(found, allowed)}
@@ -143,7 +143,7 @@ def _line(drop: Drop, before: float, after: float, allowed: float) -> str:
     interval = "" if drop.interval is None else "95 % {:+.4f} to {:+.4f}, ".format(*drop.interval)
     text = (
         f"float {before:.4f}, INT8 {after:.4f}, drop {drop.value:+.4f} of {drop.num_pictures} "
-        f"pictures, {interval}allowed {allowed:.4f}: {'FAIL' if drop.value > allowed else 'ok'}"
+        f"pictures, {interval}allowed {allowed:.4f}: {'FAIL' if drop.exceeds(allowed) else 'ok'}"
     )
     if drop.settled(allowed):
         return text

@@ -27,7 +27,7 @@ IOUS = np.linspace(0.5, 0.95, 10)  # of COCO's average precision
 _RECALLS = np.linspace(0, 1, 101)  # where it looks
 _ROUNDS_AT_ONCE = 100
 _PERCENTILES = (2.5, 97.5)
-_SAME = 1e-12  # resamples that differ by less differ by rounding
+_SAME = 1e-9  # numbers that differ by less differ by rounding
 
 
 class Evidence(Protocol):
@@ -66,6 +66,10 @@ class Drop:
     interval: tuple[float, float] | None = None
     unseen: bool = False
 
+    def exceeds(self, allowed: float) -> bool:
+        """Whether it is more than what is allowed; differences of float64 are not exact."""
+        return self.value > allowed + _SAME
+
     def settled(self, allowed: float) -> bool:
         """Whether the interval, where there is one, lies on one side of what is allowed."""
         return self.interval is None or self.interval[1] <= allowed or self.interval[0] > allowed
@@ -77,10 +81,10 @@ class Drop:
         the number itself.
         """
         gap = abs(allowed - self.value)
-        if self.interval is None or not gap:
+        if self.interval is None or gap <= _SAME:
             return None
         low, high = self.interval
-        ratio = (high - self.value if self.value <= allowed else self.value - low) / gap
+        ratio = (self.value - low if self.exceeds(allowed) else high - self.value) / gap
         return math.ceil(self.num_pictures * (ratio if self.unseen else ratio**2))
 
 
@@ -193,7 +197,8 @@ class PixelRanking:
     """Of ``<prefix>_auroc`` and ``<prefix>_ap`` of all pixels: a histogram per picture.
 
     Half of the common bins hold equal shares of the defective pixels, half of the normal ones, and
-    scores within a bin count as equal. With B bins that moves an AUROC by about 1 / B at most.
+    scores within a bin count as equal. With B bins that moves an AUROC by about 1 / B at most; on
+    167 pictures of pills it moved one by 6e-7, and an average precision by 4e-4.
 
     Args:
         pixels: of the pictures in their order, both defective and normal ones.

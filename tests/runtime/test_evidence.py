@@ -224,13 +224,22 @@ class TestADrop:
             (0.003, (-0.004, 0.011), False, 3200),
             (0.007, (-0.001, 0.014), False, 3200),
             (0.005, (-0.001, 0.014), False, None),
+            (1 - 0.995, (-0.001, 0.014), False, None),  # 0.0050000000000000044
         ],
-        ids=["within", "beyond", "within, perhaps", "beyond, perhaps", "at the border"],
+        ids=[
+            "within",
+            "beyond",
+            "within, perhaps",
+            "beyond, perhaps",
+            "at the border",
+            "at it but for rounding",
+        ],
     )
     def test_is_told_from_noise_or_says_how_many_pictures_would(
         self, value: float, interval: tuple[float, float], settled: bool, needed: int | None
     ) -> None:
         drop = Drop(value, 200, interval)
         assert drop.settled(0.005) == settled
+        assert drop.exceeds(0.005) == (value > 0.0051)
         if not settled:
             assert drop.needed(0.005) == pytest.approx(needed, abs=1)
