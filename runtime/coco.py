@@ -99,8 +99,10 @@ class CocoFile:
         there = {path.as_posix()[prefix:]: path for path in _below(place)}
         self.pictures: list[tuple[Path, list[tuple[Box, str]]]] = []
         for image in coco.images:
-            picture = there.get(image.file_name) or place / image.file_name
-            if image.file_name in there or self._is_there(image.file_name, place):
+            # some files name pictures from where they lie themselves
+            known = there.get(image.file_name) or there.get(image.file_name.removeprefix("images/"))
+            picture = known or place / image.file_name
+            if known or self._is_there(image.file_name, place):
                 self._compare(image, headers.read(picture))
             self.pictures.append((picture, boxes[image.id]))
 
@@ -111,7 +113,6 @@ class CocoFile:
             ("images with the id of another", [(i.id, i.file_name) for i in coco.images]),
             ("pictures listed twice", [(i.file_name, i.file_name) for i in coco.images]),
             ("categories with the id of another", [(c.id, c.name) for c in coco.categories]),
-            ("categories with the name of another", [(c.name, c.name) for c in coco.categories]),
         )
         for kind, listed in repeated:
             seen = set()
@@ -119,6 +120,9 @@ class CocoFile:
                 if key in seen:
                     self.faults.note(kind, name, fix)
                 seen.add(key)
+        names = [category.name for category in coco.categories]
+        for name in sorted({name for name in names if names.count(name) > 1}):
+            self.notes.add("categories of one name, taken for one", name)
 
     def _is_there(self, name: str, place: Path) -> bool:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:

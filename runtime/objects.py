@@ -2,11 +2,11 @@
 
 Two layouts are known:
 
-* COCO: ``annotations_{train,val,test}.json`` beside ``images/``, a category per object. Pictures of
-  an object lie in ``references/<name>/``; where there is no such folder, boxes of the object are
-  cut out of training frames that show it, or else of the split's own. A frame that a reference was
-  cut from is not searched. Crowds are left out. Boxes are pixels of the upright picture, EXIF's
-  turn included.
+* COCO: ``annotations_{train,val,test}.json`` beside ``images/``, a category per object; files are
+  named from ``images/``, with or without that in front. Pictures of an object lie in
+  ``references/<name>/``; where there is no such folder, boxes of the object are cut out of training
+  frames that show it, or else of the split's own. A frame that a reference was cut from is not
+  searched. Crowds are left out. Boxes are pixels of the upright picture, EXIF's turn included.
 * videos: ``annotations.json``, a list of ``{"video_id", "annotations": [{"bboxes": [{"frame", "x1",
   "y1", "x2", "y2"}]}]}``, and ``samples/<video_id>/`` with one video and ``object_images/``. A
   video may say of which ``object`` it is; otherwise its own id is the object's name. Objects, not

@@ -72,7 +72,8 @@ def survey(labelled: Labelled, *, quick: bool = False, progress: Progress | None
             size = header.size if header else None
             if not quick:
                 size = _read(split, item, found.faults)
-                contents[_content(item)].append((split, item))
+                if size:
+                    contents[_content(item)].append((split, item))
             if size:
                 sizes[size] += 1
             done += 1

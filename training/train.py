@@ -28,8 +28,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.tensorboard import SummaryWriter
 
-from runtime import files, folders
+from runtime import files, labels
 from runtime.errors import BackendError, ConfigError, RunError
+from runtime.folders import Tally
 from runtime.labels import Labelled
 from runtime.survey import survey
 from training import checkpoint
@@ -330,7 +331,11 @@ def _check_labels(labelled: Labelled, data: Path) -> None:
         DatasetError: training would be wrong.
     """
     found = survey(labelled, quick=True)
-    folders.tell(data, found.left_out)
+    own = Tally()  # the reader has told its notes
+    own.names = {
+        k: names for k, names in found.notes.names.items() if k not in labelled.notes.names
+    }
+    labels.tell(data, found.left_out, own)
     found.faults.check(data)
 
 

@@ -275,7 +275,6 @@ class TestLabelsThatContradict:
             (lambda c: c["images"][1].update(id=0), r"id of another: 1 \(b\.jpg\)"),
             (lambda c: c["images"][1].update(file_name="a.jpg"), r"listed twice: 1 \(a\.jpg\)"),
             (lambda c: c["categories"][1].update(id=0), r"categories with the id of another"),
-            (lambda c: c["categories"][1].update(name="cup"), r"with the name of another"),
             (lambda c: c["annotations"][0].update(bbox=[15, 26, -10, -20]), r"negative sides: 1"),
             (lambda c: c["annotations"][0].update(bbox=[0.1, 0.2, 0.3, 0.4]), r"single pixel: 1"),
             (lambda c: c["annotations"][0].update(bbox=[70, 6, 10, 20]), r"outside of their pic"),
@@ -373,3 +372,16 @@ def test_a_list_that_is_there_twice_is_refused(tmp_path: Path) -> None:
         read_objects(root, "train")
     path.write_text("\ufeff" + text)
     assert len(read_objects(root, "train").frames) == 1
+
+
+def test_names_of_pictures_may_begin_with_their_folder(tmp_path: Path) -> None:
+    root = write_coco(tmp_path, boxes={"a.png": [("cup", [5, 6, 10, 20])]})
+    edit(root, lambda content: content["images"][0].update(file_name="images/a.png"))
+    assert read_objects(root, "train").frames[0].frame.path == root / "images" / "a.png"
+
+
+def test_categories_of_one_name_are_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    boxes = {"a.png": [("cup", [5, 6, 10, 20])], "b.png": [("pen", [5, 6, 10, 20])]}
+    root = edit(write_coco(tmp_path, boxes=boxes), lambda c: c["categories"][1].update(name="cup"))
+    assert set(read_objects(root, "train").references) == {"cup"}
+    assert "categories of one name, taken for one: 1 (cup)" in caplog.text

@@ -159,10 +159,12 @@ class TestBoxes:
         content = json.loads(path.read_text())
         content["annotations"][0]["bbox"][2] *= -1
         content["images"][1]["width"] = 7
+        content["images"][2]["file_name"] = "lost.png"
         path.write_text(json.dumps(content))
         done = check("refdet", data)
         assert done.exit_code == 1
-        assert "negative sides: 1" in done.output and "another size" in done.output
+        for kind in ("negative sides: 1", "another size", "that are not there: 1 (lost.png)"):
+            assert kind in done.output
         assert "fix: " in done.output and " 4 " in done.output
 
     def test_of_frames_that_a_video_lacks_are_named(self, tmp_path: Path) -> None:
