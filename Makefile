@@ -8,12 +8,13 @@ SYSTEMS := noising paco refdet stripe
 # Weights of the backbone: none (random, so that no download is needed) | hub | FILE.safetensors
 WEIGHTS ?= none
 
-.PHONY: help demo test test-training test-commands test-export test-runtime lint bench test-gpu
+.PHONY: help demo test test-training test-commands test-export test-runtime campaign lint bench test-gpu
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo      draw data, train, export to INT8, infer, evaluate, time: about 12 minutes"
 	@echo "make test      all tests"
+	@echo "make campaign  hostile files, kills and full disks, many times over [CAMPAIGN=10]"
 	@echo "make lint      ruff, mypy, import borders"
 	@echo "make bench     the commands behind docs/benchmarks.md [DATA=DIR WEIGHTS=hub BACKBONE=NAME]"
 	@echo "make test-gpu  the tests that need a CUDA device; a skip is a failure"
@@ -82,10 +83,16 @@ test: $(VENV)/.installed
 test-training: TESTS := tests/training tests/architecture
 test-commands: TESTS := tests/test_*.py
 test-export: TESTS := tests/export tests/calibration
-test-runtime: TESTS := tests/runtime
+test-runtime: TESTS := tests/runtime tests/campaign
 
 test-training test-commands test-export test-runtime: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest $(TESTS)
+
+# N times as many tries as in the ordinary suite
+CAMPAIGN ?= 10
+
+campaign: $(VENV)/.installed
+	CAMPAIGN=$(CAMPAIGN) $(VENV)/bin/python -m pytest tests/campaign
 
 test-gpu: $(GPU_VENV)/.installed
 	REQUIRE_GPU=1 $(GPU_VENV)/bin/python -m pytest -m gpu

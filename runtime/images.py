@@ -48,7 +48,10 @@ if hasattr(os, "register_at_fork"):
 _Decoded = TypeVar("_Decoded")
 
 # errors are raised, not printed by the library
-cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+if hasattr(cv2, "setLogLevel"):  # OpenCV 4
+    cv2.setLogLevel(0)
+else:
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
 
 def read(path: Path) -> Array:
