@@ -20,6 +20,7 @@ from runtime.evidence import ROUNDS, Drop, Evidence, paired_drops
 from runtime.tensors import Array
 
 _Z = 1.959963984540054  # of a 95 % interval
+_MAX_KINDS = 20  # of a table for people
 
 
 class _Part(BaseModel):
@@ -152,21 +153,30 @@ class Evaluation:
 
 
 def table(decisions: Sequence[Decisions]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Header and rows for people: a column per border, a row per rate, those of kinds below."""
+    """Header and rows for people: a column per border, a row per rate, those of kinds below.
+
+    Of many kinds those with the most that is wrong at the first border are shown.
+    """
     header = ("", *(f"{each.border} {each.value:.4g}, {each.source}" for each in decisions))
-    names = list(dict.fromkeys(name for each in decisions for name in each.rates))
-    rows = [
-        (name, *(str(each.rates[name]) if name in each.rates else "" for each in decisions))
+    rows = _rows("", [each.rates for each in decisions])
+    kinds = list(dict.fromkeys(kind for each in decisions for kind in each.kinds))
+    shown = kinds
+    if len(kinds) > _MAX_KINDS:
+        wrong = {kind: sum(r.count for r in decisions[0].kinds[kind].values()) for kind in kinds}
+        shown = sorted(kinds, key=lambda kind: -wrong[kind])[:_MAX_KINDS]
+    for kind in shown:
+        rows += _rows(f": {kind}", [each.kinds.get(kind, {}) for each in decisions])
+    if left := len(kinds) - len(shown):
+        rows.append((f"{left} more, with less that is wrong", *("" for _ in decisions)))
+    return header, rows
+
+
+def _rows(of: str, columns: Sequence[Mapping[str, Rate]]) -> list[tuple[str, ...]]:
+    names = dict.fromkeys(name for column in columns for name in column)
+    return [
+        (f"{name}{of}", *(str(column[name]) if name in column else "" for column in columns))
         for name in names
     ]
-    kinds = list(dict.fromkeys(kind for each in decisions for kind in each.kinds))
-    for kind in kinds:
-        parts = [each.kinds.get(kind, {}) for each in decisions]
-        rows += [
-            (f"{name}: {kind}", *(str(part[name]) if name in part else "" for part in parts))
-            for name in dict.fromkeys(name for part in parts for name in part)
-        ]
-    return header, rows
 
 
 # --- decisions that several systems make --------------------------------------------------------

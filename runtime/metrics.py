@@ -284,10 +284,8 @@ class ClassificationMetrics:
         of_sure = rates[f"errors of those at {SURE} or more"]
         warnings = warned(rates, {"errors": "gets {} of {} labelled pictures wrong"})
         if of_sure.low > 1 - SURE:
-            told = (
-                f"is wrong in {of_sure.count} of {of_sure.of} answers that it is {SURE:.0%} sure of"
-            )
-            warnings = (*warnings, told)
+            told = f"answers that it is {100 * SURE:.0f} % sure of"
+            warnings = (*warnings, f"is wrong in {of_sure.fraction} {told}")
         decided = Decisions(
             border="confidence",
             value=SURE,

@@ -133,7 +133,7 @@ class TestTrainAndExport:
         self, trained: Trained
     ) -> None:
         said = trained.said["train"]
-        for row in ("distance", "distance + influence", "shipped", "image_auroc", "aupro"):
+        for row in ("distance", "distance + influence", "shipped", "image_auroc", "false rejects"):
             assert row in said.out
         assert said.out.splitlines()[-1] == str(trained.run)
 
@@ -168,6 +168,8 @@ class TestTrainAndExport:
         assert reports["calibration"]["method"] == "minmax"
         assert reports["verdict"]["ship"] in ("int8", "float")
         assert "verdict: ship" in trained.said["int8"].err
+        assert "of 8 pictures, 95 % " in trained.said["int8"].err
+        assert "float decisions" in trained.said["int8"].out
 
     def test_the_verdict_is_what_show_tells(self, trained: Trained) -> None:
         answer = cli("bundle", "show", trained.bundle)

@@ -86,6 +86,18 @@ def test_a_table_has_a_column_per_border_and_a_row_per_rate_and_kind() -> None:
     assert rows[2][1:] == ("1 of 2 (9.5 to 90.5 %)", "0 of 2 (0.0 to 65.8 %)")
 
 
+def test_a_table_of_many_kinds_shows_the_worst() -> None:
+    kinds = [f"kind {i}" for i in range(30) for _ in range(2)]
+    scores = np.ones(60)
+    scores[50] = 0  # of kind 25
+    header, rows = table([decide("image", 0.5, "shipped", scores, np.ones(60, np.int64), kinds)])
+
+    assert len(rows) == 2 + 20 + 1
+    assert rows[2] == ("misses: kind 25", "1 of 2 (9.5 to 90.5 %)")
+    assert rows[-1] == ("10 more, with less that is wrong", "")
+    assert len(header) == 2
+
+
 class TestADrop:
     def evaluation(self, right: list[int]) -> Evaluation:
         ones = np.ones(len(right), np.int64)

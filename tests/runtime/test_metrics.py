@@ -602,3 +602,69 @@ class TestCandidates:
         # where two are equally near, either may be taken
         assert found["recall"] >= len(reached) / (num - 1)
         assert found["false_per_image"] == num_false
+
+
+class TestWhatIsDecided:
+    def test_by_a_classifier_are_errors_at_its_own_confidence(self) -> None:
+        metrics = ClassificationMetrics(3)
+        sure, unsure = np.array([9.0, 0, 0]), np.array([1.0, 0.5, 0])
+        for logits, label in ((sure, 0), (sure, 1), (sure, 1), (unsure, 0), (unsure, 2)):
+            metrics.update(logits, label)
+
+        (decided,) = metrics.evaluation(["ash", "elm", "oak"]).decisions
+
+        rates = {name: rate.fraction for name, rate in decided.rates.items()}
+        assert rates == {
+            "errors": "3 of 5",
+            "errors of those at 0.9 or more": "2 of 3",
+            "errors of those below 0.9": "1 of 2",
+        }
+        assert {kind: part["errors"].fraction for kind, part in decided.kinds.items()} == {
+            "ash": "0 of 2",
+            "elm": "2 of 2",
+            "oak": "1 of 1",
+        }
+        assert decided.warnings == (
+            "gets 3 of 5 labelled pictures wrong",
+            "is wrong in 2 of 3 answers that it is 90 % sure of",
+        )
+
+    def test_of_strips_are_defects_missed_and_candidates_false(self) -> None:
+        mask = np.zeros((20, 20), bool)
+        mask[4, 4] = mask[14, 14] = True
+        images, found = AnomalyMetrics(), CandidateMetrics(2.0, 0.5)
+        for scores, label in (((0.9, 0.3, 0.6), 1), ((0.2, 0.1, 0.1), 1), ((0.1, 0.1, 0.7), 0)):
+            places = ((4, 4), (14, 14), (4, 14))
+            candidates = [Candidate(x, y, s) for (x, y), s in zip(places, scores, strict=True)]
+            images.update(max(scores), label, np.zeros((20, 20)), mask if label else None)
+            found.update(candidates, label, mask if label else None)
+        kinds = ["spot", "spot", "good"]
+
+        judged = found.added_to(images.evaluation("candidate", 0.5, kinds), kinds)
+
+        shipped = judged.decisions[0]
+        assert {name: rate.fraction for name, rate in shipped.rates.items()} == {
+            "false rejects": "1 of 1",
+            "misses": "1 of 2",
+            "missed defects": "3 of 4",
+            "false candidates": "2 of 3",
+        }
+        assert shipped.kinds["spot"]["missed defects"].fraction == "3 of 4"
+        assert judged.metrics["recall"] == 0.25
+        assert shipped.warnings == (
+            "rejects 1 of 1 good pictures at its border",
+            "misses 3 of 4 single defects at its border",
+            "2 of 3 candidates at its border are false",
+        )
+
+    def test_of_good_strips_alone_are_false_rejects(self) -> None:
+        images, found = AnomalyMetrics(), CandidateMetrics(2.0, 0.5)
+        images.update(0.7, 0, np.zeros((4, 4)), None)
+        found.update([Candidate(1, 1, 0.7)], 0, None)
+
+        judged = found.added_to(images.evaluation("candidate", 0.5, ["good"]), ["good"])
+
+        assert judged.metrics == {}
+        (shipped,) = judged.decisions
+        assert shipped.rates["false candidates"].fraction == "1 of 1"
+        assert shipped.warnings == ("rejects 1 of 1 good pictures at its border",)
