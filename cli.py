@@ -294,11 +294,11 @@ def check(
     for heading, tally in findings(found).items():
         click.secho(heading, bold=True)
         for line in lines(tally):
-            click.echo(f"  {line}")
+            _echo(f"  {line}")
     for fix in dict.fromkeys(found.faults.fixes.values()):
-        click.echo(f"  fix: {fix}")
+        _echo(f"  fix: {fix}")
     if report is not None:
-        click.echo(page(f"{system}: {data.resolve().name}", found, labelled).write(report))
+        _echo(page(f"{system}: {data.resolve().name}", found, labelled).write(report))
     if found.faults:
         context.exit(1)
 
@@ -429,7 +429,13 @@ def export(
         options = ", ".join(f"--{name}" for name in net)
         raise UsageError(f"{options} is for backbone:NAME alone", fix="leave it out")
     if wanted is None and not source.is_dir():
-        raise UsageError(f"there is no run or bundle at {source}")
+        raise UsageError(
+            f"there is no run or bundle at {source}",
+            fix="give the folder that train or export wrote; weights of other programs go into a "
+            "training, or into backbone:NAME --weights FILE.safetensors"
+            if source.is_file()
+            else None,
+        )
     from_bundle = (source / bundles.MANIFEST_NAME).is_file()
     say = _say(context)
     with claim(out), files.scratch(out.parent) as scratch:

@@ -435,7 +435,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
                     "keeps the weights in one of its entries, such as 'state_dict' or 'model'",
                 ) from error
         raise WeightsError(
-            f"{path} is not a whole safetensors file ({error})", fix="copy or download it again"
+            f"{path} is not a whole safetensors file ({error})",
+            fix="copy or download it again"
+            if path.suffix == ".safetensors"
+            else "give weights as FILE.safetensors, under timm's names",
         ) from error
 
 

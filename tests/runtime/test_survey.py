@@ -209,3 +209,14 @@ def test_classes_that_differ_in_case_alone_are_said(tmp_path: Path) -> None:
     (data / "train" / "red").rename(data / "train" / "Blue")
     (data / "test" / "red").rename(data / "test" / "Blue")
     assert "in case or spaces alone: 1 (Blue = blue)" in check("paco", data, "--quick").output
+
+
+def test_names_of_any_bytes_are_spelt_out(tmp_path: Path) -> None:
+    data = write_flowers(tmp_path)
+    picture = data / "train" / "red" / "000.png"
+    for name in ("\x1b[31m", "\udcff"):
+        shutil.copytree(picture.parent, data / "train" / name)
+        (data / "train" / name / f"{name}.heic").touch()
+    done = check("paco", data)
+    assert done.exit_code == 1 and "with two labels" in done.output
+    assert "\x1b" not in done.output and "\\x1b[31m" in done.output and "\\udcff" in done.output
