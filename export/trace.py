@@ -107,7 +107,7 @@ def _write(
             check_shapes(outputs, source.shapes)
             path = work / f"{name}.onnx"
             onnx.save(model, path)
-            worst = compare_with_torch(source, path, tolerance=rules.tolerance)
+            worst = compare_with_torch(source, path, tolerance=source.tolerance or rules.tolerance)
             parities[name] = {output: p.model_dump() for output, p in worst.items()}
             files[path.name] = path
             keep = rules.keep_float if source.keep_float is None else source.keep_float

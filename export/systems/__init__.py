@@ -48,6 +48,7 @@ class Source:
             left of them by ``export.passes.before_choice``, for a module that chooses candidates:
             where two are nearly equal, two libraries may choose differently, and both be right.
         keep_float: what INT8 leaves alone in this graph, where the recipe's rule is not for it.
+        tolerance: of this graph, where the recipe's is not for it.
     """
 
     module: Any
@@ -58,6 +59,7 @@ class Source:
     shapes: Mapping[str, tuple[int | str, ...]] = field(default_factory=dict)
     before_choice: Callable[..., Any] | None = None
     keep_float: KeepFloat | None = None
+    tolerance: float | None = None
 
 
 @dataclass(frozen=True)
