@@ -13,6 +13,7 @@ rescaled here. The planes may lie
 from __future__ import annotations
 
 import io
+import itertools
 from pathlib import Path
 
 import cv2
@@ -109,12 +110,29 @@ def _check_registered(path: Path, planes_HWC: Array) -> None:
     middle = planes_HWC[top : top + _CHECKED_SIDE, left : left + _CHECKED_SIDE]
     for plane in (1, 2):
         dy, dx = displacement(middle[..., 0], middle[..., plane])
-        if np.hypot(dy, dx) > MAX_SHIFT:
+        too_far = np.hypot(dy, dx) > MAX_SHIFT
+        if too_far and _everywhere(middle[..., 0], middle[..., plane], dy, dx):
             raise ImageError(
                 f"reference {plane} of {path} is displaced against its target by {dy:+d} rows and "
                 f"{dx:+d} columns, more than {MAX_SHIFT:g} pixels",
                 fix="register the captures, or pair the right ones",
             )
+
+
+def _everywhere(plane_HW: Array, other_HW: Array, dy: int, dx: int) -> bool:
+    """Whether each quarter of the overlap is explained by a displacement.
+
+    Two defects on flat ground, one in each plane, lie on each other once moved, and are none.
+    """
+    rows, columns = _overlap(plane_HW.shape[0], dy), _overlap(plane_HW.shape[1], dx)
+    here = plane_HW[rows[0], columns[0]].astype(np.float32)
+    moved = other_HW[rows[1], columns[1]].astype(np.float32)
+    unmoved = other_HW[rows[0], columns[0]].astype(np.float32)
+    halves = [(slice(0, n // 2), slice(n // 2, n)) for n in here.shape]
+    return all(
+        1 - _correlation(here[q], moved[q]) < 0.5 * (1 - _correlation(here[q], unmoved[q]))
+        for q in itertools.product(*halves)
+    )
 
 
 def read_triplet(target: Path, ref1: Path, ref2: Path, *, max_shift: float = MAX_SHIFT) -> Array:
@@ -140,7 +158,8 @@ def read_triplet(target: Path, ref1: Path, ref2: Path, *, max_shift: float = MAX
                 fix="give captures of the same place with the same settings",
             )
         dy, dx = displacement(found[0], plane_HW)
-        if np.hypot(dy, dx) > max_shift:
+        too_far = np.hypot(dy, dx) > max_shift
+        if too_far and _everywhere(found[0], plane_HW, dy, dx):
             raise ImageError(
                 f"{path} is displaced against {target} by {dy:+d} rows and {dx:+d} columns, "
                 f"more than {max_shift:g} pixels",

@@ -342,6 +342,14 @@ class TestCheckPlanes:
             check_planes(image)
 
 
+def spots(*places: tuple[int, int]) -> Array:
+    """Flat captures with a defect each, at another place in each."""
+    image = np.full((300, 200, 3), 80, np.uint8)
+    for plane, (y, x) in enumerate(places):
+        image[y : y + 9, x : x + 9, plane] = 200
+    return image
+
+
 class TestOneFileOfThreeCaptures:
     def capture(self) -> Array:
         rng = np.random.default_rng(0)
@@ -364,7 +372,11 @@ class TestOneFileOfThreeCaptures:
     def test_of_unlike_or_empty_captures_is_taken(self, tmp_path: Path) -> None:
         rng = np.random.default_rng(1)
         for i, image in enumerate(
-            (rng.integers(0, 255, (300, 200, 3), np.uint8), np.zeros((300, 200, 3), np.uint8))
+            (
+                rng.integers(0, 255, (300, 200, 3), np.uint8),
+                np.zeros((300, 200, 3), np.uint8),
+                spots((90, 80), (120, 70), (150, 120)),
+            )
         ):
             write(tmp_path / f"{i}.npy", image)
             assert (read(tmp_path / f"{i}.npy") == image).all()
