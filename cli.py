@@ -790,15 +790,28 @@ def show(folder: Path) -> None:
 @bundle.command(name="set-threshold")
 @click.argument("folder", type=PATH)
 @click.argument("name")
-@click.argument("value")
-def set_threshold(folder: Path, name: str, value: str) -> None:
+@click.argument("value", required=False)
+@click.option(
+    "--budget",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    help="Share of good pictures that may be rejected: the border comes from held-out scores.",
+)
+def set_threshold(folder: Path, name: str, value: str | None, budget: float | None) -> None:
     """Move a decision border without exporting again.
 
-    VALUE is a number, or the name of another threshold of the bundle, such as image_f1max.
+    VALUE is a number, or the name of another threshold of the bundle, such as image_f1max; in its
+    place --budget needs neither a number nor pictures.
     """
     from runtime import bundle as bundles
 
+    if (value is None) == (budget is None):
+        raise UsageError("set-threshold takes a VALUE or --budget", fix="give one of the two")
     opened = bundles.read(folder)
+    if budget is not None:
+        moved = bundles.set_budget(opened, name, budget)
+        _echo(f"{name} = {moved.manifest.thresholds[name].value:g}")
+        return
+    assert value is not None
     known = opened.manifest.thresholds
     try:
         number = known[value].value if value in known else float(value)

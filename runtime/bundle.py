@@ -13,7 +13,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, NoReturn, TypeAlias, TypeVar
@@ -28,7 +28,7 @@ from pydantic import (
     field_validator,
 )
 
-from runtime.borders import HeldOut
+from runtime.borders import HeldOut, border
 from runtime.claims import claim, real
 from runtime.errors import BundleError, InputError
 from runtime.evaluation import Decisions
@@ -505,6 +505,32 @@ def set_threshold(bundle: Bundle, name: str, value: float) -> Bundle:
     """
     if not math.isfinite(value):
         raise InputError(f"a threshold cannot be {value}", fix="give a finite number")
+    return _moved(bundle, name, lambda _held_out: (value, "set by hand"))
+
+
+def set_budget(bundle: Bundle, name: str, budget: float) -> Bundle:
+    """The same, to where a share of good pictures is expected above; see ``runtime.borders``.
+
+    Raises:
+        BundleError: no threshold of that name, or one without scores of held-out pictures.
+        InputError: a budget outside of (0, 1).
+        InUseError: another process is writing the bundle.
+    """
+
+    def of(held_out: HeldOut | None) -> tuple[float, str]:
+        if held_out is None:
+            raise BundleError(
+                f"bundle {bundle.root} keeps no scores behind the threshold '{name}'",
+                fix="give a number, or train and export again with this engineworks",
+            )
+        source = f"false-reject budget {budget:g} on {held_out.count} held-out training pictures"
+        return border(held_out, budget), source
+
+    return _moved(bundle, name, of)
+
+
+def _moved(bundle: Bundle, name: str, to: Callable[[HeldOut | None], tuple[float, str]]) -> Bundle:
+    """Puts a threshold where ``to`` says, with its source; the scores behind it stay."""
     with claim(bundle.root, wait_s=_WAIT_S):
         # as it is now: another process may have moved another threshold
         manifest = load_manifest(bundle.root)
@@ -514,7 +540,9 @@ def set_threshold(bundle: Bundle, name: str, value: float) -> Bundle:
                 f"bundle {bundle.root} has no threshold '{name}'",
                 fix=f"choose one of {', '.join(sorted(thresholds)) or '(it has none)'}",
             )
-        moved = {**thresholds, name: Threshold(value=value, source="set by hand")}
+        held_out = thresholds[name].held_out
+        value, source = to(held_out)
+        moved = {**thresholds, name: Threshold(value=value, source=source, held_out=held_out)}
         manifest = manifest.model_copy(update={"thresholds": moved}).sealed()
         write_file(bundle.root / MANIFEST_NAME, _manifest_text(manifest))
     return Bundle(root=bundle.root, manifest=manifest)

@@ -561,6 +561,16 @@ class TestAThreshold:
         assert labels == {-1e6: {"anomalous"}, 1e6: {"normal"}}
         assert read(copy).manifest.thresholds["image"].source == "set by hand"
 
+    def test_follows_another_budget_without_pictures(self, copy: Path) -> None:
+        values = []
+        for budget in (0.02, 0.2):
+            answer = cli("bundle", "set-threshold", copy, "image", "--budget", budget)
+            assert answer.code == 0, answer.all
+            values.append(read(copy).manifest.thresholds["image"].value)
+        assert values[0] > values[1]
+        answer = cli("bundle", "set-threshold", copy, "image", 1, "--budget", 0.1)
+        assert answer.code == 2 and "VALUE or --budget" in answer.err
+
     def test_of_another_name_is_an_error_that_lists_the_names(self, copy: Path) -> None:
         answer = cli("bundle", "set-threshold", copy, "imge", 1)
         assert answer.code == 1

@@ -8,11 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from runtime import files as files_of_the_system
+from runtime.borders import HeldOut
 from runtime.bundle import (
     MANIFEST_NAME,
     Bundle,
@@ -22,6 +24,7 @@ from runtime.bundle import (
     check_out,
     load_manifest,
     read,
+    set_budget,
     set_threshold,
     write,
 )
@@ -466,6 +469,37 @@ class TestMovingAThreshold:
         set_threshold(set_threshold(made, "image", 2.25), "image", 1.5)
 
         assert read(made.root).manifest.thresholds["image"].value == 1.5
+
+    def test_to_a_budget_needs_no_pictures(self, made: Bundle) -> None:
+        scores = np.random.default_rng(0).gumbel(2.0, 0.3, 400).astype(np.float32)
+        held_out = HeldOut.of(scores)
+        kept = Threshold(value=1.5, source="here", held_out=held_out)
+        manifest = made.manifest.model_copy(
+            update={"thresholds": made.manifest.thresholds | {"image": kept}, "files": {}}
+        )
+        files = {name: made.path(name) for name in made.manifest.files}
+        scored = write(made.root.with_name("scored"), manifest, files)
+
+        moved = set_budget(set_threshold(scored, "image", 9.0), "image", 0.05)
+
+        threshold = read(scored.root).manifest.thresholds["image"]
+        assert threshold == moved.manifest.thresholds["image"]
+        # the quantiles are kept at every half per cent
+        assert threshold.value == pytest.approx(float(np.quantile(scores, 0.95)), rel=1e-6)
+        assert threshold.source == "false-reject budget 0.05 on 400 held-out training pictures"
+        assert threshold.held_out == held_out
+
+    def test_to_a_budget_without_scores_says_what_to_do(self, made: Bundle) -> None:
+        with pytest.raises(BundleError, match="keeps no scores") as error:
+            set_budget(made, "image", 0.05)
+        assert "number" in (error.value.fix or "")
+
+    def test_a_threshold_without_scores_is_written_as_it_was_before_there_were_any(self) -> None:
+        # bundles written before keep their bytes, and so their digest
+        assert Threshold(value=1.5, source="here").model_dump(mode="json") == {
+            "value": 1.5,
+            "source": "here",
+        }
 
     def test_of_an_unknown_name_says_which_there_are(self, made: Bundle) -> None:
         with pytest.raises(BundleError, match="no threshold 'pixels'") as error:
