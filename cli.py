@@ -274,7 +274,7 @@ def sample(system: str, out: Path, seed: int) -> None:
 @main.command()
 @click.argument("system")
 @click.option("--data", type=FOLDER, required=True, help="Folder of labelled data.")
-@click.option("--quick", is_flag=True, help="Decode masks alone, as train does.")
+@click.option("--quick", is_flag=True, help="Decode masks alone, as `train` does.")
 @click.option("--report", type=PATH, help="Also write one HTML page, with labels drawn in.")
 @click.pass_context
 def check(

@@ -159,6 +159,17 @@ def write(path: Path, image: Array) -> None:
     files.write(path, encoded.tobytes(), durable=False)
 
 
+def check(path: Path) -> None:
+    """Refuse what decoding would refuse at once: nothing is decoded.
+
+    Raises:
+        ImageError: missing, empty, truncated, or no picture.
+    """
+    data = content(path)
+    _check_whole(data, str(path))
+    check_size(data, str(path))
+
+
 def content(path: Path) -> bytes:
     """The bytes of a file.
 

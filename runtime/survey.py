@@ -1,7 +1,7 @@
 """What a data set holds, before it is learnt from: a table, what is wrong, a page to look at.
 
-The quick half reads headers and masks; the whole reads every picture as well, and finds those that
-cannot be read and those that are there twice.
+The quick half looks at files and decodes masks alone; the whole decodes every picture as well, and
+finds damage within and pictures that are there twice.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ _MAX_CLASSES = 6  # that a cell of the table names
 _MAX_FIGURES = 8  # of a split
 _SIDE = 640  # of a figure at most, in pixels
 _MOST_MARKED = 0.5  # of a picture: more is rather a mask the other way round
+
+_UNREADABLE = "pictures that cannot be read"
+_UNREADABLE_FIX = "copy them again, or remove them"
 
 Progress = Callable[[int, int], None]
 
@@ -70,7 +73,10 @@ def survey(labelled: Labelled, *, quick: bool = False, progress: Progress | None
             _check_frame(split, item, lengths, found.faults)
             header = None if item.packed or item.frame is not None else headers.read(item.files[0])
             size = header.size if header else None
-            if not quick:
+            _check_captures(split, item, found.faults)
+            if quick:
+                _check_files(item, found.faults)
+            else:
                 size = _read(split, item, found.faults)
                 if size:
                     contents[_content(item)].append((split, item))
@@ -117,13 +123,35 @@ def _check_frame(split: str, item: Item, lengths: dict[Path, int], faults: Fault
         faults.note("labels of frames that a video does not have", f"{split}: {item.name}", fix)
 
 
+def _check_captures(split: str, item: Item, faults: Faults) -> None:
+    """Refuse captures of one place that have different sizes."""
+    if len(item.files) < 2:
+        return
+    stored = [headers.read(path) for path in item.files]
+    sizes = {(each.height, each.width) for each in stored if each}
+    if len(sizes) > 1:
+        fix = "give captures of the same place with the same settings"
+        faults.note("captures of different sizes", f"{split}: {item.name}", fix)
+
+
+def _check_files(item: Item, faults: Faults) -> None:
+    """Refuse what is broken at first sight: training would read it late, perhaps at its end."""
+    if item.packed or item.frame is not None:
+        return
+    for path in item.files:
+        if path.suffix.lower() in images.SUFFIXES:
+            try:
+                images.check(path)
+            except EngineworksError as error:
+                faults.note(_UNREADABLE, error.message, _UNREADABLE_FIX)
+
+
 def _read(split: str, item: Item, faults: Faults) -> tuple[int, int] | None:
     """(height, width) of a decoded picture that its boxes lie in; None: it cannot be read."""
     try:
         height, width = item.read().shape[:2]
     except EngineworksError as error:
-        text = f"{split}: {error.message}"
-        faults.note("pictures that cannot be read", text, "copy them again, or remove them")
+        faults.note(_UNREADABLE, f"{split}: {error.message}", _UNREADABLE_FIX)
         return None
     for name, (x1, y1, x2, y2) in item.boxes:
         if x1 >= width or y1 >= height or x2 > width + 1 or y2 > height + 1:
