@@ -168,8 +168,9 @@ class TestTheBundle:
             assert eager.influence_HW is result.influence_HW is None
 
     def test_takes_int8_in_every_linear_layer(
-        self, bundle: Bundle, drawn: Path, tmp_path: Path
+        self, bundle: Bundle, drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        monkeypatch.setattr("export.build._SPEED_SECONDS", 0.1)  # how fast it is does not matter
         chosen = BuildConfig(drawn / "train/good", num_samples=4, method="minmax", threads=1)
         made = build(bundle, tmp_path / "int8", chosen, say=lambda _: None)
         model = onnx.load(made.path("features.int8.onnx"))
