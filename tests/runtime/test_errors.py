@@ -5,7 +5,7 @@ import inspect
 import pytest
 
 from runtime import errors
-from runtime.errors import ConfigError, EngineworksError, UsageError
+from runtime.errors import ConfigError, EngineworksError, UnexpectedError, UsageError
 
 ALL = [
     value
@@ -36,8 +36,11 @@ class TestAnError:
         assert kind.__name__ in (errors.__doc__ or "")
 
     @pytest.mark.parametrize("kind", ALL, ids=lambda kind: kind.__name__)
-    def test_exits_2_for_a_wrong_call_and_1_otherwise(self, kind: type[EngineworksError]) -> None:
-        assert kind.exit_code == (2 if issubclass(kind, UsageError) else 1)
+    def test_exits_2_for_a_wrong_call_70_for_a_fault_of_ours_and_1_otherwise(
+        self, kind: type[EngineworksError]
+    ) -> None:
+        ours = 70 if issubclass(kind, UnexpectedError) else 1
+        assert kind.exit_code == (2 if issubclass(kind, UsageError) else ours)
 
     def test_in_a_configuration_is_a_wrong_call(self) -> None:
         assert ConfigError.exit_code == 2
