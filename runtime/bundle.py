@@ -352,13 +352,15 @@ def _check_plain(path: Path) -> None:
 
 
 def _present(root: Path) -> set[str]:
-    """The files in a bundle's folder, links included; not its manifest, nor one being replaced."""
+    """The files in a bundle's folder, links included; not its manifest, nor one being replaced,
+    nor its signature.
+    """
     return {
         path.relative_to(root).as_posix()
         for path in root.rglob("*")
         if (path.is_symlink() or not path.is_dir())
         and not (path.parent == root and is_temporary(path.name))
-    } - {MANIFEST_NAME}
+    } - {MANIFEST_NAME, SIGNATURE_NAME}
 
 
 def verify(root: Path, manifest: Manifest) -> None:
@@ -367,7 +369,7 @@ def verify(root: Path, manifest: Manifest) -> None:
     Raises:
         BundleError: a file is missing, extra, no plain file, of another size or another SHA-256.
     """
-    present = _present(root) - {SIGNATURE_NAME}
+    present = _present(root)
     missing, extra = sorted(set(manifest.files) - present), sorted(present - set(manifest.files))
     if missing or extra:
         raise BundleError(

@@ -209,6 +209,20 @@ def _write_all(descriptor: int, data: bytes) -> None:
         rest = rest[os.write(descriptor, rest) :]
 
 
+def allocate(path: Path, size_bytes: int) -> None:
+    """Make a file of zeros whose room on the disk is taken, to be written through memory.
+
+    Raises:
+        OSError: there is no such room; then there is no file.
+    """
+    with naming(path), path.open("wb") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, size_bytes)
+        except OSError:
+            path.unlink()
+            raise
+
+
 class Lines:
     """A text file that grows line by line under its own name, whole lines only.
 

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from runtime import bundle as bundles
 from runtime import files as files_of_the_system
 from runtime.borders import HeldOut
 from runtime.bundle import (
@@ -361,6 +362,36 @@ class TestWriting:
 
         assert read(made.root).manifest.labels == ("new",)
         assert list(made.root.parent.iterdir()) == [made.root], "nothing is left beside it"
+
+    def test_never_loses_a_file_that_somebody_put_into_a_bundle(
+        self, made: Bundle, work: Path
+    ) -> None:
+        (made.root / "signature.json").write_text("{}")  # is the bundle's
+        (made.root / "notes.txt").write_text("mine")
+        with pytest.raises(BundleError, match=r"not the bundle's.*notes\.txt"):
+            write(made.root, manifest(), sources(work), replace=True)
+        assert (made.root / "notes.txt").read_text() == "mine"
+
+        (made.root / "notes.txt").unlink()
+        write(made.root, manifest(), sources(work), replace=True)
+        assert not (made.root / "signature.json").exists()
+
+    def test_leaves_a_folder_alone_that_appears_meanwhile(
+        self, tmp_path: Path, work: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        out = tmp_path / "new"
+        sha256_file = bundles.sha256_file
+
+        def late(path: Path) -> str:
+            out.mkdir(exist_ok=True)
+            (out / "thesis.txt").write_text("years of work")
+            return sha256_file(path)
+
+        monkeypatch.setattr(bundles, "sha256_file", late)
+        for replace in (False, True):
+            with pytest.raises(BundleError):
+                write(out, manifest(), sources(work), replace=replace)
+            assert tree(out) == {"thesis.txt": b"years of work"}
 
     def test_may_take_files_from_the_bundle_that_it_replaces(self, made: Bundle) -> None:
         files = {name: made.path(name) for name in FILES}

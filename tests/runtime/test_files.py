@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import stat
 import tempfile
 from pathlib import Path
@@ -207,6 +208,26 @@ class TestAJournal:
 
         assert not files.recover(tmp_path / "out")
         assert journal.exists()
+
+
+class TestRoom:
+    def test_is_taken_at_once(self, tmp_path: Path) -> None:
+        files.allocate(tmp_path / "a", 100_000)
+
+        state = (tmp_path / "a").stat()
+        assert state.st_size == 100_000
+        assert state.st_blocks * 512 >= 100_000
+
+    def test_that_is_not_there_is_an_error(self, tmp_path: Path) -> None:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+        try:
+            with pytest.raises(OSError, match="File too large"):
+                files.allocate(tmp_path / "a", 100_000)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+        assert names(tmp_path) == []
 
 
 class TestLines:

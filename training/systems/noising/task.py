@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -307,7 +308,10 @@ class Task:
         shape = (len(self.images), self.grid[0] * self.grid[1], self.features.width)
         path = path or self.features_path
         mode = mode or ("r+" if path.is_file() else "w+")
-        return np.memmap(path, np.float32, mode, shape=shape)
+        if mode == "w+":
+            # a full disk would end the process by SIGBUS where a page of a hole is written
+            files.allocate(path, math.prod(shape) * np.float32().itemsize)
+        return np.memmap(path, np.float32, "r+", shape=shape)
 
     @property
     def _device(self) -> torch.device:
