@@ -41,6 +41,8 @@ class FitConfig(Part):
         max_rows: the bank never has more rows than this.
         projection: width of a random projection in which the coreset is searched; None searches in
             the features themselves (exact).
+        sampled: the rows are chosen among so many patches, drawn at random; None: among all. A
+            coreset takes what is far from everything: of all patches, it takes every odd one.
         max_patches: a coreset is taken of at most so many patches at once; more images are reduced
             group by group and their coresets again.
         noise_range: (lo, hi) of the proposed noise's standard deviation (published: 0.01, 0.5).
@@ -68,6 +70,7 @@ class FitConfig(Part):
     coreset_ratio: float = Field(default=0.1, gt=0, le=1)
     max_rows: int = Field(default=2000, ge=1)
     projection: int | None = Field(default=128, ge=8)
+    sampled: int | None = Field(default=50_000, ge=1024)
     max_patches: int = Field(default=1_000_000, ge=1024)
     noise_range: tuple[float, float] = (0.01, 0.5)
     distance_weight: float = 1.0
@@ -445,7 +448,8 @@ def _coreset(
     space: Array | None,
     progress: Progress | None,
 ) -> tuple[Array, float]:
-    """The rows of a bank of some images, (M, D), and their covering radius.
+    """The rows of a bank of some images, (M, D), and their radius: how far the patches that they
+    were chosen among lie from them at most.
 
     Args:
         images: sorted indices.
@@ -466,6 +470,10 @@ def _coreset(
         chosen = features_IND[part[0] : part[-1] + 1] if whole else features_IND[part]
         return chosen.reshape(-1, width)
 
+    total = len(images) * num_patches
+    if config.sampled is not None and config.sampled < total:
+        chosen = np.sort(rng.choice(total, config.sampled, replace=False, shuffle=False))
+        return reduce(features_IND[images[chosen // num_patches], chosen % num_patches])
     size = max(1, config.max_patches // num_patches)
     parts = [images[i : i + size] for i in range(0, len(images), size)]
     kept, radii = zip(*(reduce(patches(part)) for part in parts), strict=True)

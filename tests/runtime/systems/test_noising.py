@@ -578,7 +578,9 @@ class TestFitting:
 
     def test_group_by_group_covers_every_patch_within_the_radius_it_reports(self) -> None:
         features = np.random.default_rng(0).standard_normal((50, 64, 4)).astype(np.float32)
-        config = FitConfig(k=2, coreset_ratio=0.02, max_patches=1024, statistics_images=2)
+        config = FitConfig(
+            k=2, coreset_ratio=0.02, sampled=None, max_patches=1024, statistics_images=2
+        )
         fitted = fit(features, (8, 8), (8, 8), config, seed=0)
         assert len(fitted.bank) == int(0.02 * 3200)
         images_of_rows(fitted.bank, features)  # every row is a patch
@@ -589,6 +591,30 @@ class TestFitting:
         )
         # greedy is within twice the best radius; two rounds of it are within four times
         assert farthest <= 2 * whole.report["covering_radius"]
+
+
+class TestABankOfManyPatches:
+    features = np.random.default_rng(0).standard_normal((50, 64, 4)).astype(np.float32)
+
+    def fitted(self, **config: Any) -> Fitted:
+        return fit(self.features, (8, 8), (8, 8), FitConfig(coreset_ratio=0.02, **config), seed=0)
+
+    def test_is_chosen_among_some_that_are_drawn(self) -> None:
+        drawn, of_all = self.fitted(sampled=1024), self.fitted(sampled=None)
+        assert len(drawn.bank) == len(of_all.bank) == 64
+        images_of_rows(drawn.bank, self.features)  # every row is a patch
+        again = self.fitted(sampled=1024)
+        assert np.array_equal(drawn.bank.rows_MD, again.bank.rows_MD)
+
+        def oddness(found: Fitted) -> float:
+            return float(np.linalg.norm(found.bank.rows_MD, axis=1).mean())
+
+        # of a third of the patches, fewer are far from everything
+        assert oddness(drawn) < oddness(of_all)
+
+    def test_is_chosen_among_all_where_those_are_not_more(self) -> None:
+        same = self.fitted(sampled=3200), self.fitted(sampled=None)
+        assert np.array_equal(same[0].bank.rows_MD, same[1].bank.rows_MD)
 
 
 class TestFewImages:
