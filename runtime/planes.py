@@ -30,6 +30,7 @@ DTYPES = ("uint8", "uint16", "float32")
 TARGET, REFERENCES = "target", ("ref1", "ref2")
 MAX_SHIFT = 3.0  # pixels between captures that are still taken for registered
 
+_PARTS = (-0.5, 0.0, 0.5)  # of a pixel
 _MIN_SIDE = 32  # of planes whose displacement can be told
 _CHECKED_SIDE = 384  # of a file that holds all three: a correlation of all of it takes too long
 
@@ -122,16 +123,28 @@ def _check_registered(path: Path, planes_HWC: Array) -> None:
 def _everywhere(plane_HW: Array, other_HW: Array, dy: int, dx: int) -> bool:
     """Whether each quarter of the overlap is explained by a displacement.
 
-    Two defects on flat ground, one in each plane, lie on each other once moved, and are none.
+    Two defects on flat ground, one in each plane, lie on each other once moved, and are none. Nor
+    is a pattern that repeats, whose next period happens to fit by the part of a pixel better.
     """
     rows, columns = _overlap(plane_HW.shape[0], dy), _overlap(plane_HW.shape[1], dx)
     here = plane_HW[rows[0], columns[0]].astype(np.float32)
     moved = other_HW[rows[1], columns[1]].astype(np.float32)
     unmoved = other_HW[rows[0], columns[0]].astype(np.float32)
+    nearby = [_moved(unmoved, y, x) for y in _PARTS for x in _PARTS]
     halves = [(slice(0, n // 2), slice(n // 2, n)) for n in here.shape]
     return all(
-        1 - _correlation(here[q], moved[q]) < 0.5 * (1 - _correlation(here[q], unmoved[q]))
+        1 - _correlation(here[q], moved[q])
+        < 0.5 * (1 - max(_correlation(here[q], near[q]) for near in nearby))
         for q in itertools.product(*halves)
+    )
+
+
+def _moved(plane_HW: Array, dy: float, dx: float) -> Array:
+    """Down and right by parts of a pixel, bilinear; the border is repeated."""
+    way = np.array([[1, 0, dx], [0, 1, dy]], np.float32)
+    height, width = plane_HW.shape
+    return np.asarray(
+        cv2.warpAffine(plane_HW, way, (width, height), borderMode=cv2.BORDER_REPLICATE)
     )
 
 

@@ -75,7 +75,7 @@ class TestTheReadme:
 
     def test_shows_every_command_of_the_workflow(self, played: Played) -> None:
         verbs = {shlex.split(command)[2] for command in played.answers}
-        workflow = {"sample", "train", "export", "infer", "eval", "bench", "doctor"}
+        workflow = {"sample", "check", "train", "export", "infer", "eval", "bench", "doctor"}
         assert verbs == workflow | {"bundle", "bank", "refs"}
 
     def test_promises_files_that_are_there(self, played: Played) -> None:

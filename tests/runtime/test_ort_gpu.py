@@ -96,7 +96,7 @@ class TestNodesOnTheCpu:
         gpu.ops_on_cpu = ("Shape", "ReduceProd")
         x = np.ones((2, 3), np.float32)
         with closing(open_engine(parse(SHAPES), "ort-cuda")) as engine:
-            assert len(engine.cpu_nodes) == 2  # type: ignore[attr-defined]
+            assert len(engine._engine.cpu_nodes) == 2  # type: ignore[attr-defined]
             assert engine.run({"x": x})["y"].shape == (6,)
 
 

@@ -69,7 +69,7 @@ class FitConfig(Part):
     k: int = Field(default=9, ge=1)
     coreset_ratio: float = Field(default=0.1, gt=0, le=1)
     max_rows: int = Field(default=2000, ge=1)
-    projection: int | None = Field(default=128, ge=8)
+    projection: int | None = Field(default=None, ge=8)
     sampled: int | None = Field(default=50_000, ge=1024)
     max_patches: int = Field(default=1_000_000, ge=1024)
     noise_range: tuple[float, float] = (0.01, 0.5)
@@ -83,7 +83,7 @@ class FitConfig(Part):
     folds: int = Field(default=5, ge=2)
     statistics_images: int = Field(default=64, ge=2)
     rule: Literal["quantile", "rank"] = "quantile"
-    false_reject: float = Field(default=0.03, ge=0, lt=1)
+    false_reject: float = Field(default=0.025, ge=0, lt=1)
     clean: float = Field(default=0.0, ge=0, lt=0.5)
     layers: bool = False
     window: int | None = Field(default=None, ge=0)
