@@ -138,8 +138,11 @@ def _cosines(a: Array, b: Array) -> Array:
     return np.where(both_zero, 1.0, np.divide(dots, product, out=0 * dots, where=product > 0))
 
 
+_RECORDED_BYTES = 1 << 28  # of one graph: the tiles of a few large pictures would fill memory
+
+
 class _Recorder:
-    """An engine that remembers what it was fed."""
+    """An engine that remembers what it was fed, up to a bound."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -147,9 +150,13 @@ class _Recorder:
         self.inputs: Mapping[str, TensorSpec] = engine.inputs
         self.outputs: Mapping[str, TensorSpec] = engine.outputs
         self.feeds: list[dict[str, Array]] = []
+        self._num_bytes = 0
 
     def run(self, feeds: EngineFeeds, *, stream: int | None = None) -> dict[str, Array]:
-        self.feeds.append({name: np.array(feed) for name, feed in feeds.items()})
+        size = sum(np.asarray(feed).nbytes for feed in feeds.values())
+        if not self.feeds or self._num_bytes + size <= _RECORDED_BYTES:
+            self._num_bytes += size
+            self.feeds.append({name: np.array(feed) for name, feed in feeds.items()})
         return self._engine.run(feeds, stream=stream)
 
     def close(self) -> None:

@@ -10,8 +10,8 @@ left rows without an owner where steps differ.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import pairwise, product
+from collections.abc import Iterable, Sequence
+from itertools import chain, pairwise, product
 
 import numpy as np
 
@@ -87,22 +87,25 @@ def cut(
     return [image[..., y : y + height, x : x + width] for y, x in product(rows, columns)]
 
 
-def stitch(tiles_NHW: Array, rows: Sequence[int], columns: Sequence[int]) -> Array:
+def stitch(tiles: Iterable[Array], rows: Sequence[int], columns: Sequence[int]) -> Array:
     """Put maps of tiles together: each pixel from its owner.
 
     Args:
-        tiles_NHW: (N, height, width) in the order of ``cut``.
+        tiles: (height, width) each, in the order of ``cut``; taken one by one.
         rows, columns: starts of the tiles, as given to ``cut``.
 
     Returns:
         (H, W) of the tiles' dtype.
     """
-    _, height, width = tiles_NHW.shape
+    remaining = iter(tiles)
+    first = next(remaining)
+    height, width = first.shape
     tops, lefts = boundaries(rows, height), boundaries(columns, width)
-    whole = np.empty((tops[-1], lefts[-1]), tiles_NHW.dtype)
+    whole = np.empty((tops[-1], lefts[-1]), first.dtype)
     down = zip(rows, pairwise(tops), strict=True)
     across = zip(columns, pairwise(lefts), strict=True)
-    for tile_HW, (vertical, horizontal) in zip(tiles_NHW, product(down, across), strict=True):
+    places = product(down, across)
+    for tile_HW, (vertical, horizontal) in zip(chain([first], remaining), places, strict=True):
         (y, (top, bottom)), (x, (left, right)) = vertical, horizontal
         whole[top:bottom, left:right] = tile_HW[top - y : bottom - y, left - x : right - x]
     return whole

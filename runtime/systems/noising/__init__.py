@@ -37,17 +37,18 @@ from runtime.bank import Bank
 from runtime.bundle import Bundle
 from runtime.contract import Contract, Signature
 from runtime.engines import Engine
-from runtime.errors import BundleError, NotFiniteError
+from runtime.errors import BundleError, InputError, NotFiniteError
 from runtime.evaluation import Evaluation
 from runtime.metrics import AnomalyMetrics
-from runtime.preprocess import PreprocessSpec, apply, place, restore
+from runtime.preprocess import PreprocessSpec, apply, check_image, place, restore
 from runtime.results import AnomalyMap
 from runtime.search import FastSearch
 from runtime.sources import PICTURES
 from runtime.systems.noising.foreground import Foreground
 from runtime.systems.noising.layers import LayerBank, Layers, LayerSearch
 from runtime.systems.noising.params import DiscriminatorParams, Params
-from runtime.systems.noising.signals import anomaly_map, image_score
+from runtime.systems.noising.signals import image_score
+from runtime.systems.noising.tiles import Layout, Tiles, picture_map
 from runtime.tensors import Array
 
 NAME = "noising"
@@ -55,6 +56,7 @@ FEATURES = "features"  # the graph of a bundle with a bank
 DISCRIMINATE = "discriminate"  # the graph of a bundle without one
 
 _EVALUATION_BATCH = 8
+_TILED_PIXELS = 1 << 19  # of the tiles that the network sees at once
 
 
 def contract(bundle: Bundle) -> Contract:
@@ -69,6 +71,7 @@ def contract(bundle: Bundle) -> Contract:
         rows, columns = params.grid
         graphs = {FEATURES: Signature({"images": "B3HW"}, {"features": "BND"})}
         layers = params.layers
+        _check_tiles(bundle, params)
     height, width = bundle.manifest.preprocess.size
     sizes = {"H": height, "W": width, "N": rows * columns}
     return Contract(
@@ -78,6 +81,22 @@ def contract(bundle: Bundle) -> Contract:
         thresholds=("image", "pixel"),
         assets=() if judged else _assets(bundle.params(Params)),
     )
+
+
+def _check_tiles(bundle: Bundle, params: Params) -> None:
+    """Refuse tiles that do not fit what else the bundle says."""
+    if params.tiles is None:
+        return
+    window = None if params.layers is None else params.layers.window
+    fault = ""
+    if window is not None or params.foreground is not None:
+        fault = "tiles go with no window of places and no foreground"
+    try:
+        params.tiles.check(bundle.manifest.preprocess.size)
+    except InputError as error:
+        fault = str(error)
+    if fault:
+        raise BundleError(f"bundle {bundle.root}: {fault}", fix="export the bundle again")
 
 
 def _assets(params: Params) -> tuple[str, ...]:
@@ -91,6 +110,7 @@ class _BankJudge:
 
     def __init__(self, bundle: Bundle, *, backend: str, threads: int | None) -> None:
         self.params = bundle.params(Params)
+        self.tiles = self.params.tiles
         bank = Bank.decode(bundle.asset_content("bank"), str(bundle.asset("bank")))
         self.bank = self.params.bank(bank)
         self.search: FastSearch | LayerSearch
@@ -138,6 +158,7 @@ class _DiscriminatorJudge:
     """Patch scores as the graph gives them, in a common unit."""
 
     graph, output = DISCRIMINATE, "scores"
+    tiles: Tiles | None = None
 
     def __init__(self, bundle: Bundle) -> None:
         self.params = bundle.params(DiscriminatorParams)
@@ -190,7 +211,8 @@ class System:
             images: (H, W, 3) uint8 RGB each, of any sizes.
 
         Returns:
-            One result per image; maps are at the network's input size.
+            One result per image; maps are at the network's input size, or, of a bundle with
+            tiles, at the picture's own. Beyond such a map, memory does not grow with the picture.
 
         Raises:
             InputError: an image of another dtype or layout.
@@ -198,9 +220,9 @@ class System:
         """
         if not images:
             return []
-        batch = apply(self.spec, images)
-        answers = self.engines[self.judge.graph].run({"images": batch})[self.judge.output]
-        return [self.score(answer) for answer in answers]
+        if self.judge.tiles is not None:
+            return [self._in_tiles(image, self.judge.tiles) for image in images]
+        return [self.score(answer) for answer in self._answers(images)]
 
     def score(self, answer: Array) -> AnomalyMap:
         """Score what the graph says of one image: features (N, D), or scores (N,), float32.
@@ -208,26 +230,58 @@ class System:
         Raises:
             NotFiniteError: values that are not finite.
         """
-        thresholds, size = self.bundle.manifest.thresholds, self.spec.size
+        return self._result([self._judged(answer)], None)
+
+    def _in_tiles(self, image: Array, tiles: Tiles) -> AnomalyMap:
+        """One image at its own resolution, a few tiles at a time."""
+        check_image(image)
+        height, width = self.spec.size
+        layout = Layout.of((image.shape[0], image.shape[1]), (height, width), tiles)
+        pieces, at_once = layout.cut(image), max(1, _TILED_PIXELS // (height * width))
+        judged = [
+            self._judged(answer)
+            for start in range(0, len(pieces), at_once)
+            for answer in self._answers(pieces[start : start + at_once])
+        ]
+        return self._result(judged, layout)
+
+    def _answers(self, images: Sequence[Array]) -> Array:
+        """What the graph says of each image."""
+        feeds = {"images": apply(self.spec, images)}
+        return self.engines[self.judge.graph].run(feeds)[self.judge.output]
+
+    def _judged(self, answer: Array) -> tuple[Array, Array | None]:
+        """Of each patch of an image, (N,): score, and influence where it counts."""
         if not np.isfinite(answer).all():  # no comparison with a threshold would notice
             raise NotFiniteError(
                 f"the '{self.judge.graph}' graph gave values that are not finite",
                 fix="run with --precision float, or export again",
             )
-        scores, influence = self.judge.scores(answer)
-        grid, smoothing = self.params.grid, self.params.smoothing
+        return self.judge.scores(answer)
+
+    def _result(
+        self, judged: Sequence[tuple[Array, Array | None]], layout: Layout | None
+    ) -> AnomalyMap:
+        """One picture's result from the patches of its tiles, or of the one image that it is."""
+        params, size = self.params, self.spec.size
+        thresholds = self.bundle.manifest.thresholds
+        scores = [scores_N for scores_N, _ in judged]
+        influence = [influence_N for _, influence_N in judged if influence_N is not None]
         return AnomalyMap(
-            score=image_score(self.params.image_score, scores, self.params.top),
+            score=max(image_score(params.image_score, each, params.top) for each in scores),
             threshold=thresholds["image"].value,
             pixel_threshold=thresholds["pixel"].value,
-            map_HW=anomaly_map(scores, grid, size, smoothing),
-            influence_HW=None if influence is None else anomaly_map(influence, grid, size, 0),
+            map_HW=picture_map(scores, params.grid, size, params.smoothing, layout),
+            influence_HW=(
+                picture_map(influence, params.grid, size, 0, layout) if influence else None
+            ),
         )
 
     def draw(self, image: Array, result: AnomalyMap) -> Array:
         """Image, anomaly map and marked area side by side: (H', W', 3) uint8 RGB."""
         height, width = image.shape[:2]
-        scored = restore(self.spec, result.map_HW, height, width)
+        tiled = self.judge.tiles is not None
+        scored = result.map_HW if tiled else restore(self.spec, result.map_HW, height, width)
         # zero is an average normal patch; the border of "anomalous" sits at two thirds of the scale
         heat = draw.heatmap(scored, 0.0, 1.5 * max(result.pixel_threshold, 1e-6))
         marked = draw.contour(image, scored >= result.pixel_threshold)
@@ -258,13 +312,14 @@ class System:
         """
         samples = datasets.mvtec(data, "test")
         metrics = AnomalyMetrics()
-        for start in range(0, len(samples), _EVALUATION_BATCH):
-            part = samples[start : start + _EVALUATION_BATCH]
+        tiled = self.judge.tiles is not None
+        batch = 1 if tiled else _EVALUATION_BATCH
+        for start in range(0, len(samples), batch):
+            part = samples[start : start + batch]
             results = self.infer([images.read(sample.path) for sample in part])
             for sample, result in zip(part, results, strict=True):
-                metrics.update(
-                    result.score, sample.label, result.map_HW, target_mask(sample, self.spec)
-                )
+                mask = target_mask(sample, self.spec, result.map_HW.shape if tiled else None)
+                metrics.update(result.score, sample.label, result.map_HW, mask)
             if progress:
                 progress(start + len(part), len(samples))
         border = self.bundle.manifest.thresholds["image"].value
@@ -277,12 +332,19 @@ class System:
             engine.close()
 
 
-def target_mask(sample: datasets.MvtecSample, spec: PreprocessSpec) -> Array | None:
+def target_mask(
+    sample: datasets.MvtecSample, spec: PreprocessSpec, size: tuple[int, ...] | None = None
+) -> Array | None:
     """Ground truth of a test image at the network's size: (height, width) bool.
+
+    Args:
+        size: (height, width) of the picture, where tiles keep it at that.
 
     A normal image has an empty mask; a defective one without a mask file has none (None).
     """
     if sample.mask_path is None:
-        return None if sample.label else np.zeros(spec.size, bool)
+        return None if sample.label else np.zeros(size or spec.size, bool)
+    if size is not None:
+        return masks.read(sample.mask_path, (size[0], size[1]))
     mask_HW = masks.read(sample.mask_path).astype(np.uint8)
     return np.asarray(place(spec, mask_HW, nearest=True) > 0)

@@ -16,6 +16,7 @@ from runtime.sources import open_source
 from runtime.systems import choose, open_engines
 from runtime.systems.noising import DISCRIMINATE, NAME
 from runtime.systems.noising.params import Params
+from runtime.systems.noising.tiles import Layout
 
 
 def extend(
@@ -51,7 +52,8 @@ def extend(
             f"bundle {bundle.root} has no bank: a discriminator judges",
             fix="train again with the new images, or with --set judge=bank",
         )
-    layers = bundle.params(Params).layers
+    params = bundle.params(Params)
+    layers, tiles = params.layers, params.tiles
     if layers is not None and layers.window is not None:
         raise BundleError(
             f"the bank of {bundle.root} has as many rows for each place: a window searches it",
@@ -64,14 +66,20 @@ def extend(
     backend, _ = choose(bundle, backend, "float")
     engines = open_engines(bundle, backend, "float", threads=threads)
     spec = bundle.manifest.preprocess
-    with closing(engines["features"]) as engine:
-        features = [
-            engine.run({"images": apply(spec, [images.read(path)])})["features"][0]
-            for path in source.paths
-        ]
     old = Bank.load(bundle.asset("bank"))
-    new = old.extended(np.concatenate(features), max_rows)
     with files.scratch(out.parent) as scratch:
+        # in a file: the patches of large pictures outgrow memory
+        kept = scratch / "features.float32"
+        with closing(engines["features"]) as engine, kept.open("wb") as file:
+            for path in source.paths:
+                pieces = [images.read(path)]
+                if tiles is not None:
+                    height, width = pieces[0].shape[:2]
+                    pieces = Layout.of((height, width), spec.size, tiles).cut(pieces[0])
+                for piece in pieces:
+                    engine.run({"images": apply(spec, [piece])})["features"].tofile(file)
+        features_ND = np.memmap(kept, np.float32, "r").reshape(-1, old.width)
+        new = old.extended(features_ND, max_rows)
         path = scratch / "bank.faiss"
         new.save(path)
         content = {name: bundle.path(name) for name in bundle.manifest.files}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -15,7 +15,7 @@ from runtime.bundle import Threshold
 from runtime.coreset import Progress, greedy_k_centre, projection
 from runtime.errors import InputError
 from runtime.evaluation import Rate
-from runtime.metrics import AnomalyMetrics, false_reject_threshold
+from runtime.metrics import false_reject_threshold
 from runtime.systems.noising.foreground import Foreground
 from runtime.systems.noising.layers import LayerBank, Layers, window_rows
 from runtime.systems.noising.params import DiscriminatorParams, Params
@@ -142,6 +142,7 @@ def fit(
     seed: int,
     widths: Sequence[int] = (),
     pictures_I: Array | None = None,
+    copies_I: Array | None = None,
     progress: Progress | None = None,
 ) -> Fitted:
     """Bank, statistics and thresholds from the features of normal pictures.
@@ -153,9 +154,10 @@ def fit(
         seed: of the first coreset row, the projection, the folds and the choice of pictures for
             statistics.
         widths: of the layers in a row of features, for ``FitConfig.layers``.
-        pictures_I: 0, 1, ... in ascending order: which picture each image shows. The first is the
-            picture as it is; the others, changed copies, join the bank and are not scored. None:
-            each image is a picture.
+        pictures_I: (I,) 0, 1, ... in ascending order: which picture each image shows, whole or a
+            tile of it. A picture's score is the highest of its images'. None: each image is one.
+        copies_I: (I,) bool: which images are of changed copies; they join the bank and are not
+            scored. None: none is.
         progress: called with (rows picked, rows wanted).
 
     Raises:
@@ -169,7 +171,8 @@ def fit(
         raise InputError(f"{num_patches} patches do not fit a grid of {grid}")
     pictures_I = np.arange(num_images) if pictures_I is None else np.asarray(pictures_I)
     layers = Layers(widths=tuple(widths), window=config.window) if config.layers else None
-    fitting = _Fitting(features_IND, pictures_I, grid, image_size, config, layers, seed, progress)
+    shown = _Shown(pictures_I, np.zeros(num_images, bool) if copies_I is None else copies_I)
+    fitting = _Fitting(features_IND, shown, grid, image_size, config, layers, seed, progress)
     pictures = np.unique(pictures_I)
     judged = fitting.hold_out(pictures)
     ranked = _ranked(pictures, judged.scores_P2[:, 0])
@@ -184,14 +187,16 @@ def fit(
     thresholds = _thresholds(judged.scores_P2, config)
     image = thresholds["image"].value
     outstanding = {picture: score for picture, score in ranked.items() if score >= image}
+    above = Rate.counted(len(outstanding), len(pictures))
     report = {
         "num_images": len(pictures),
-        "num_patches": int(np.isin(pictures_I, pictures).sum()) * num_patches,
+        "num_patches": len(shown.all_of(pictures)) * num_patches,
         "bank_rows": len(bank),
         "covering_radius": radius,
         "k": params.k,
-        # so many, and of good pictures up to so many more: few pictures leave it uncertain
-        "held_out_above_border": str(Rate.counted(len(outstanding), len(pictures))),
+        "held_out_above_border": str(above),
+        "border": f"rests on {len(pictures)} picture{'s' * (len(pictures) > 1)}: of good parts up "
+        f"to {above.high:.0%} may lie above it",
     }
     return Fitted(
         bank=bank,
@@ -211,6 +216,22 @@ def _ranked(pictures: Array, scores_P: Array) -> dict[int, float]:
 
 
 @dataclass(frozen=True)
+class _Shown:
+    """What the images show: see ``fit``."""
+
+    pictures_I: Array
+    copies_I: Array
+
+    def all_of(self, pictures: Array) -> Array:
+        """The images of some pictures, copies included."""
+        return np.flatnonzero(np.isin(self.pictures_I, pictures))
+
+    def as_they_are(self, pictures: Array) -> Array:
+        """The images of some pictures without those of copies."""
+        return np.flatnonzero(np.isin(self.pictures_I, pictures) & ~self.copies_I)
+
+
+@dataclass(frozen=True)
 class _Judged:
     """What banks without a picture say of each: score and highest pixel, and the units of both."""
 
@@ -220,11 +241,12 @@ class _Judged:
 
 @dataclass(frozen=True)
 class _Fold:
-    """A bank, and the images of some features (I, N, D) that it does not know."""
+    """A bank, the images of some features (I, N, D) that it does not know, and their pictures."""
 
     bank: Bank
     features_IND: Array
-    images: Sequence[int]
+    images: Array
+    pictures: Array
 
 
 class _Fitting:
@@ -233,7 +255,7 @@ class _Fitting:
     def __init__(
         self,
         features_IND: Array,
-        pictures_I: Array,
+        shown: _Shown,
         grid: tuple[int, int],
         image_size: tuple[int, int],
         config: FitConfig,
@@ -242,7 +264,7 @@ class _Fitting:
         progress: Progress | None,
     ) -> None:
         self.features_IND = features_IND
-        self.pictures_I = pictures_I
+        self.shown = shown
         self.grid = grid
         self.image_size = image_size
         self.config = config
@@ -258,8 +280,10 @@ class _Fitting:
 
     def bank(self, pictures: Array) -> tuple[Bank, float]:
         """The bank of some pictures and their copies, and its covering radius."""
+        return self._bank_of_images(self.shown.all_of(pictures))
+
+    def _bank_of_images(self, images: Array) -> tuple[Bank, float]:
         config = self.config
-        images = np.flatnonzero(np.isin(self.pictures_I, pictures))
         if config.window is None:
             rows_MD, radius = _coreset(
                 self.features_IND, images, config, self.rng, self.space, self.progress
@@ -279,43 +303,57 @@ class _Fitting:
         others, too, and where they stood alone the picture would find nothing near.
         """
         config = self.config
-        order = self.rng.permutation(len(pictures))
-        parts = np.array_split(order, min(config.folds, len(pictures)))
-        if len(pictures) == 1:
-            grid, size, folds = self._quarters(pictures[0])
+        grid, size = self.grid, self.image_size
+        parts = self._parted(pictures)
+        if len(pictures) > 1:
+            folds = [self._fold(pictures, part) for part in parts]
+        elif len(tiles := self.shown.as_they_are(pictures)) > 1:
+            folds = self._of_tiles(tiles)
         else:
-            grid, size = self.grid, self.image_size
-            folds = [self._fold(pictures, np.sort(part)) for part in parts]
+            grid, size, folds = self._quarters(int(tiles[0]))
         k = min(config.k, *(len(fold.bank) for fold in folds))
         params = self._statistics(folds, k, grid)
-        scores = []
+        scores_P2 = np.full((len(pictures), 2), -np.inf, np.float32)
         for fold in folds:
-            for i in fold.images:
+            for i, picture in zip(fold.images, fold.pictures, strict=True):
                 features_ND = fold.features_IND[i]
                 found = fold.bank.search(features_ND, params.neighbours)
                 scores_N, _ = params.judge(fold.bank, features_ND, *found)
                 if self.foreground is not None:
                     scores_N = self.foreground.judge(scores_N, features_ND, grid)
-                scores.append(_highest(params, scores_N, grid, size))
-        if len(pictures) == 1:
-            return _Judged(params, np.max(scores, axis=0, keepdims=True))
-        scores_P2 = np.empty((len(pictures), 2), np.float32)
-        scores_P2[np.concatenate([np.sort(part) for part in parts])] = scores
+                highest = np.array(_highest(params, scores_N, grid, size), np.float32)
+                at = np.searchsorted(pictures, picture)
+                scores_P2[at] = np.maximum(scores_P2[at], highest)
         return _Judged(params, scores_P2)
 
     def _fold(self, pictures: Array, part: Array) -> _Fold:
         """The bank of all pictures but a part, and the images of that part as they are."""
-        bank, _ = self.bank(np.delete(pictures, part))
-        # the first of a picture's images: the others are changed copies
-        firsts = np.searchsorted(self.pictures_I, pictures[part])
-        return _Fold(bank, self.features_IND, firsts.tolist())
+        bank, _ = self.bank(np.setdiff1d(pictures, part))
+        images = self.shown.as_they_are(part)
+        return _Fold(bank, self.features_IND, images, self.shown.pictures_I[images])
 
-    def _quarters(self, picture: int) -> tuple[tuple[int, int], tuple[int, int], list[_Fold]]:
-        """One picture alone: its quarters stand for pictures. Grid and image size of a quarter."""
+    def _of_tiles(self, tiles: Array) -> list[_Fold]:
+        """One picture alone, of several tiles: they stand for pictures.
+
+        What neighbours share is known to some of the banks; it is a strip along their borders.
+        """
+        folds = []
+        for part in self._parted(tiles):
+            bank, _ = self._bank_of_images(np.setdiff1d(tiles, part))
+            folds.append(_Fold(bank, self.features_IND, part, self.shown.pictures_I[part]))
+        return folds
+
+    def _parted(self, things: Array) -> list[Array]:
+        """Random parts of about equal size, each ascending; at most one per thing."""
+        order = self.rng.permutation(len(things))
+        parts = np.array_split(order, min(self.config.folds, len(things)))
+        return [things[np.sort(part)] for part in parts]
+
+    def _quarters(self, image: int) -> tuple[tuple[int, int], tuple[int, int], list[_Fold]]:
+        """One image alone: its quarters stand for pictures. Grid and image size of a quarter."""
         rows, columns = (side // 2 for side in self.grid)
         height, width = (side // 2 for side in self.image_size)
-        first = int(np.searchsorted(self.pictures_I, picture))
-        whole_hwD = self.features_IND[first].reshape(*self.grid, -1)
+        whole_hwD = self.features_IND[image].reshape(*self.grid, -1)
         if not rows or not columns:
             raise InputError(
                 f"one picture of {self.grid[0]} x {self.grid[1]} patches says nothing of others",
@@ -332,7 +370,8 @@ class _Fitting:
             others_PD = np.stack(quarters[:i] + quarters[i + 1 :], axis=1)
             rows_MD = others_PD.reshape(-1, others_PD.shape[-1])
             bank = self._searched(rows_MD, (rows, columns))
-            folds.append(_Fold(bank, np.stack(quarters), [i]))
+            picture = self.shown.pictures_I[[image]]
+            folds.append(_Fold(bank, np.stack(quarters), np.array([i]), picture))
         return (rows, columns), (height, width), folds
 
     def _statistics(self, folds: Sequence[_Fold], k: int, grid: tuple[int, int]) -> Params:
@@ -495,50 +534,3 @@ def _statistics(values: Array) -> Statistics:
         # features that never vary (a blank training set) leave nothing to standardise
         std=max(float(values.std(dtype=np.float64)), 1e-12),
     )
-
-
-def ablation(
-    bank: Bank,
-    params: Params,
-    image_size: tuple[int, int],
-    labelled: Iterable[tuple[Array, int, Array | None]],
-    *,
-    foreground: Foreground | None = None,
-) -> dict[str, AnomalyMetrics]:
-    """What each signal earns: the task's metrics for the distance alone and with each addition.
-
-    Args:
-        labelled: (features (N, D), label 0 or 1, mask (height, width) bool or None) per image.
-
-    Returns:
-        name of the combination -> its metrics; ``shipped`` is the bundle's own weights.
-    """
-    names = SIGNALS if params.layers is None else SIGNALS[:1]
-    alone = dict.fromkeys(SIGNALS, 0.0)
-    combinations: dict[str, dict[str, float]] = {"distance": alone | {"distance": 1.0}}
-    if params.layers is None:
-        for name in SIGNALS[1:]:
-            combinations[f"distance + {name}"] = alone | {"distance": 1.0, name: 1.0}
-        combinations["all equal"] = dict.fromkeys(SIGNALS, 1.0)
-    combinations["shipped"] = params.weights
-    metrics = {name: AnomalyMetrics() for name in combinations}
-    for features_ND, label, mask in labelled:
-        distances, indices = bank.search(features_ND, params.k)
-        signals = patch_signals(
-            bank,
-            features_ND,
-            distances,
-            indices,
-            names=names,
-            mean_distance=params.mean_distance,
-            noise_range=params.noise_range,
-            distance_weight=params.distance_weight,
-        )
-        for name, weights in combinations.items():
-            scores = combine(signals, params.signals, weights) / np.float32(params.score_std)
-            if foreground is not None and name == "shipped":
-                scores = foreground.judge(scores, features_ND, params.grid)
-            scored = anomaly_map(scores, params.grid, image_size, params.smoothing)
-            score = image_score(params.image_score, scores, params.top)
-            metrics[name].update(score, label, scored, mask)
-    return metrics

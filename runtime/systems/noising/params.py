@@ -19,6 +19,7 @@ from runtime.systems.noising.signals import (
     combine,
     patch_signals,
 )
+from runtime.systems.noising.tiles import Tiles
 from runtime.tensors import Array
 
 Grid: TypeAlias = tuple[Annotated[int, Field(ge=1, le=4096)], Annotated[int, Field(ge=1, le=4096)]]
@@ -32,6 +33,7 @@ class Params(Part):
     Attributes:
         image_score, top: see ``signals.image_score``; bundles that do not say it mean ``patch``.
         layers: a bank for each; None: one of them all.
+        tiles: how pictures are covered; None: each is brought to the network's size.
         foreground: the border of ``foreground.Foreground``; None: every patch counts.
     """
 
@@ -48,6 +50,7 @@ class Params(Part):
     score_std: Spread
     # left out where there is none: bundles without it are what they were
     layers: Layers | None = Field(default=None, exclude_if=lambda value: value is None)
+    tiles: Tiles | None = Field(default=None, exclude_if=lambda value: value is None)
     foreground: Measure | None = Field(default=None, exclude_if=lambda value: value is None)
 
     @model_validator(mode="after")

@@ -24,8 +24,9 @@ from runtime.datasets import MvtecSample, mvtec
 from runtime.errors import BankError, BundleError, DatasetError, EngineError, InputError
 from runtime.systems import noising, open_system
 from runtime.systems.noising import signals as mathematics
+from runtime.systems.noising.ablation import Labelled, ablation
 from runtime.systems.noising.extend import extend
-from runtime.systems.noising.fit import FitConfig, Fitted, ablation, calibrate, fit, hold_out
+from runtime.systems.noising.fit import FitConfig, Fitted, calibrate, fit, hold_out
 from runtime.systems.noising.signals import (
     SIGNALS,
     Statistics,
@@ -458,7 +459,11 @@ def fit_drawn(
     features: Array, *, seed: int = 0, pictures: Array | None = None, **config: Any
 ) -> Fitted:
     settings = FitConfig(**{"image_score": "patch", "rule": "rank"} | config)
-    return fit(features, (3, 4), (12, 16), settings, seed=seed, pictures_I=pictures)
+    # of a picture's images all but the first are changed copies
+    copies = None if pictures is None else np.diff(pictures, prepend=-1) == 0
+    return fit(
+        features, (3, 4), (12, 16), settings, seed=seed, pictures_I=pictures, copies_I=copies
+    )
 
 
 def images_of_rows(bank: Bank, features: Array) -> Array:
@@ -550,6 +555,7 @@ class TestFitting:
             "k": 3,
             # of the rank's border of 3 % of 8 pictures: none; Wilson's interval
             "held_out_above_border": "0 of 8 (0.0 to 32.4 %)",
+            "border": "rests on 8 pictures: of good parts up to 32% may lie above it",
         }
         covered = fitted.bank.search(drawn_features().reshape(-1, 6), 1)[0].max()
         # product form against differences, float32
@@ -716,9 +722,9 @@ class TestTheAblation:
         defective[:, 5] += 4  # one patch of twelve
         mask = np.zeros((12, 16), bool)
         mask[4:8, 4:8] = True
-        labelled: list[tuple[Array, int, Array | None]] = [
-            *((f, 0, None) for f in features[6:8]),
-            *((f, 1, mask) for f in defective),
+        labelled = [
+            *(Labelled([f], 0, None) for f in features[6:8]),
+            *(Labelled([f], 1, mask) for f in defective),
         ]
         judged = ablation(fitted.bank, fitted.params, (12, 16), labelled)
         found = {name: metrics.compute() for name, metrics in judged.items()}

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from runtime.preprocess import PreprocessSpec
 from runtime.systems.noising.fit import FitConfig
+from runtime.systems.noising.tiles import Tiles
 from training.config import BackboneConfig, Config, SystemConfig
 
 Neighbourhood: TypeAlias = Literal["zeros", "inside", "none"]
@@ -88,6 +89,8 @@ class TaskConfig(SystemConfig):
             they are, and as in runs that do not say.
         copies: null: the bank holds the pictures as they are; else changed copies as well, for
             parts that lie turned, light that varies, or few pictures.
+        tiles: null: each picture is brought to ``preprocess.size``. Else it is covered by tiles of
+            that size at its own resolution, which overlap, for small defects in large pictures.
         judge: ``bank``: the distance to a memory bank, and what belongs to it. ``discriminator``:
             a trained net in its place, one graph with the backbone; the bundle has no bank.
         fit: bank, signals and thresholds; of these the discriminator takes ``smoothing``,
@@ -102,6 +105,7 @@ class TaskConfig(SystemConfig):
     neighbourhood: Neighbourhood = "inside"
     scale: Scale = "none"
     copies: CopiesConfig | None = None
+    tiles: Tiles | None = None
     judge: Literal["bank", "discriminator"] = "bank"
     fit: FitConfig = FitConfig()
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
@@ -117,4 +121,14 @@ class TaskConfig(SystemConfig):
             raise ValueError("fit.layers compares by cosines: set scale to unit")
         if self.judge != "bank" and (self.fit.layers or self.fit.foreground):
             raise ValueError("fit.layers and fit.foreground are for judge=bank")
+        return self
+
+    @model_validator(mode="after")
+    def _fits_tiles(self) -> Self:
+        if self.tiles is None:
+            return self
+        if self.judge != "bank" or self.fit.foreground or self.fit.window is not None:
+            raise ValueError("tiles are for judge=bank, without fit.foreground and fit.window")
+        if 2 * self.tiles.overlap > min(self.preprocess.size):
+            raise ValueError("tiles.overlap must be at most half of preprocess.size")
         return self

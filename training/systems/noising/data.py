@@ -3,48 +3,86 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 
-from runtime import images
+from runtime import headers, images
 from runtime.datasets import MvtecSample
 from runtime.preprocess import PreprocessSpec
+from runtime.systems.noising.tiles import Layout, Tiles
 from runtime.tensors import Array
 from training.data import preprocess
 from training.systems.noising.config import AugmentConfig, CopiesConfig
 
 
 class Images:
-    """Pictures as network input, each followed by its changed copies where those are wanted."""
+    """Pictures as network input, whole or tile by tile, each followed by its changed copies where
+    those are wanted.
+
+    Attributes:
+        layouts: of each picture's tiles; None where it is whole.
+        pictures_I: (I,) int64, ascending: which picture each image shows.
+        copies_I: (I,) bool: which images are of changed copies.
+    """
 
     def __init__(
         self,
         samples: Sequence[MvtecSample],
         spec: PreprocessSpec,
         copies: CopiesConfig | None = None,
+        tiles: Tiles | None = None,
     ) -> None:
         self.samples = samples
         self.spec = spec
         self.copies = copies
-        self.each = 1 + (copies.num if copies else 0)
+        self.layouts = [
+            None if tiles is None else Layout.of(_size(sample.path), spec.size, tiles)
+            for sample in samples
+        ]
+        tiles_P = np.array([1 if layout is None else len(layout) for layout in self.layouts], int)
+        each_P = tiles_P * (1 + (copies.num if copies else 0))
+        self.pictures_I = np.repeat(np.arange(len(samples)), each_P)
+        nth_I = np.arange(len(self.pictures_I)) - np.repeat(np.cumsum(each_P) - each_P, each_P)
+        copy_I, self._tile_I = np.divmod(nth_I, np.repeat(tiles_P, each_P))
+        self.copies_I = copy_I > 0
+        self._last: tuple[int, Array] | None = None
 
     def __len__(self) -> int:
-        return self.each * len(self.samples)
+        return len(self.pictures_I)
 
-    @property
-    def pictures_I(self) -> Array:
-        """Which picture each image shows: (I,) int64, ascending."""
-        return np.arange(len(self)) // self.each
+    def tiles_of(self, picture: int) -> range:
+        """The images that show a picture as it is."""
+        first = int(np.searchsorted(self.pictures_I, picture))
+        layout = self.layouts[picture]
+        return range(first, first + (1 if layout is None else len(layout)))
 
     def get(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
         """``images`` (3, height, width) float32 and ``index``; only copies are random."""
-        picture, copy = divmod(index, self.each)
-        image = images.read(self.samples[picture].path)
-        if self.copies is not None and copy:
+        picture = int(self.pictures_I[index])
+        image = self._read(picture)
+        if self.copies is not None and self.copies_I[index]:
             image = augment(image, self.copies, rng)
+        if (layout := self.layouts[picture]) is not None:
+            image = layout.cut(image)[self._tile_I[index]]
         return {"images": preprocess(self.spec, [image])[0], "index": index}
+
+    def _read(self, picture: int) -> Array:
+        """A picture; the last one is kept, for its other tiles and copies."""
+        if self._last is None or self._last[0] != picture:
+            self._last = picture, images.read(self.samples[picture].path)
+        return self._last[1]
+
+
+def _size(path: Path) -> tuple[int, int]:
+    """(height, width) of a picture, from its header where that says it."""
+    header = headers.read(path)
+    if header is not None:
+        return header.size
+    height, width = images.read(path).shape[:2]
+    return height, width
 
 
 class Patches:

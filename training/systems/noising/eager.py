@@ -25,6 +25,7 @@ from runtime.preprocess import apply
 from runtime.results import AnomalyMap
 from runtime.systems.noising.foreground import Foreground
 from runtime.systems.noising.params import DiscriminatorParams, Params
+from runtime.systems.noising.tiles import Layout, Tiles
 from runtime.tensors import Array
 from training import eager
 from training.run import open_run
@@ -37,6 +38,7 @@ class EagerNoising(ABC):
     """Images to results in torch; what a patch's score is made of is the judge's."""
 
     params: Params | DiscriminatorParams
+    tiles: Tiles | None = None
 
     def __init__(self, network: eager.Network, bundle: Bundle) -> None:
         manifest = bundle.manifest
@@ -58,7 +60,27 @@ class EagerNoising(ABC):
     @torch.inference_mode()
     def infer(self, images: Sequence[Array]) -> list[AnomalyMap]:
         """See ``runtime.systems.noising.System.infer``."""
+        if self.tiles is not None:
+            return [self._in_tiles(image, self.tiles) for image in images]
         return [self.score(answer) for answer in self.forward(apply(self.spec, images))]
+
+    def _in_tiles(self, image: Array, tiles: Tiles) -> AnomalyMap:
+        """One image, eight tiles at a time."""
+        layout = Layout.of((image.shape[0], image.shape[1]), self.spec.size, tiles)
+        pieces = layout.cut(image)
+        parts = [
+            self.score(answer)
+            for start in range(0, len(pieces), 8)
+            for answer in self.forward(apply(self.spec, pieces[start : start + 8]))
+        ]
+        influence = [part.influence_HW for part in parts if part.influence_HW is not None]
+        return AnomalyMap(
+            score=max(part.score for part in parts),
+            threshold=parts[0].threshold,
+            pixel_threshold=parts[0].pixel_threshold,
+            map_HW=layout.stitch(part.map_HW for part in parts),
+            influence_HW=layout.stitch(influence) if influence else None,
+        )
 
     def score(self, answer: Tensor) -> AnomalyMap:
         """One image's result from what the network says of it."""
@@ -115,6 +137,7 @@ class EagerBank(EagerNoising):
     def __init__(self, network: eager.Network, bundle: Bundle) -> None:
         super().__init__(network, bundle)
         self.params = bundle.params(Params)
+        self.tiles = self.params.tiles
         self.bank_MD = torch.from_numpy(Bank.load(bundle.asset("bank")).rows_MD)
         self.foreground: Foreground | None = None
         if self.params.foreground is not None:

@@ -25,7 +25,8 @@ from runtime.errors import DatasetError, RunError
 from runtime.evaluation import Evaluation
 from runtime.metrics import AnomalyMetrics
 from runtime.systems.noising import target_mask
-from runtime.systems.noising.fit import ablation, calibrate, fit, hold_out
+from runtime.systems.noising.ablation import Labelled, ablation
+from runtime.systems.noising.fit import calibrate, fit, hold_out
 from runtime.systems.noising.params import DiscriminatorParams, Params
 from runtime.systems.noising.signals import anomaly_map, image_score
 from runtime.tensors import Array
@@ -100,7 +101,7 @@ class Task:
         self.grid = self.features.grid(height, width)
         self.features_path = root / _FEATURES_NAME
         copies = None if isinstance(model, DiscriminatorTraining) else config.copies
-        self.images = Images(self.samples, config.preprocess, copies)
+        self.images = Images(self.samples, config.preprocess, copies, config.tiles)
 
     def loader(self) -> DataLoader[Any]:
         config, spec = self.config, self.config.preprocess
@@ -172,6 +173,7 @@ class Task:
             seed=self.config.train.seed,
             widths=self.features.widths,
             pictures_I=self.images.pictures_I,
+            copies_I=self.images.copies_I,
             progress=lambda done, of: progress("coreset", done, of),
         )
         fitted.bank.save(run.root / "bank.faiss")
@@ -196,7 +198,7 @@ class Task:
                 fitted.bank,
                 fitted.params,
                 size,
-                self._judged(progress),
+                self._labelled(progress),
                 foreground=fitted.foreground,
             )
             judged = self._evaluation(earned.pop("shipped"), fitted.thresholds)
@@ -204,7 +206,8 @@ class Task:
             each = {name: metrics.compute() for name, metrics in earned.items()}
             results["ablation"] = cast(JsonValue, {**each, "shipped": shipped})
             results["decisions"] = judged.to_json()["decisions"]
-        self._write(run, fitted.params, fitted.thresholds, shipped)
+        params = fitted.params.model_copy(update={"tiles": self.config.tiles})
+        self._write(run, params, fitted.thresholds, shipped)
         return results
 
     def _finish_discriminator(self, run: Run, progress: Progress) -> dict[str, JsonValue]:
@@ -229,7 +232,8 @@ class Task:
         }
         metrics = {"discriminator": AnomalyMetrics(), "distance": AnomalyMetrics()}
         bank = Bank(proposal.bank_MD.cpu().numpy())
-        for features_ND, label, mask in self._judged(progress):
+        for picture in self._labelled(progress):
+            (features_ND,) = picture.features
             scored = {
                 "discriminator": params.standardise(self._scores(discriminator, features_ND)),
                 "distance": bank.search(features_ND, 1)[0][:, 0],
@@ -237,7 +241,7 @@ class Task:
             for name, scores_N in scored.items():
                 map_HW = anomaly_map(scores_N, self.grid, size, settings.smoothing)
                 score = image_score(params.image_score, scores_N, params.top)
-                metrics[name].update(score, label, map_HW, mask)
+                metrics[name].update(score, picture.label, map_HW, picture.mask_HW)
         shipped: Mapping[str, float] = {}
         if self.labelled:
             judged = self._evaluation(metrics["discriminator"], thresholds)
@@ -328,16 +332,21 @@ class Task:
         images = Images(list(samples), self.config.preprocess)
         return iterate(loader(images, self.config.train, shuffle=False))
 
-    def _judged(self, progress: Progress) -> Iterator[tuple[Array, int, Array | None]]:
+    def _labelled(self, progress: Progress) -> Iterator[Labelled]:
         """Features, label and mask of each test image."""
         spec = self.config.preprocess
-        images = Images(self.labelled, spec)
+        images = Images(self.labelled, spec, tiles=self.config.tiles)
         rng = np.random.default_rng(0)
-        for i, sample in enumerate(self.labelled):
+
+        def features(i: int) -> Array:
             images_BCHW = images.get(i, rng)["images"][None].to(self._device)
             with torch.no_grad():
-                features_ND = self.features(images_BCHW)[0].float().cpu().numpy()
-            yield features_ND, sample.label, target_mask(sample, spec)
+                return np.asarray(self.features(images_BCHW)[0].float().cpu().numpy())
+
+        for i, sample in enumerate(self.labelled):
+            layout = images.layouts[i]
+            mask = target_mask(sample, spec, layout.size if layout else None)
+            yield Labelled(map(features, images.tiles_of(i)), sample.label, mask, layout)
             progress("judged images", i + 1, len(self.labelled))
 
 
