@@ -123,13 +123,14 @@ def _check_registered(path: Path, planes_HWC: Array) -> None:
 def _everywhere(plane_HW: Array, other_HW: Array, dy: int, dx: int) -> bool:
     """Whether each quarter of the overlap is explained by a displacement.
 
-    Two defects on flat ground, one in each plane, lie on each other once moved, and are none. Nor
-    is a pattern that repeats, whose next period happens to fit by the part of a pixel better.
+    Two defects on flat ground, one in each plane, lie on each other once moved, and are none: what
+    is much brighter or darker than the rest counts no more than that. Nor is a pattern that repeats
+    displaced, whose next period happens to fit by the part of a pixel better.
     """
+    plane_HW, other_HW = _without_extremes(plane_HW), _without_extremes(other_HW)
     rows, columns = _overlap(plane_HW.shape[0], dy), _overlap(plane_HW.shape[1], dx)
-    here = plane_HW[rows[0], columns[0]].astype(np.float32)
-    moved = other_HW[rows[1], columns[1]].astype(np.float32)
-    unmoved = other_HW[rows[0], columns[0]].astype(np.float32)
+    here, moved = plane_HW[rows[0], columns[0]], other_HW[rows[1], columns[1]]
+    unmoved = other_HW[rows[0], columns[0]]
     nearby = [_moved(unmoved, y, x) for y in _PARTS for x in _PARTS]
     halves = [(slice(0, n // 2), slice(n // 2, n)) for n in here.shape]
     return all(
@@ -137,6 +138,12 @@ def _everywhere(plane_HW: Array, other_HW: Array, dy: int, dx: int) -> bool:
         < 0.5 * (1 - max(_correlation(here[q], near[q]) for near in nearby))
         for q in itertools.product(*halves)
     )
+
+
+def _without_extremes(plane_HW: Array) -> Array:
+    """Values below and above the 10 % and 90 % quantile are those: float32."""
+    low, high = np.quantile(plane_HW, (0.1, 0.9))
+    return np.asarray(np.clip(plane_HW, low, high), np.float32)
 
 
 def _moved(plane_HW: Array, dy: float, dx: float) -> Array:

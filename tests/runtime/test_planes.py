@@ -369,6 +369,27 @@ class TestOneFileOfThreeCaptures:
         with pytest.raises(ImageError, match=r"displaced against its target by -9 rows and .7"):
             read(tmp_path / f"bad{suffix}")
 
+    def test_with_a_defect_in_both_on_flat_ground_is_taken(self, tmp_path: Path) -> None:
+        image = np.random.default_rng(0).integers(95, 106, (96, 96, 3), np.uint8)
+        for plane, centre in enumerate(((48, 48), (44, 49), (48, 48))):
+            spot = np.ascontiguousarray(image[..., plane])
+            image[..., plane] = cv2.circle(spot, centre, 10, 220, -1)
+        assert displacement(image[..., 0], image[..., 1]) == (-1, 4)  # of the two defects
+        write(tmp_path / "both.npy", image)
+        assert (read(tmp_path / "both.npy") == image).all()
+
+    def test_of_a_pattern_whose_next_period_fits_better_is_taken(self, tmp_path: Path) -> None:
+        y, x = np.mgrid[:200.0, :160.0]
+
+        def grid(dy: float, dx: float) -> np.ndarray:
+            # 8.5 pixels from one to the next: two periods are whole pixels, half a pixel is none
+            wave = np.cos(2 * np.pi * (y + dy) / 8.5) + np.cos(2 * np.pi * (x + dx) / 8.5)
+            return np.asarray(128 + 50 * wave, np.float32)
+
+        image = np.stack([grid(0, 0), grid(0.4, 0.4), grid(0, 0)], axis=-1)
+        write(tmp_path / "grid.npy", image)
+        assert (read(tmp_path / "grid.npy") == image).all()
+
     def test_of_unlike_or_empty_captures_is_taken(self, tmp_path: Path) -> None:
         rng = np.random.default_rng(1)
         for i, image in enumerate(
