@@ -382,11 +382,12 @@ class TestOneFileOfThreeCaptures:
         y, x = np.mgrid[:200.0, :160.0]
 
         def grid(dy: float, dx: float) -> np.ndarray:
-            # 8.5 pixels from one to the next: two periods are whole pixels, half a pixel is none
+            # 8.5 pixels from one to the next: beside half a pixel, 8 more are all of it
             wave = np.cos(2 * np.pi * (y + dy) / 8.5) + np.cos(2 * np.pi * (x + dx) / 8.5)
-            return np.asarray(128 + 50 * wave, np.float32)
+            return np.asarray(128 + 50 * np.sign(wave) * np.sqrt(np.abs(wave)), np.float32)
 
-        image = np.stack([grid(0, 0), grid(0.4, 0.4), grid(0, 0)], axis=-1)
+        image = np.stack([grid(0, 0), grid(-0.5, -0.5), grid(0, 0)], axis=-1)
+        assert displacement(image[..., 0], image[..., 1]) == (8, 8)
         write(tmp_path / "grid.npy", image)
         assert (read(tmp_path / "grid.npy") == image).all()
 
