@@ -194,7 +194,8 @@ class TestTheNextRun:
             infer(Levels(), pictures, out)
 
             assert (out / "earlier-1" / "results.csv").read_bytes() == rows
-            num_drawn = len(list((out / "earlier-1" / "overlays").iterdir()))
+            # they are drawn beside the rest: a kill may come before the first
+            num_drawn = len(list((out / "earlier-1").glob("overlays/*")))
             assert num_drawn == 4 or (end == "killed" and num_drawn < 4)
             assert names(out) == ["earlier-1", "infer.json", "mine.txt", "results.csv"]
             assert len(table(out)) == 6
