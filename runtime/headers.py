@@ -189,20 +189,20 @@ def _valid(orientation: int) -> int:
     return orientation if 1 <= orientation <= 8 else 1
 
 
-def jpeg_segments(data: bytes) -> list[tuple[int, int, int]]:
+def jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
     """(kind, start, end) of the segments of a JPEG, end mark included; a scan ends with its header.
 
-    Bytes between two segments are part of neither.
+    Bytes between two segments are part of neither. One by one: who stops at the scan need not look
+    through all that it codes.
     """
-    found, at = [], 2
+    at = 2
     while spot := _SPOT.search(data, at):
         kind, at = data[spot.start() + 1], spot.end()
         if kind not in _STANDALONE and kind != _END:
             at += int.from_bytes(data[at : at + 2], "big")
-        found.append((kind, spot.start(), at))
+        yield kind, spot.start(), at
         if kind == _END:
             break
-    return found
 
 
 def _of_jpeg(data: bytes) -> list[Size]:

@@ -284,7 +284,7 @@ def _is_truncated(data: bytes) -> bool:
 
 def _jpeg_breaks_off(data: bytes) -> bool:
     """Whether no end-of-image marker follows: an embedded thumbnail has one of its own."""
-    segments = jpeg_segments(data)
+    segments = list(jpeg_segments(data))
     return not segments or segments[-1][0] != _END
 
 
