@@ -19,19 +19,19 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from runtime.claims import claim
-from runtime.errors import BackendError, UsageError
-from runtime.refusals import explain
-from runtime.signals import Stopped, stoppable
-from runtime.texts import hide_secrets, shown
+from engineworks.runtime.claims import claim
+from engineworks.runtime.errors import BackendError, UsageError
+from engineworks.runtime.refusals import explain
+from engineworks.runtime.signals import Stopped, stoppable
+from engineworks.runtime.texts import hide_secrets, shown
 
 if TYPE_CHECKING:
-    from runtime.bench import Row
-    from runtime.bundle import Bundle
-    from runtime.evaluation import Decisions
-    from runtime.plans import PlanConfig
-    from runtime.systems import System
-    from training.config import BackboneConfig
+    from engineworks.runtime.bench import Row
+    from engineworks.runtime.bundle import Bundle
+    from engineworks.runtime.evaluation import Decisions
+    from engineworks.runtime.plans import PlanConfig
+    from engineworks.runtime.systems import System
+    from engineworks.training.config import BackboneConfig
 
     OpenBundle = Callable[[Path], closing[System]]
     Prepare = Callable[[System], None]
@@ -96,7 +96,7 @@ def engine_options(command: Callable[..., None]) -> Callable[..., None]:
         **options: Any,
     ) -> None:
         def open_bundle(bundle: Path) -> closing[System]:
-            from runtime.systems import open_system
+            from engineworks.runtime.systems import open_system
 
             return closing(
                 open_system(
@@ -125,7 +125,7 @@ def prompt_options(command: Callable[..., None]) -> Callable[..., None]:
         *arguments: Any, refs: Path | None, conf: float | None, iou: float | None, **options: Any
     ) -> None:
         def prepare(system: System) -> None:
-            from runtime.systems import prompt
+            from engineworks.runtime.systems import prompt
 
             prompt(system, refs, conf=conf, iou=iou)
 
@@ -175,7 +175,7 @@ def plan_options(command: Callable[..., None]) -> Callable[..., None]:
         timing_cache: Path | None,
         **options: Any,
     ) -> None:
-        from runtime.plans import PlanConfig, parse_profile
+        from engineworks.runtime.plans import PlanConfig, parse_profile
 
         plan = PlanConfig(
             profiles=tuple(parse_profile(profile) for profile in profiles),
@@ -259,7 +259,7 @@ def sample(system: str, out: Path, seed: int) -> None:
     """Draw a small labelled data set for SYSTEM."""
     import importlib
 
-    from training.systems import system_package
+    from engineworks.training.systems import system_package
 
     package = system_package(system)  # refuses a misspelt name
     draw = importlib.import_module(f"{package}.sample")
@@ -284,8 +284,8 @@ def check(
 
     Exit 1 where training would be wrong.
     """
-    from runtime.survey import HEADER, findings, lines, page, survey
-    from runtime.systems import labelled_of
+    from engineworks.runtime.survey import HEADER, findings, lines, page, survey
+    from engineworks.runtime.systems import labelled_of
 
     labelled = labelled_of(system)(data)
     with _Progress(context) as show:
@@ -330,8 +330,8 @@ def train(
 ) -> None:
     """Train SYSTEM on a folder of data."""
     _need("torch", "train")
-    from training.config import load_config
-    from training.run import open_run
+    from engineworks.training.config import load_config
+    from engineworks.training.run import open_run
 
     if resume and out is not None and not config and not overrides:
         merged = open_run(out).config
@@ -342,7 +342,9 @@ def train(
             )
     else:
         merged = load_config(system, config, overrides)
-    from training.train import train as train_run  # torch takes seconds, a misspelt key needs none
+    from engineworks.training.train import (
+        train as train_run,  # torch takes seconds, a misspelt key needs none
+    )
 
     with _Progress(context) as progress:
         run = train_run(
@@ -411,8 +413,8 @@ def export(
     Plans are TensorRT's, and only for the machine that builds them. With --refs its objects are
     what the bundle looks for where nothing else is asked for.
     """
-    from runtime import bundle as bundles
-    from runtime import files
+    from engineworks.runtime import bundle as bundles
+    from engineworks.runtime import files
 
     if int8 and samples is None:
         raise UsageError("--int8 needs sample images", fix="pass --samples DIR")
@@ -444,7 +446,7 @@ def export(
             floats = bundles.read(source)
         else:
             _need("torch", "train")
-            from export.trace import trace, trace_backbone
+            from engineworks.export.trace import trace, trace_backbone
 
             unchanged = refs is None and not int8 and not deployed
             target = out if unchanged else scratch / "float"
@@ -453,12 +455,12 @@ def export(
             else:
                 floats = trace_backbone(wanted[0], target, size=wanted[1], exist_ok=exist_ok)
         if refs is not None:
-            from runtime.systems.refdet import bring_references
+            from engineworks.runtime.systems.refdet import bring_references
 
             target = scratch / "prompted" if int8 or deployed else out
             floats = bring_references(floats, refs, target, exist_ok=exist_ok)
         if int8:
-            from export.build import BuildConfig, build
+            from engineworks.export.build import BuildConfig, build
 
             config = BuildConfig(
                 samples=samples,
@@ -475,7 +477,7 @@ def export(
             target = scratch / "int8" if deployed else out
             floats = build(floats, target, config, exist_ok=exist_ok, say=say)
         if deployed:
-            from export.deploy import DeployConfig, deploy
+            from engineworks.export.deploy import DeployConfig, deploy
 
             with _Progress(context) as progress:
                 deploy(
@@ -536,12 +538,12 @@ def infer(
     exist_ok: bool,
 ) -> None:
     """Run a BUNDLE on images or video, without PyTorch."""
-    from runtime.infer import Summary
-    from runtime.infer import infer as run_infer
-    from runtime.outputs import is_free
-    from runtime.sources import open_source
-    from runtime.systems import Promptable
-    from runtime.verdict import unjudged
+    from engineworks.runtime.infer import Summary
+    from engineworks.runtime.infer import infer as run_infer
+    from engineworks.runtime.outputs import is_free
+    from engineworks.runtime.sources import open_source
+    from engineworks.runtime.systems import Promptable
+    from engineworks.runtime.verdict import unjudged
 
     if not exist_ok and not is_free(out):
         raise UsageError(f"{out} is not empty", fix="choose another --out, or pass --exist-ok")
@@ -572,7 +574,7 @@ def infer(
         except Stopped as signal:
             stopped = signal
     if report is not None:
-        from runtime.report import of_inference
+        from engineworks.runtime.report import of_inference
 
         facts = {
             "source": hide_secrets(source),
@@ -671,16 +673,16 @@ def bench(
 ) -> None:
     """Time a BUNDLE on every backend and precision, against eager PyTorch with --run."""
     if compare is not None:
-        from runtime.compare import compare as compare_reports
-        from runtime.compare import render as render_comparison
+        from engineworks.runtime.compare import compare as compare_reports
+        from engineworks.runtime.compare import render as render_comparison
 
         _echo(render_comparison(compare_reports(*compare)))
         return
     if bundle is None:
         raise UsageError("bench needs a bundle", fix="name one, or pass --compare A.json B.json")
-    from runtime import contenders
-    from runtime.bench import environment, render
-    from runtime.threads import available_threads
+    from engineworks.runtime import contenders
+    from engineworks.runtime.bench import environment, render
+    from engineworks.runtime.threads import available_threads
 
     try:
         sizes = [int(size) for size in batches.split(",")]
@@ -732,8 +734,8 @@ def bench(
 @EXIST_OK
 def refs(bundle: Path, refs: Path, out: Path, open_bundle: OpenBundle, exist_ok: bool) -> None:
     """Keep what BUNDLE makes of reference pictures, for --refs FILE.npz."""
-    from runtime.references import read_references
-    from runtime.systems import Promptable
+    from engineworks.runtime.references import read_references
+    from engineworks.runtime.systems import Promptable
 
     if out.exists() and not exist_ok:
         raise UsageError(f"{out} exists", fix="choose another --out, or pass --exist-ok")
@@ -748,7 +750,7 @@ def refs(bundle: Path, refs: Path, out: Path, open_bundle: OpenBundle, exist_ok:
 @main.command()
 def doctor() -> None:
     """Versions, processor, and which backends can be used here."""
-    from runtime.doctor import examine
+    from engineworks.runtime.doctor import examine
 
     problems = 0
     for finding in examine():
@@ -770,7 +772,7 @@ def bundle() -> None:
 @click.argument("folder", type=PATH)
 def show(folder: Path) -> None:
     """What a bundle is, after checking all of it."""
-    from runtime.bundle import read
+    from engineworks.runtime.bundle import read
 
     manifest = read(folder).manifest
     _echo(f"{manifest.system}, schema {manifest.schema_version}, {manifest.digest[:12]}")
@@ -781,7 +783,7 @@ def show(folder: Path) -> None:
         _echo(f"threshold {name}: {threshold.value:.4f} ({threshold.source})")
     _print_gate(manifest.reports.get("gate", {}))
     if verdict := manifest.reports.get("verdict"):
-        from runtime.verdict import describe
+        from engineworks.runtime.verdict import describe
 
         for line in describe(verdict):
             _echo(line)
@@ -802,7 +804,7 @@ def set_threshold(folder: Path, name: str, value: str | None, budget: float | No
     VALUE is a number, or the name of another threshold of the bundle, such as image_f1max; in its
     place --budget needs neither a number nor pictures.
     """
-    from runtime import bundle as bundles
+    from engineworks.runtime import bundle as bundles
 
     if (value is None) == (budget is None):
         raise UsageError("set-threshold takes a VALUE or --budget", fix="give one of the two")
@@ -828,7 +830,7 @@ def set_threshold(folder: Path, name: str, value: str | None, budget: float | No
 @click.argument("key", type=PATH)
 def keygen(key: Path) -> None:
     """Make a pair of keys to sign with: KEY, which stays with you, and KEY.pub for everybody."""
-    from runtime.signing import make_keys
+    from engineworks.runtime.signing import make_keys
 
     public = key.with_name(f"{key.name}.pub")
     make_keys(key, public)
@@ -840,8 +842,8 @@ def keygen(key: Path) -> None:
 @click.option("--key", type=PATH, required=True, help="Private key: Ed25519, PEM or OpenSSH.")
 def sign_bundle(folder: Path, key: Path) -> None:
     """Sign a bundle, after checking all of it."""
-    from runtime.bundle import read
-    from runtime.signing import sign
+    from engineworks.runtime.bundle import read
+    from engineworks.runtime.signing import sign
 
     opened = read(folder)
     sign(opened, key, password=lambda: click.prompt("password of the key", hide_input=True))
@@ -862,8 +864,8 @@ def verify_bundle(folder: Path, keys: tuple[Path, ...]) -> None:
 @click.option("--out", type=PATH, help="File to write [standard output].")
 def sbom(folder: Path, out: Path | None) -> None:
     """What made a bundle, as a bill of materials (CycloneDX)."""
-    from runtime.bundle import read
-    from runtime.sbom import describe
+    from engineworks.runtime.bundle import read
+    from engineworks.runtime.sbom import describe
 
     bill = describe(read(folder))
     if out is None:
@@ -895,8 +897,8 @@ def add(
     threads: int | None,
 ) -> None:
     """Extend the bank of bundle SOURCE with new normal images."""
-    from runtime.bundle import read
-    from runtime.systems.noising.extend import extend
+    from engineworks.runtime.bundle import read
+    from engineworks.runtime.systems.noising.extend import extend
 
     with claim(out):  # before it is read: it may be the bundle that is extended
         count = extend(
@@ -913,7 +915,7 @@ def add(
 
 def _backbone(name: str, given: dict[str, Any]) -> tuple[BackboneConfig, tuple[int, int] | None]:
     """What ``backbone:NAME`` and its options mean: the net, and the size of its images."""
-    from training.config import BackboneConfig, read_yaml, validate
+    from engineworks.training.config import BackboneConfig, read_yaml, validate
 
     tree: dict[str, Any] = {"name": name, **given}
     size = None
@@ -948,11 +950,11 @@ def _names(text: str) -> tuple[str, ...]:
 
 def _read_bundle(folder: Path, signers: Sequence[Path] = ()) -> Bundle:
     """A checked bundle, signed by one of these keys where there are any."""
-    from runtime.bundle import read
+    from engineworks.runtime.bundle import read
 
     opened = read(folder)
     if signers:
-        from runtime.signing import check_signature
+        from engineworks.runtime.signing import check_signature
 
         check_signature(opened, signers)
     return opened
@@ -1027,7 +1029,7 @@ class _Progress:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    from runtime import files
+    from engineworks.runtime import files
 
     files.write(path, json.dumps(content, indent=2) + "\n")
 
@@ -1054,7 +1056,7 @@ def _print_decisions(decisions: Sequence[Decisions | dict[str, Any]], of: str = 
         decisions: as they were made, or as JSON has them.
         of: the precision that made them, where there are several.
     """
-    from runtime.evaluation import Decisions, table
+    from engineworks.runtime.evaluation import Decisions, table
 
     made = [Decisions.model_validate(each) for each in decisions]
     if not made:

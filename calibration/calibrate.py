@@ -12,15 +12,15 @@ from dataclasses import dataclass
 import numpy as np
 import onnxruntime
 
-import runtime
-from calibration import ranges
-from calibration.observe import ChannelMean, Histogram, Observer
-from calibration.samples import Sample
-from calibration.table import GraphRanges, Range, Table, graph_sha256, preprocess_sha256
-from calibration.tap import Tap
-from runtime.bundle import Bundle
-from runtime.errors import CalibrationError
-from runtime.systems import open_system
+from engineworks import __version__
+from engineworks.calibration import ranges
+from engineworks.calibration.observe import ChannelMean, Histogram, Observer
+from engineworks.calibration.samples import Sample
+from engineworks.calibration.table import GraphRanges, Range, Table, graph_sha256, preprocess_sha256
+from engineworks.calibration.tap import Tap
+from engineworks.runtime.bundle import Bundle
+from engineworks.runtime.errors import CalibrationError
+from engineworks.runtime.systems import open_system
 
 BATCH_SIZE = 4
 
@@ -62,7 +62,7 @@ class Histograms:
             samples={sample.name: sample.sha256 for sample in self.samples},
             preprocess=preprocess_sha256(self.bundle.manifest.preprocess),
             tools={
-                "engineworks": runtime.__version__,
+                "engineworks": __version__,
                 "numpy": np.__version__,
                 "onnxruntime": onnxruntime.__version__,
             },

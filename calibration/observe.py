@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from runtime.engines.ort import OrtEngine
-from runtime.errors import CalibrationError
-from runtime.tensors import Array, Feeds
+from engineworks.runtime.engines.ort import OrtEngine
+from engineworks.runtime.errors import CalibrationError
+from engineworks.runtime.tensors import Array, Feeds
 
 NUM_BINS = 4096
 _CHUNK = 1 << 16  # values handled at a time: temporaries stay in the cache

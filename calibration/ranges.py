@@ -9,9 +9,9 @@ import math
 
 import numpy as np
 
-from calibration.observe import Histogram
-from runtime.errors import CalibrationError, UsageError
-from runtime.tensors import Array
+from engineworks.calibration.observe import Histogram
+from engineworks.runtime.errors import CalibrationError, UsageError
+from engineworks.runtime.tensors import Array
 
 METHODS = ("minmax", "percentile", "entropy", "mse")
 LEVELS = 127

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime.bundle import sha256_file
-from runtime.errors import DatasetError
-from runtime.sources import PICTURES, Reader
+from engineworks.runtime.bundle import sha256_file
+from engineworks.runtime.errors import DatasetError
+from engineworks.runtime.sources import PICTURES, Reader
 
 
 @dataclass(frozen=True)

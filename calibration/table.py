@@ -11,13 +11,13 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from calibration.ranges import DEFAULT_PERCENTILE
-from calibration.samples import Sample
-from runtime import files
-from runtime.bundle import Bundle
-from runtime.errors import CalibrationError
-from runtime.preprocess import PlanesSpec, PreprocessSpec
-from runtime.tensors import Array
+from engineworks.calibration.ranges import DEFAULT_PERCENTILE
+from engineworks.calibration.samples import Sample
+from engineworks.runtime import files
+from engineworks.runtime.bundle import Bundle
+from engineworks.runtime.errors import CalibrationError
+from engineworks.runtime.preprocess import PlanesSpec, PreprocessSpec
+from engineworks.runtime.tensors import Array
 
 _SHA256 = Field(pattern=r"^[0-9a-f]{64}$")
 

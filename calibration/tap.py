@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from calibration.observe import ChannelMean, Histogram, Observer
-from runtime.errors import EngineError
-from runtime.tensors import Array, Feeds, TensorSpec
+from engineworks.calibration.observe import ChannelMean, Histogram, Observer
+from engineworks.runtime.errors import EngineError
+from engineworks.runtime.tensors import Array, Feeds, TensorSpec
 
 
 class Tap:

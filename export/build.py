@@ -16,28 +16,28 @@ from typing import Any
 
 import onnx
 
-from calibration import calibrate, ranges
-from calibration.samples import choose
-from calibration.table import Table
-from export.gate import evaluate, int8_backends, judge
-from export.legality import check_legal
-from export.openvino import quantize_for_openvino
-from export.ort import quantize_for_ort, silus
-from export.parity import Feeds, Parity, compare, outputs, record
-from export.passes import before_choice
-from export.quantize import KeepFloat, activations, quantize, to_unsigned
-from export.sensitivity import NodeCost, sensitivity
-from runtime import bench
-from runtime.bundle import Bundle, Manifest, check_out, read, write
-from runtime.engines import BACKENDS, Engine, open_engine
-from runtime.engines.ort import OrtEngine
-from runtime.errors import ExportError, GateError, UsageError
-from runtime.evaluation import Evaluation
-from runtime.files import scratch
-from runtime.plans import PROVENANCE
-from runtime.systems import open_engines, reader_of, variant_of
-from runtime.tensors import Array
-from runtime.verdict import decide, describe, lost
+from engineworks.calibration import calibrate, ranges
+from engineworks.calibration.samples import choose
+from engineworks.calibration.table import Table
+from engineworks.export.gate import evaluate, int8_backends, judge
+from engineworks.export.legality import check_legal
+from engineworks.export.openvino import quantize_for_openvino
+from engineworks.export.ort import quantize_for_ort, silus
+from engineworks.export.parity import Feeds, Parity, compare, outputs, record
+from engineworks.export.passes import before_choice
+from engineworks.export.quantize import KeepFloat, activations, quantize, to_unsigned
+from engineworks.export.sensitivity import NodeCost, sensitivity
+from engineworks.runtime import bench
+from engineworks.runtime.bundle import Bundle, Manifest, check_out, read, write
+from engineworks.runtime.engines import BACKENDS, Engine, open_engine
+from engineworks.runtime.engines.ort import OrtEngine
+from engineworks.runtime.errors import ExportError, GateError, UsageError
+from engineworks.runtime.evaluation import Evaluation
+from engineworks.runtime.files import scratch
+from engineworks.runtime.plans import PROVENANCE
+from engineworks.runtime.systems import open_engines, reader_of, variant_of
+from engineworks.runtime.tensors import Array
+from engineworks.runtime.verdict import decide, describe, lost
 
 # what `--method auto` tries; the one whose INT8 outputs lie nearest to the float ones is taken
 _CANDIDATES: tuple[tuple[str, float], ...] = (

@@ -17,17 +17,17 @@ from typing import Any
 
 import onnx
 
-from calibration.samples import choose
-from export.halve import TYPES, HalfType, halve, num_half, rounded
-from export.parity import Feeds, Parity, compare, outputs, record
-from export.passes import before_choice
-from runtime.bundle import Bundle, GraphEntry, Manifest, check_out, sha256_file, write
-from runtime.contenders import images_for
-from runtime.engines import BACKENDS
-from runtime.engines.ort import OrtEngine
-from runtime.errors import BackendError, BundleError, ParityError, UsageError
-from runtime.files import scratch
-from runtime.plans import (
+from engineworks.calibration.samples import choose
+from engineworks.export.halve import TYPES, HalfType, halve, num_half, rounded
+from engineworks.export.parity import Feeds, Parity, compare, outputs, record
+from engineworks.export.passes import before_choice
+from engineworks.runtime.bundle import Bundle, GraphEntry, Manifest, check_out, sha256_file, write
+from engineworks.runtime.contenders import images_for
+from engineworks.runtime.engines import BACKENDS
+from engineworks.runtime.engines.ort import OrtEngine
+from engineworks.runtime.errors import BackendError, BundleError, ParityError, UsageError
+from engineworks.runtime.files import scratch
+from engineworks.runtime.plans import (
     DEFAULT_BATCH,
     PLANS,
     PROVENANCE,
@@ -38,8 +38,8 @@ from runtime.plans import (
     ShapeRange,
     this_machine,
 )
-from runtime.systems import reader_of
-from runtime.tensors import Array, TensorSpec
+from engineworks.runtime.systems import reader_of
+from engineworks.runtime.tensors import Array, TensorSpec
 
 # what a 16-bit graph must keep of every output's direction, on average over its rows
 MIN_COSINE = 0.999
@@ -267,7 +267,10 @@ def _add_plan(
     progress: Callable[[str, int, int], None] | None,
 ) -> None:
     """Build one plan and note where it comes from."""
-    from export.plan import build_plan, cache_name  # needs TensorRT, which 16-bit graphs do not
+    from engineworks.export.plan import (  # needs TensorRT, which 16-bit graphs do not
+        build_plan,
+        cache_name,
+    )
 
     variant, source = PLANS[precision]
     path, machine = work.path(graph, source), this_machine()

@@ -11,12 +11,12 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from runtime.bundle import Bundle
-from runtime.engines import BACKENDS
-from runtime.errors import BackendError, DatasetError
-from runtime.evaluation import Evaluation
-from runtime.evidence import Drop
-from runtime.systems import open_system, variant_of
+from engineworks.runtime.bundle import Bundle
+from engineworks.runtime.engines import BACKENDS
+from engineworks.runtime.errors import BackendError, DatasetError
+from engineworks.runtime.evaluation import Evaluation
+from engineworks.runtime.evidence import Drop
+from engineworks.runtime.systems import open_system, variant_of
 
 Say = Callable[[str], None]
 

@@ -24,9 +24,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper, version_converter
 
-from export.passes import GraphView, check_flat, drop_unused, infer_shapes
-from export.quantize import NOTHING, KeepFloat
-from runtime.errors import ExportError
+from engineworks.export.passes import GraphView, check_flat, drop_unused, infer_shapes
+from engineworks.export.quantize import NOTHING, KeepFloat
+from engineworks.runtime.errors import ExportError
 
 HalfType = Literal["fp16", "bf16"]
 

@@ -17,9 +17,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
-from export.passes import GraphView, attribute
-from export.quantize import weight_axis
-from runtime.errors import QuantizationError
+from engineworks.export.passes import GraphView, attribute
+from engineworks.export.quantize import weight_axis
+from engineworks.runtime.errors import QuantizationError
 
 _PAIR = ("QuantizeLinear", "DequantizeLinear")
 _WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")

@@ -22,8 +22,8 @@ from dataclasses import dataclass, field
 
 import onnx
 
-from export.passes import GraphView, drop_unused
-from export.quantize import (
+from engineworks.export.passes import GraphView, drop_unused
+from engineworks.export.quantize import (
     NOTHING,
     KeepFloat,
     activation_pair,
@@ -34,7 +34,7 @@ from export.quantize import (
     quantize,
     to_unsigned,
 )
-from runtime.tensors import Array
+from engineworks.runtime.tensors import Array
 
 WIDEST = 2.0
 

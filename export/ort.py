@@ -27,8 +27,8 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from export.passes import GraphView, attribute, drop_unused
-from export.quantize import (
+from engineworks.export.passes import GraphView, attribute, drop_unused
+from engineworks.export.quantize import (
     NOTHING,
     SCALE_FLOOR,
     KeepFloat,
@@ -38,7 +38,7 @@ from export.quantize import (
     quantize,
     to_unsigned,
 )
-from runtime.tensors import Array
+from engineworks.runtime.tensors import Array
 
 TAIL = -6.0  # SiLU(TAIL) = -0.015
 

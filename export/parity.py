@@ -14,12 +14,12 @@ from contextlib import closing
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from runtime.bundle import Bundle
-from runtime.engines import Engine
-from runtime.errors import ParityError
-from runtime.systems import open_engines, open_system
-from runtime.tensors import Array, TensorSpec
-from runtime.tensors import Feeds as EngineFeeds
+from engineworks.runtime.bundle import Bundle
+from engineworks.runtime.engines import Engine
+from engineworks.runtime.errors import ParityError
+from engineworks.runtime.systems import open_engines, open_system
+from engineworks.runtime.tensors import Array, TensorSpec
+from engineworks.runtime.tensors import Feeds as EngineFeeds
 
 Feeds = Mapping[str, Sequence[Mapping[str, Array]]]  # graph -> what it is fed, call by call
 

@@ -13,8 +13,8 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from runtime.errors import ExportError
-from runtime.tensors import Array
+from engineworks.runtime.errors import ExportError
+from engineworks.runtime.tensors import Array
 
 MIN_OPSET = 18
 

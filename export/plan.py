@@ -24,11 +24,11 @@ import onnx
 import tensorrt as trt
 from google.protobuf.message import DecodeError
 
-from export.legality import check_legal
-from runtime import files
-from runtime.engines.recorder import Recorder
-from runtime.errors import BackendError, ExportError
-from runtime.plans import Machine, PlanConfig, Profile, Shape, ShapeRange
+from engineworks.export.legality import check_legal
+from engineworks.runtime import files
+from engineworks.runtime.engines.recorder import Recorder
+from engineworks.runtime.errors import BackendError, ExportError
+from engineworks.runtime.plans import Machine, PlanConfig, Profile, Shape, ShapeRange
 
 Progress = Callable[[int, int], None]
 

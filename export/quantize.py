@@ -30,9 +30,9 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from pydantic import BaseModel, ConfigDict, field_serializer
 
-from export.passes import GraphView, attribute, check_flat, drop_unused
-from runtime.errors import QuantizationError
-from runtime.tensors import Array
+from engineworks.export.passes import GraphView, attribute, check_flat, drop_unused
+from engineworks.runtime.errors import QuantizationError
+from engineworks.runtime.tensors import Array
 
 LEVELS = 127  # the largest quantized magnitude that both signs have
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 
-from export.parity import compare
-from export.quantize import NOTHING, KeepFloat, quantizable, quantize, to_unsigned
-from runtime.engines.ort import OrtEngine
-from runtime.errors import QuantizationError
-from runtime.tensors import Array
+from engineworks.export.parity import compare
+from engineworks.export.quantize import NOTHING, KeepFloat, quantizable, quantize, to_unsigned
+from engineworks.runtime.engines.ort import OrtEngine
+from engineworks.runtime.errors import QuantizationError
+from engineworks.runtime.tensors import Array
 
 
 @dataclass(frozen=True)

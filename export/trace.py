@@ -14,18 +14,18 @@ from typing import Any
 import onnx
 import torch
 
-from export import passes
-from export.parity import Parity, check, check_shapes
-from export.systems import Source, backbone, recipe
-from runtime import bundle
-from runtime.bundle import Bundle, GraphEntry, Manifest
-from runtime.engines import open_engine
-from runtime.errors import ExportError, RunError
-from runtime.files import scratch
-from runtime.tensors import Array, TensorSpec
-from training.config import BackboneConfig
-from training.run import open_run
-from training.task import Progress
+from engineworks.export import passes
+from engineworks.export.parity import Parity, check, check_shapes
+from engineworks.export.systems import Source, backbone, recipe
+from engineworks.runtime import bundle
+from engineworks.runtime.bundle import Bundle, GraphEntry, Manifest
+from engineworks.runtime.engines import open_engine
+from engineworks.runtime.errors import ExportError, RunError
+from engineworks.runtime.files import scratch
+from engineworks.runtime.tensors import Array, TensorSpec
+from engineworks.training.config import BackboneConfig
+from engineworks.training.run import open_run
+from engineworks.training.task import Progress
 
 _PACKAGES = ("engineworks", "torch", "timm", "onnx", "onnxscript", "onnxslim", "onnxruntime")
 

@@ -1,3 +1,1 @@
 """The torch-free base: everything that runs a bundle. It imports none of the other packages."""
-
-__version__ = "0.1.0"

@@ -18,10 +18,10 @@ import numpy as np
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import faiss
 
-from runtime import files
-from runtime.coreset import Progress, greedy_k_centre
-from runtime.errors import BankError
-from runtime.tensors import Array
+from engineworks.runtime import files
+from engineworks.runtime.coreset import Progress, greedy_k_centre
+from engineworks.runtime.errors import BankError
+from engineworks.runtime.tensors import Array
 
 _QUERY_BLOCK = 4096
 # fewer are measured row by row: FAISS would repack the whole bank for its product, and the threads

@@ -24,12 +24,12 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from runtime import gpu
-from runtime.doctor import cpu_model, installed, int8_features
-from runtime.errors import InputError
-from runtime.evaluation import Evaluation, Rate
-from runtime.tensors import Array
-from runtime.threads import available_threads
+from engineworks.runtime import gpu
+from engineworks.runtime.doctor import cpu_model, installed, int8_features
+from engineworks.runtime.errors import InputError
+from engineworks.runtime.evaluation import Evaluation, Rate
+from engineworks.runtime.tensors import Array
+from engineworks.runtime.threads import available_threads
 
 FOREIGN_CORES = 0.15
 MIN_RUNS = 15

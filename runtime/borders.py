@@ -18,8 +18,8 @@ from typing import Annotated, Self
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
-from runtime.errors import InputError
-from runtime.tensors import Array
+from engineworks.runtime.errors import InputError
+from engineworks.runtime.tensors import Array
 
 _STEPS = 200
 _FITTED = (0.5, 0.9)  # the quantiles that fix the tail

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from runtime.boxes import iou
-from runtime.errors import BackendError, InputError
-from runtime.evaluation import Decisions, Evaluation, Rate, warned
-from runtime.evidence import IOUS, BoxRanking, Found
-from runtime.tensors import Array
+from engineworks.runtime.boxes import iou
+from engineworks.runtime.errors import BackendError, InputError
+from engineworks.runtime.evaluation import Decisions, Evaluation, Rate, warned
+from engineworks.runtime.evidence import IOUS, BoxRanking, Found
+from engineworks.runtime.tensors import Array
 
 _MAX_BOXES = 100  # of an image and class
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from runtime.preprocess import PreprocessSpec, placement
-from runtime.tensors import Array
+from engineworks.runtime.preprocess import PreprocessSpec, placement
+from engineworks.runtime.tensors import Array
 
 
 def iou(boxes_N4: Array, others_K4: Array) -> Array:

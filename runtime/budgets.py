@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from runtime.errors import InputError, UsageError
+from engineworks.runtime.errors import InputError, UsageError
 
 
 @dataclass(frozen=True)

@@ -28,14 +28,14 @@ from pydantic import (
     field_validator,
 )
 
-from runtime.borders import HeldOut, border
-from runtime.claims import claim, real
-from runtime.errors import BundleError, InputError
-from runtime.evaluation import Decisions
-from runtime.files import NewFolder, is_temporary, recover
-from runtime.files import write as write_file
-from runtime.preprocess import PlanesSpec, PreprocessSpec
-from runtime.tensors import TensorSpec
+from engineworks.runtime.borders import HeldOut, border
+from engineworks.runtime.claims import claim, real
+from engineworks.runtime.errors import BundleError, InputError
+from engineworks.runtime.evaluation import Decisions
+from engineworks.runtime.files import NewFolder, is_temporary, recover
+from engineworks.runtime.files import write as write_file
+from engineworks.runtime.preprocess import PlanesSpec, PreprocessSpec
+from engineworks.runtime.tensors import TensorSpec
 
 FORMAT = "engineworks-bundle"
 SCHEMA_VERSION = 1

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from runtime.errors import InUseError
+from engineworks.runtime.errors import InUseError
 
 _CREDENTIALS = struct.Struct("3i")  # of SO_PEERCRED: process, user, group
 _POLL_S = 0.02

@@ -14,10 +14,10 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, FiniteFloat, PositiveInt, TypeAdapter, ValidationError
 
-from runtime import budgets, folders, headers
-from runtime.errors import DatasetError
-from runtime.folders import Tally
-from runtime.labels import Box, Faults
+from engineworks.runtime import budgets, folders, headers
+from engineworks.runtime.errors import DatasetError
+from engineworks.runtime.folders import Tally
+from engineworks.runtime.labels import Box, Faults
 
 MIN_AREA = 2.0  # square pixels of a box that can be learnt
 

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from runtime.errors import InputError
+from engineworks.runtime.errors import InputError
 
 # facts of the environment that change times
 _FACTS = ("cpu", "gpu", "cores", "threads", "system", "python")

@@ -18,15 +18,15 @@ from typing import Any
 
 import numpy as np
 
-from runtime import bench
-from runtime.bundle import Bundle
-from runtime.engines import BACKENDS, check_backend
-from runtime.errors import BundleError, UsageError
-from runtime.evaluation import Evaluation
-from runtime.preprocess import apply
-from runtime.sources import open_source
-from runtime.systems import Promptable, System, choose, open_system, reader_of
-from runtime.tensors import Array
+from engineworks.runtime import bench
+from engineworks.runtime.bundle import Bundle
+from engineworks.runtime.engines import BACKENDS, check_backend
+from engineworks.runtime.errors import BundleError, UsageError
+from engineworks.runtime.evaluation import Evaluation
+from engineworks.runtime.preprocess import apply
+from engineworks.runtime.sources import open_source
+from engineworks.runtime.systems import Promptable, System, choose, open_system, reader_of
+from engineworks.runtime.tensors import Array
 
 NETWORK = "network"
 ON_GPU = "network on the GPU"
@@ -155,7 +155,7 @@ def _run(system: System, batch: Array) -> object:
 
 
 def _on_gpu(system: System, batch: Array) -> Callable[[], bench.DeviceTime]:
-    from runtime.engines import cuda  # needs pycuda
+    from engineworks.runtime.engines import cuda  # needs pycuda
 
     stopwatch = cuda.Stopwatch()
     feeds = {
@@ -200,7 +200,9 @@ def measure(
     """
     found: list[Contender] = []
     if run is not None:
-        package = importlib.import_module("training.systems").system_package(bundle.manifest.system)
+        package = importlib.import_module("engineworks.training.systems").system_package(
+            bundle.manifest.system
+        )
         eager = importlib.import_module(f"{package}.eager")
         found += eager.contenders(run, bundle, threads=threads, say=say)
     found += of_bundle(bundle, backend, threads, prepare, host_code=host_code)

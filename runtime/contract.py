@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from runtime.bundle import Bundle, GraphEntry
-from runtime.engines import Engine
-from runtime.errors import BundleError, EngineError
-from runtime.preprocess import PlanesSpec, PreprocessSpec
-from runtime.tensors import Array, Feeds, TensorSpec
+from engineworks.runtime.bundle import Bundle, GraphEntry
+from engineworks.runtime.engines import Engine
+from engineworks.runtime.errors import BundleError, EngineError
+from engineworks.runtime.preprocess import PlanesSpec, PreprocessSpec
+from engineworks.runtime.tensors import Array, Feeds, TensorSpec
 
 # of a tensor: the letter of each axis, see runtime.tensors; ``3`` stands for itself
 Axes: TypeAlias = str

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from runtime.errors import BankError
-from runtime.tensors import Array
+from engineworks.runtime.errors import BankError
+from engineworks.runtime.tensors import Array
 
 _CHUNK_BYTES = 64 << 20
 _FRONT_BYTES = 16 << 20

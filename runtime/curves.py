@@ -13,8 +13,8 @@ from typing import TypeAlias
 
 import numpy as np
 
-from runtime.pixels import Pixels, count_above
-from runtime.tensors import Array
+from engineworks.runtime.pixels import Pixels, count_above
+from engineworks.runtime.tensors import Array
 
 _POSITIVES_AT_ONCE = 4 << 20
 

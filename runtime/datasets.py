@@ -10,14 +10,14 @@ from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 
-from runtime import folders, images, labels, masks, parquet, planes
-from runtime.errors import DatasetError, ImageError
-from runtime.folders import Tally
-from runtime.images import SUFFIXES
-from runtime.labels import Faults, Item, Labelled
-from runtime.masks import Masks
-from runtime.parquet import Found, PackedPicture
-from runtime.tensors import Array
+from engineworks.runtime import folders, images, labels, masks, parquet, planes
+from engineworks.runtime.errors import DatasetError, ImageError
+from engineworks.runtime.folders import Tally
+from engineworks.runtime.images import SUFFIXES
+from engineworks.runtime.labels import Faults, Item, Labelled
+from engineworks.runtime.masks import Masks
+from engineworks.runtime.parquet import Found, PackedPicture
+from engineworks.runtime.tensors import Array
 
 NORMAL = "good"
 Split: TypeAlias = parquet.Split

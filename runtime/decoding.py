@@ -14,10 +14,10 @@ from typing import Any
 import av
 import numpy as np
 
-from runtime import budgets
-from runtime.errors import VideoError
-from runtime.tensors import Array
-from runtime.texts import hide_secrets
+from engineworks.runtime import budgets
+from engineworks.runtime.errors import VideoError
+from engineworks.runtime.tensors import Array
+from engineworks.runtime.texts import hide_secrets
 
 LIVE_RATE = Fraction(25)  # players' hint for a recorded stream; its frames keep their own times
 TIMEOUT_S = 10.0  # of a connection that sends nothing

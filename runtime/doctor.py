@@ -9,10 +9,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
-import runtime
-from runtime import gpu
-from runtime.engines import BACKENDS
-from runtime.threads import available_threads
+from engineworks import __version__
+from engineworks.runtime import gpu
+from engineworks.runtime.engines import BACKENDS
+from engineworks.runtime.threads import available_threads
 
 # pairs of packages that install the same files over each other
 _CLASHES = (
@@ -60,7 +60,7 @@ def installed(package: str) -> str | None:
 
 def examine() -> Iterator[Finding]:
     """Look at this machine, most important things first."""
-    yield Finding("ok", f"engineworks {runtime.__version__}, Python {platform.python_version()}")
+    yield Finding("ok", f"engineworks {__version__}, Python {platform.python_version()}")
     yield Finding(
         "ok",
         f"{cpu_model()}, {available_threads()} cores, instructions for INT8 and bfloat16: "

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from runtime.tensors import Array
+from engineworks.runtime.tensors import Array
 
 MARK = (255, 40, 40)
 _BAR = (24, 24, 24)

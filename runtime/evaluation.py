@@ -15,9 +15,9 @@ from typing import Any, Self
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
-from runtime.errors import InputError
-from runtime.evidence import ROUNDS, Drop, Evidence, paired_drops
-from runtime.tensors import Array
+from engineworks.runtime.errors import InputError
+from engineworks.runtime.evidence import ROUNDS, Drop, Evidence, paired_drops
+from engineworks.runtime.tensors import Array
 
 _Z = 1.959963984540054  # of a 95 % interval
 _MAX_KINDS = 20  # of a table for people

@@ -17,8 +17,8 @@ from typing import Protocol
 
 import numpy as np
 
-from runtime.pixels import Pixels
-from runtime.tensors import Array
+from engineworks.runtime.pixels import Pixels
+from engineworks.runtime.tensors import Array
 
 ROUNDS = 1000  # resamples of a bootstrap
 PIXEL_BINS = 1024

@@ -26,7 +26,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import IO, Self
 
-from runtime.claims import close_in_children, real
+from engineworks.runtime.claims import close_in_children, real
 
 _TEMPORARY = re.compile(r"\.engineworks-[0-9a-f]{16}\.tmp")
 _JOURNAL, _NEW, _OLD = "journal", "new", "old"  # of a replacement without exchange

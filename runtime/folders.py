@@ -14,7 +14,7 @@ import os
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
-from runtime.images import SUFFIXES
+from engineworks.runtime.images import SUFFIXES
 
 # of operating systems, in lower case
 _LITTER = frozenset(

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import OrderedDict
 from pathlib import Path
 
-from runtime import images
-from runtime.objects import Frame, Reference
-from runtime.tensors import Array
-from runtime.video import VideoFile
+from engineworks.runtime import images
+from engineworks.runtime.objects import Frame, Reference
+from engineworks.runtime.tensors import Array
+from engineworks.runtime.video import VideoFile
 
 _MAX_OPEN = 8  # decoders of videos; where the frames of the others lie is still known
 _MARGIN = 0.05  # around a box that is cut out, as a share of its sides

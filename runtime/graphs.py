@@ -18,7 +18,7 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import AttributeProto, TensorProto
 
-from runtime.errors import EngineError
+from engineworks.runtime.errors import EngineError
 
 # domain -> oldest and newest version of its operators; ONNX Runtime's own are its fused ones
 _NEWEST = onnx.defs.onnx_opset_version()

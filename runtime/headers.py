@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from runtime import budgets, tiff
-from runtime.errors import ImageError
+from engineworks.runtime import budgets, tiff
+from engineworks.runtime.errors import ImageError
 
 MAX_PAGES = 8  # more than an image can be made of
 

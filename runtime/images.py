@@ -15,10 +15,10 @@ from typing import IO, TypeVar
 import cv2
 import numpy as np
 
-from runtime import budgets, files
-from runtime.errors import ImageError
-from runtime.headers import MAX_PAGES, check_size, jpeg_segments
-from runtime.tensors import Array
+from engineworks.runtime import budgets, files
+from engineworks.runtime.errors import ImageError
+from engineworks.runtime.headers import MAX_PAGES, check_size, jpeg_segments
+from engineworks.runtime.tensors import Array
 
 _WRITTEN = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 # what can be read: other names of JPEG, and AVIF where this OpenCV has its decoder

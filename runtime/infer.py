@@ -23,18 +23,24 @@ from pathlib import Path
 from signal import SIGINT
 from typing import Any
 
-from runtime import draw, images, live, video
-from runtime.decoding import LIVE_RATE, Frame
-from runtime.errors import ImageError, InputError, NotFiniteError, UsageError, VideoError
-from runtime.names import overlay_names
-from runtime.outputs import Outputs
-from runtime.results import Detections
-from runtime.signals import unbroken
-from runtime.sources import Source
-from runtime.systems import Promptable, Result, System
-from runtime.tables import COCO_NAME, LINES_NAME, Coco, Item, Tables
-from runtime.tensors import Array
-from runtime.tracking import Tracks
+from engineworks.runtime import draw, images, live, video
+from engineworks.runtime.decoding import LIVE_RATE, Frame
+from engineworks.runtime.errors import (
+    ImageError,
+    InputError,
+    NotFiniteError,
+    UsageError,
+    VideoError,
+)
+from engineworks.runtime.names import overlay_names
+from engineworks.runtime.outputs import Outputs
+from engineworks.runtime.results import Detections
+from engineworks.runtime.signals import unbroken
+from engineworks.runtime.sources import Source
+from engineworks.runtime.systems import Promptable, Result, System
+from engineworks.runtime.tables import COCO_NAME, LINES_NAME, Coco, Item, Tables
+from engineworks.runtime.tensors import Array
+from engineworks.runtime.tracking import Tracks
 
 Progress = Callable[[int, int], None]
 Say = Callable[[str], None]

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 
-from runtime import folders
-from runtime.errors import DatasetError
-from runtime.folders import Tally
-from runtime.parquet import PackedPicture
-from runtime.tensors import Array
+from engineworks.runtime import folders
+from engineworks.runtime.errors import DatasetError
+from engineworks.runtime.folders import Tally
+from engineworks.runtime.parquet import PackedPicture
+from engineworks.runtime.tensors import Array
 
 # x1, y1, x2, y2 in pixels of the upright picture
 Box: TypeAlias = tuple[float, float, float, float]

@@ -9,10 +9,18 @@ from collections.abc import Callable, Iterator
 import av
 import numpy as np
 
-from runtime.decoding import TIMEOUT_S, Frame, Tally, open_live, pictures, upright, video_stream
-from runtime.errors import VideoError
-from runtime.tensors import Array
-from runtime.texts import hide_secrets
+from engineworks.runtime.decoding import (
+    TIMEOUT_S,
+    Frame,
+    Tally,
+    open_live,
+    pictures,
+    upright,
+    video_stream,
+)
+from engineworks.runtime.errors import VideoError
+from engineworks.runtime.tensors import Array
+from engineworks.runtime.texts import hide_secrets
 
 # waits between attempts, about two minutes; then the stream is given up
 _RECONNECT_S = (0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 30.0, 30.0)

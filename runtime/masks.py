@@ -16,11 +16,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from runtime import folders, headers, images
-from runtime.errors import DatasetError, ImageError
-from runtime.folders import Tally
-from runtime.labels import Faults
-from runtime.tensors import Array
+from engineworks.runtime import folders, headers, images
+from engineworks.runtime.errors import DatasetError, ImageError
+from engineworks.runtime.folders import Tally
+from engineworks.runtime.labels import Faults
+from engineworks.runtime.tensors import Array
 
 FOLDERS = ("ground_truth", "groundtruth", "gt", "masks", "mask")
 ENDINGS = ("_mask", "_gt", "_label", "_seg")

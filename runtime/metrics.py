@@ -13,13 +13,13 @@ from dataclasses import replace
 import cv2
 import numpy as np
 
-from runtime.curves import of_pixels, of_scores
-from runtime.errors import InputError
-from runtime.evaluation import Decisions, Evaluation, Rate, decide, warned
-from runtime.evidence import CandidateRanking, Evidence, PixelRanking, Ranking, Shares
-from runtime.pixels import Pixels
-from runtime.results import Candidate
-from runtime.tensors import Array
+from engineworks.runtime.curves import of_pixels, of_scores
+from engineworks.runtime.errors import InputError
+from engineworks.runtime.evaluation import Decisions, Evaluation, Rate, decide, warned
+from engineworks.runtime.evidence import CandidateRanking, Evidence, PixelRanking, Ranking, Shares
+from engineworks.runtime.pixels import Pixels
+from engineworks.runtime.results import Candidate
+from engineworks.runtime.tensors import Array
 
 AUPRO_LIMIT = 0.3
 TOP = 5

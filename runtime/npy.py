@@ -17,9 +17,9 @@ import zlib
 import numpy as np
 from numpy.lib import format as npy_format
 
-from runtime import budgets
-from runtime.errors import InputError
-from runtime.tensors import Array
+from engineworks.runtime import budgets
+from engineworks.runtime.errors import InputError
+from engineworks.runtime.tensors import Array
 
 _MAGIC = b"\x93NUMPY"
 _READERS = {(1, 0): npy_format.read_array_header_1_0, (2, 0): npy_format.read_array_header_2_0}

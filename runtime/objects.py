@@ -30,16 +30,16 @@ from typing import Literal, TypeAlias
 import numpy as np
 from pydantic import FiniteFloat, NonNegativeInt, TypeAdapter
 
-from runtime import folders, images, labels
-from runtime.coco import MIN_AREA, CocoFile, Part, clipped, validated
-from runtime.errors import DatasetError
-from runtime.folders import Tally
-from runtime.labels import Box, Faults, Item, Labelled
-from runtime.names import file_name
-from runtime.references import pictures_in
-from runtime.sources import VIDEO_SUFFIXES
-from runtime.tensors import Array
-from runtime.video import VideoFile
+from engineworks.runtime import folders, images, labels
+from engineworks.runtime.coco import MIN_AREA, CocoFile, Part, clipped, validated
+from engineworks.runtime.errors import DatasetError
+from engineworks.runtime.folders import Tally
+from engineworks.runtime.labels import Box, Faults, Item, Labelled
+from engineworks.runtime.names import file_name
+from engineworks.runtime.references import pictures_in
+from engineworks.runtime.sources import VIDEO_SUFFIXES
+from engineworks.runtime.tensors import Array
+from engineworks.runtime.video import VideoFile
 
 Split: TypeAlias = Literal["train", "val", "test"]
 

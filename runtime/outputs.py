@@ -14,9 +14,9 @@ from contextlib import ExitStack, suppress
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from runtime import files
-from runtime.claims import claim, real
-from runtime.errors import InputError
+from engineworks.runtime import files
+from engineworks.runtime.claims import claim, real
+from engineworks.runtime.errors import InputError
 
 RECORD_NAME = "infer.json"
 _FORMAT = "engineworks-results"

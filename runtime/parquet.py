@@ -9,8 +9,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
-from runtime.errors import BackendError, DatasetError
-from runtime.files import scratch
+from engineworks.runtime.errors import BackendError, DatasetError
+from engineworks.runtime.files import scratch
 
 Split: TypeAlias = Literal["train", "val", "test"]
 # class name, file, row of a parquet file

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import cv2
 import numpy as np
 
-from runtime.tensors import Array
+from engineworks.runtime.tensors import Array
 
 _IN_MEMORY = 64 << 20  # bytes; what is more goes into a temporary file
 _AT_ONCE = 8 << 20  # scores that are sorted together

@@ -19,11 +19,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from runtime import images, npy, tiff
-from runtime.errors import ImageError, InputError
-from runtime.files import write as write_file
-from runtime.sources import Reader
-from runtime.tensors import Array
+from engineworks.runtime import images, npy, tiff
+from engineworks.runtime.errors import ImageError, InputError
+from engineworks.runtime.files import write as write_file
+from engineworks.runtime.sources import Reader
+from engineworks.runtime.tensors import Array
 
 SUFFIXES = images.SUFFIXES | {".npy"}
 DTYPES = ("uint8", "uint16", "float32")

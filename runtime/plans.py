@@ -21,10 +21,10 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from runtime import gpu
-from runtime.bundle import Bundle
-from runtime.engines import BACKENDS
-from runtime.errors import BackendError, BundleError, EngineError, UsageError
+from engineworks.runtime import gpu
+from engineworks.runtime.bundle import Bundle
+from engineworks.runtime.engines import BACKENDS
+from engineworks.runtime.errors import BackendError, BundleError, EngineError, UsageError
 
 # precision -> the variant that is the plan of it, and the ONNX variant that it is built from
 PLANS: dict[str, tuple[str, str]] = {

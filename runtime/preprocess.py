@@ -13,9 +13,9 @@ import cv2
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
-from runtime.errors import InputError
-from runtime.planes import check_planes
-from runtime.tensors import Array
+from engineworks.runtime.errors import InputError
+from engineworks.runtime.planes import check_planes
+from engineworks.runtime.tensors import Array
 
 # a network's input is made for a batch at once: no picture needs more, and a wrong one takes it all
 _MAX_SIDE, _MAX_AREA = 1 << 16, 1 << 24

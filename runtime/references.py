@@ -16,12 +16,12 @@ from typing import TypeAlias
 
 import numpy as np
 
-from runtime import files, folders, images, npy
-from runtime.errors import InputError
-from runtime.folders import Tally
-from runtime.preprocess import PreprocessSpec, place
-from runtime.sources import PICTURES
-from runtime.tensors import Array
+from engineworks.runtime import files, folders, images, npy
+from engineworks.runtime.errors import InputError
+from engineworks.runtime.folders import Tally
+from engineworks.runtime.preprocess import PreprocessSpec, place
+from engineworks.runtime.sources import PICTURES
+from engineworks.runtime.tensors import Array
 
 # name of an object -> pictures of it, (H, W, 3) uint8 each, of any sizes
 References: TypeAlias = Mapping[str, Sequence[Array]]

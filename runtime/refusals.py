@@ -12,9 +12,9 @@ import sys
 import tempfile
 import traceback
 
-from runtime import __version__
-from runtime.errors import EngineworksError, ResourceError, UnexpectedError
-from runtime.texts import hide_secrets
+from engineworks import __version__
+from engineworks.runtime.errors import EngineworksError, ResourceError, UnexpectedError
+from engineworks.runtime.texts import hide_secrets
 
 _WAYS_OUT = {
     errno.ENOSPC: "make room on the disk, or choose a place on another one",

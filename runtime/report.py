@@ -14,13 +14,13 @@ from typing import Self
 import cv2
 import numpy as np
 
-from runtime import files, images, video
-from runtime.bundle import Bundle
-from runtime.errors import InputError
-from runtime.outputs import recorded
-from runtime.tensors import Array
-from runtime.texts import shown
-from runtime.verdict import headline
+from engineworks.runtime import files, images, video
+from engineworks.runtime.bundle import Bundle
+from engineworks.runtime.errors import InputError
+from engineworks.runtime.outputs import recorded
+from engineworks.runtime.tensors import Array
+from engineworks.runtime.texts import shown
+from engineworks.runtime.verdict import headline
 
 _MAX_FIGURES = 12
 _MAX_ROWS = 500

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from runtime.tensors import Array
+from engineworks.runtime.tensors import Array
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,8 +8,8 @@ from __future__ import annotations
 import uuid
 from typing import Any
 
-from runtime import __version__
-from runtime.bundle import Bundle
+from engineworks import __version__
+from engineworks.runtime.bundle import Bundle
 
 _NAMESPACE = uuid.uuid5(uuid.NAMESPACE_URL, "https://cyclonedx.org/engineworks-bundle")
 

@@ -26,10 +26,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from runtime.bank import Bank, gpu_is_usable
-from runtime.engines import BACKENDS, Engine, open_engine
-from runtime.tensors import Array
-from runtime.threads import available_threads, in_parts
+from engineworks.runtime.bank import Bank, gpu_is_usable
+from engineworks.runtime.engines import BACKENDS, Engine, open_engine
+from engineworks.runtime.tensors import Array
+from engineworks.runtime.threads import available_threads, in_parts
 
 _BLOCK = 8  # rows that share one bound
 _GROUP = 8  # blocks whose highest bound is looked at first

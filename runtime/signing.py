@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from runtime import files
-from runtime.bundle import SIGNATURE_NAME, Bundle
-from runtime.errors import BackendError, BundleError, InputError
+from engineworks.runtime import files
+from engineworks.runtime.bundle import SIGNATURE_NAME, Bundle
+from engineworks.runtime.errors import BackendError, BundleError, InputError
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import (

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from runtime import folders
-from runtime.errors import InputError
-from runtime.folders import Tally
-from runtime.images import SUFFIXES, read
-from runtime.tensors import Array
-from runtime.texts import hide_secrets
+from engineworks.runtime import folders
+from engineworks.runtime.errors import InputError
+from engineworks.runtime.folders import Tally
+from engineworks.runtime.images import SUFFIXES, read
+from engineworks.runtime.tensors import Array
+from engineworks.runtime.texts import hide_secrets
 
 VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"})
 _SCHEMES = ("rtsp://", "rtsps://", "http://", "https://", "udp://", "tcp://")

@@ -12,13 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from runtime import draw, headers, images, masks, video
-from runtime.datasets import NORMAL
-from runtime.errors import EngineworksError
-from runtime.folders import Tally
-from runtime.labels import Faults, Item, Labelled
-from runtime.report import Report
-from runtime.tensors import Array
+from engineworks.runtime import draw, headers, images, masks, video
+from engineworks.runtime.datasets import NORMAL
+from engineworks.runtime.errors import EngineworksError
+from engineworks.runtime.folders import Tally
+from engineworks.runtime.labels import Faults, Item, Labelled
+from engineworks.runtime.report import Report
+from engineworks.runtime.tensors import Array
 
 HEADER = ("split", "pictures", "sizes", "classes", "boxes", "masks")
 

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runtime.files import Lines, NewFile, naming
-from runtime.outputs import Outputs
-from runtime.results import Detections
-from runtime.systems import Result
-from runtime.tensors import Array
-from runtime.texts import cell
+from engineworks.runtime.files import Lines, NewFile, naming
+from engineworks.runtime.outputs import Outputs
+from engineworks.runtime.results import Detections
+from engineworks.runtime.systems import Result
+from engineworks.runtime.tensors import Array
+from engineworks.runtime.texts import cell
 
 COCO_NAME = "coco.json"
 LINES_NAME = "results.jsonl"

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Protocol, TypeAlias, runtime_checkab
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from runtime.errors import EngineError, InputError
+from engineworks.runtime.errors import EngineError, InputError
 
 Array: TypeAlias = np.ndarray[Any, Any]
 

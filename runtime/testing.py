@@ -17,16 +17,16 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from runtime import images, planes
-from runtime.bundle import Bundle, GraphEntry, Manifest, Threshold, write
-from runtime.engines import BACKENDS, open_engine
-from runtime.errors import BackendError, EngineError
-from runtime.files import scratch
-from runtime.preprocess import PlanesSpec, PreprocessSpec, apply
-from runtime.references import save_references
-from runtime.systems import backbone, noising, paco, refdet, stripe
-from runtime.systems.noising.fit import FitConfig, fit
-from runtime.tensors import Array, Feeds, TensorSpec, check_feeds, check_host
+from engineworks.runtime import images, planes
+from engineworks.runtime.bundle import Bundle, GraphEntry, Manifest, Threshold, write
+from engineworks.runtime.engines import BACKENDS, open_engine
+from engineworks.runtime.errors import BackendError, EngineError
+from engineworks.runtime.files import scratch
+from engineworks.runtime.preprocess import PlanesSpec, PreprocessSpec, apply
+from engineworks.runtime.references import save_references
+from engineworks.runtime.systems import backbone, noising, paco, refdet, stripe
+from engineworks.runtime.systems.noising.fit import FitConfig, fit
+from engineworks.runtime.tensors import Array, Feeds, TensorSpec, check_feeds, check_host
 
 _STRIDE = 8  # pixels of the input per patch of the tiny graph
 _WIDTH = 16  # of its features
@@ -377,7 +377,7 @@ def write_tiny_noising_bundle(
             params=fitted.params.model_dump(mode="json"),
             assets={"bank": "bank.faiss"},
             gate={"image_auroc": 0.005, "pixel_auroc": 0.005} if gate is None else dict(gate),
-            provenance={"made_by": "runtime.testing"},
+            provenance={"made_by": "engineworks.runtime.testing"},
         )
         return write(folder, manifest, files)
 
@@ -427,7 +427,7 @@ def write_tiny_paco_bundle(
             labels=labels,
             params=paco.Params(num_top=3).model_dump(mode="json"),
             gate={"top1": 0.005} if gate is None else dict(gate),
-            provenance={"made_by": "runtime.testing"},
+            provenance={"made_by": "engineworks.runtime.testing"},
         )
         return write(folder, manifest, files)
 
@@ -454,7 +454,7 @@ def write_tiny_backbone_bundle(
             preprocess=PreprocessSpec(size=size),
             params=backbone.Params(name="tiny").model_dump(mode="json"),
             gate={"top1": 0.01},
-            provenance={"made_by": "runtime.testing"},
+            provenance={"made_by": "engineworks.runtime.testing"},
         )
         return write(folder, manifest, files)
 
@@ -486,7 +486,7 @@ def write_tiny_stripe_bundle(
             thresholds={"candidate": Threshold(value=0.5, source="chosen for drawn strips")},
             params=params.model_dump(mode="json"),
             gate={"pixel_ap": 0.01, "recall_at_1_false": 0.01} if gate is None else dict(gate),
-            provenance={"made_by": "runtime.testing"},
+            provenance={"made_by": "engineworks.runtime.testing"},
         )
         return write(folder, manifest, files)
 
@@ -538,7 +538,7 @@ def write_tiny_refdet_bundle(
             params=params.model_dump(mode="json"),
             assets={"references": "references.npz"},
             gate={"map50_95": 0.01} if gate is None else dict(gate),
-            provenance={"made_by": "runtime.testing"},
+            provenance={"made_by": "engineworks.runtime.testing"},
         )
         return write(folder, manifest, files)
 

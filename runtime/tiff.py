@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from runtime.errors import ImageError
-from runtime.tensors import Array
+from engineworks.runtime.errors import ImageError
+from engineworks.runtime.tensors import Array
 
 WIDTH, HEIGHT, NUM_SAMPLES, ORIENTATION = 256, 257, 277, 274
 TILE_WIDTH, TILE_HEIGHT = 322, 323

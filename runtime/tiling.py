@@ -15,8 +15,8 @@ from itertools import chain, pairwise, product
 
 import numpy as np
 
-from runtime.errors import InputError
-from runtime.tensors import Array
+from engineworks.runtime.errors import InputError
+from engineworks.runtime.tensors import Array
 
 
 def positions(length: int, tile: int, minimum: int = 2) -> tuple[int, ...]:

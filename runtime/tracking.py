@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from runtime.boxes import iou
-from runtime.errors import BackendError
-from runtime.results import Detections
-from runtime.tensors import Array
+from engineworks.runtime.boxes import iou
+from engineworks.runtime.errors import BackendError
+from engineworks.runtime.results import Detections
+from engineworks.runtime.tensors import Array
 
 _BUFFER = 0.5  # by so much of its sides a box is enlarged all around before two are compared
 _MIN_OVERLAP = 0.2  # of enlarged boxes that may be one object

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from runtime.bundle import Manifest
+from engineworks.runtime.bundle import Manifest
 
 _WORTH = 1.05  # a speed-up below this is not worth a second set of numbers
 _UNMEASURED = "accuracy was not measured"

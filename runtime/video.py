@@ -14,7 +14,7 @@ from typing import Any
 import av
 import numpy as np
 
-from runtime.decoding import (
+from engineworks.runtime.decoding import (
     LIVE_RATE,
     Frame,
     Tally,
@@ -24,8 +24,8 @@ from runtime.decoding import (
     upright,
     video_stream,
 )
-from runtime.errors import VideoError
-from runtime.tensors import Array
+from engineworks.runtime.errors import VideoError
+from engineworks.runtime.tensors import Array
 
 CODEC = "libx264" if "libx264" in av.codecs_available else "mpeg4"
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from runtime import images
-from runtime.bundle import MANIFEST_NAME, Bundle, read, write
-from runtime.testing import (
+from engineworks.runtime import images
+from engineworks.runtime.bundle import MANIFEST_NAME, Bundle, read, write
+from engineworks.runtime.testing import (
     write_parts,
     write_references,
     write_scenes,
@@ -61,7 +61,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve frames of drawn parts."""
-    from runtime.video import VideoWriter
+    from engineworks.runtime.video import VideoWriter
 
     path = tmp_path_factory.mktemp("video") / "parts.mp4"
     parts = write_parts(path.parent / "parts", size=(64, 64), num_train=12)
@@ -245,7 +245,7 @@ class TestInfer:
     def test_a_video_becomes_an_annotated_video(
         self, tiny: Path, video: Path, tmp_path: Path
     ) -> None:
-        from runtime.video import frames
+        from engineworks.runtime.video import frames
 
         out = tmp_path / "out"
         answer = cli(
@@ -373,7 +373,7 @@ class TestReferences:
 
         import numpy as np
 
-        from runtime.video import VideoWriter, frames
+        from engineworks.runtime.video import VideoWriter, frames
 
         with VideoWriter(tmp_path / "film.mp4", Fraction(10)) as writer:
             for i in range(8):

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-import cli
-from runtime import doctor
+from engineworks import cli
+from engineworks.runtime import doctor
 
 ROOT = Path(__file__).parents[1]
 

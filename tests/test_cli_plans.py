@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-import cli
-from runtime.bundle import read
-from runtime.testing import write_tiny_noising_bundle
+from engineworks import cli
+from engineworks.runtime.bundle import read
+from engineworks.runtime.testing import write_tiny_noising_bundle
 from tests.export import trt_stub
 
 

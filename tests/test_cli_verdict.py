@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from cli import main
-from runtime.bundle import Bundle, write
-from runtime.testing import write_parts, write_tiny_noising_bundle
-from runtime.verdict import decide
+from engineworks.cli import main
+from engineworks.runtime.bundle import Bundle, write
+from engineworks.runtime.testing import write_parts, write_tiny_noising_bundle
+from engineworks.runtime.verdict import decide
 
 SPEED = {
     "ort": {
@@ -86,7 +86,7 @@ class TestShow:
         self, tiny: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         judged = reported(tiny, tmp_path / "b", verdict=decide({}, SPEED))
-        for name in ("onnxruntime", "openvino", "faiss", "export", "export.build"):
+        for name in ("onnxruntime", "openvino", "faiss", "export", "engineworks.export.build"):
             monkeypatch.setitem(sys.modules, name, None)
 
         done = run("bundle", "show", judged.root)

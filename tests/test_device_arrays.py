@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime.engines import BACKENDS, Engine, open_engine
+from engineworks.runtime.engines import BACKENDS, Engine, open_engine
 from tests.runtime.nets import as_plan, conv_net, conv_net_in_float64
 
 pytestmark = [pytest.mark.gpu, pytest.mark.train]

@@ -111,7 +111,7 @@ class TestTheReadme:
 
 class TestTheMakefile:
     def test_has_every_target_that_the_readme_names(self) -> None:
-        from training.systems import TASKS
+        from engineworks.training.systems import TASKS
 
         makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
         targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
@@ -120,7 +120,7 @@ class TestTheMakefile:
         assert set(re.findall(r"`make ([a-z-]+)`", README)) <= targets
 
     def test_demo_runs_every_system(self) -> None:
-        from training.systems import TASKS
+        from engineworks.training.systems import TASKS
 
         makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
         (listed,) = re.findall(r"^SYSTEMS := (.*)$", makefile, re.MULTILINE)
@@ -133,7 +133,7 @@ class TestTheBundleFormat:
     def test_tells_how_to_recompute_the_digest(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from runtime.testing import write_tiny_noising_bundle
+        from engineworks.runtime.testing import write_tiny_noising_bundle
 
         write_tiny_noising_bundle(tmp_path / "bundle", int8=True)
         page = (ROOT / "docs" / "bundle-format.md").read_text(encoding="utf-8")
@@ -142,8 +142,8 @@ class TestTheBundleFormat:
         exec(compile(code, "bundle-format.md", "exec"), {})  # it asserts
 
     def test_names_every_field_of_the_manifest(self) -> None:
-        from runtime.bundle import GraphEntry, Manifest
-        from runtime.preprocess import PreprocessSpec
+        from engineworks.runtime.bundle import GraphEntry, Manifest
+        from engineworks.runtime.preprocess import PreprocessSpec
 
         page = (ROOT / "docs" / "bundle-format.md").read_text(encoding="utf-8")
         for part in (Manifest, GraphEntry):

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from runtime.errors import UsageError
-from runtime.systems import SYSTEMS, system_module
-from training.config import SystemConfig, dump, load_config, parse
-from training.systems import TASKS, UNTRAINED, system_package
+from engineworks.runtime.errors import UsageError
+from engineworks.runtime.systems import SYSTEMS, system_module
+from engineworks.training.config import SystemConfig, dump, load_config, parse
+from engineworks.training.systems import TASKS, UNTRAINED, system_package
 
 ROOT = Path(__file__).parents[1]
 FILES = ("config.py", "data.py", "model.py", "task.py", "sample.py", "eager.py", "default.yaml")
@@ -22,7 +22,7 @@ every_trained_one = pytest.mark.parametrize("name", TASKS)
 
 
 def test_the_tables_name_the_same_systems() -> None:
-    from export.systems import RECIPES
+    from engineworks.export.systems import RECIPES
 
     assert set(SYSTEMS) == set(RECIPES) == {*TASKS, *UNTRAINED}
     assert not {*TASKS} & {*UNTRAINED}
@@ -47,7 +47,7 @@ class TestASystem:
 
     @pytest.mark.train
     def test_is_exported_with_a_gate_on_its_metrics(self, name: str) -> None:
-        from export.systems import recipe
+        from engineworks.export.systems import recipe
 
         found = recipe(name)
         assert found.gate

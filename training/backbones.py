@@ -24,11 +24,11 @@ from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
-from runtime.bundle import sha256_file
-from runtime.errors import ConfigError, WeightsError
-from runtime.systems.backbone import GRAPH, WEIGHTS, map_names
-from training.config import BackboneConfig
-from training.features import EngineBackbone, FeatureCache, FeatureStore, read_backbone
+from engineworks.runtime.bundle import sha256_file
+from engineworks.runtime.errors import ConfigError, WeightsError
+from engineworks.runtime.systems.backbone import GRAPH, WEIGHTS, map_names
+from engineworks.training.config import BackboneConfig
+from engineworks.training.features import EngineBackbone, FeatureCache, FeatureStore, read_backbone
 
 # where timm keeps the rest of a net inside its own feature wrappers
 _WRAPPERS = ("", "model.", "body.")

@@ -19,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from runtime import files
-from runtime.errors import RunError
+from engineworks.runtime import files
+from engineworks.runtime.errors import RunError
 
 NAME = "checkpoint.safetensors"
 

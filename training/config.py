@@ -28,9 +28,9 @@ from pydantic import (
     model_validator,
 )
 
-from runtime import budgets
-from runtime.errors import ConfigError
-from training.systems import system_package
+from engineworks.runtime import budgets
+from engineworks.runtime.errors import ConfigError
+from engineworks.training.systems import system_package
 
 
 class Config(BaseModel):

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, default_convert
 
-from runtime.bundle import sha256_file
-from runtime.errors import EngineworksError, RunError
-from runtime.labels import Labelled
-from runtime.preprocess import PreprocessSpec, apply
-from runtime.tensors import Array
-from training.config import TrainConfig
+from engineworks.runtime.bundle import sha256_file
+from engineworks.runtime.errors import EngineworksError, RunError
+from engineworks.runtime.labels import Labelled
+from engineworks.runtime.preprocess import PreprocessSpec, apply
+from engineworks.runtime.tensors import Array
+from engineworks.training.config import TrainConfig
 
 Key: TypeAlias = tuple[int, int]
 

@@ -13,9 +13,9 @@ import cv2
 import numpy as np
 from numpy.random import Generator
 
-from runtime.errors import RunError
-from runtime.tensors import Array
-from runtime.video import VideoWriter
+from engineworks.runtime.errors import RunError
+from engineworks.runtime.tensors import Array
+from engineworks.runtime.video import VideoWriter
 
 SCALE = 2  # drawn larger, then averaged down: smooth edges
 _FRAMES_STILL, _FRAMES_MOVING, _FPS = 10, 6, 12

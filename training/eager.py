@@ -10,8 +10,8 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from runtime.contenders import Contender
-from runtime.tensors import Array
+from engineworks.runtime.contenders import Contender
+from engineworks.runtime.tensors import Array
 
 # images (B, 3, H, W) -> whatever the system's module returns
 Network: TypeAlias = Callable[[Tensor], Any]

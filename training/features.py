@@ -22,15 +22,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from runtime import files
-from runtime.bundle import Bundle, read
-from runtime.engines import BACKENDS, Engine
-from runtime.errors import ConfigError
-from runtime.plans import DEFAULT_BATCH, PLANS, origin_of
-from runtime.preprocess import PreprocessSpec
-from runtime.systems import backbone, choose, open_engines
-from runtime.tensors import Array
-from training.config import BackboneConfig
+from engineworks.runtime import files
+from engineworks.runtime.bundle import Bundle, read
+from engineworks.runtime.engines import BACKENDS, Engine
+from engineworks.runtime.errors import ConfigError
+from engineworks.runtime.plans import DEFAULT_BATCH, PLANS, origin_of
+from engineworks.runtime.preprocess import PreprocessSpec
+from engineworks.runtime.systems import backbone, choose, open_engines
+from engineworks.runtime.tensors import Array
+from engineworks.training.config import BackboneConfig
 
 _STREAMING = "tensorrt"  # the backend that works on the caller's stream
 _KEPT_SHARE = 7 / 8  # of a store, where room is made: not for every row anew

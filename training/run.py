@@ -22,12 +22,12 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
-from runtime import files
-from runtime.claims import claim
-from runtime.errors import InUseError, RunError
-from runtime.evaluation import Evaluation
-from runtime.files import is_temporary, sweep
-from training.config import SystemConfig, dump, parse, read_text, schema_of
+from engineworks.runtime import files
+from engineworks.runtime.claims import claim
+from engineworks.runtime.errors import InUseError, RunError
+from engineworks.runtime.evaluation import Evaluation
+from engineworks.runtime.files import is_temporary, sweep
+from engineworks.training.config import SystemConfig, dump, parse, read_text, schema_of
 
 CONFIG_NAME = "config.yaml"
 INFO_NAME = "run.json"

@@ -10,8 +10,8 @@ from pydantic import JsonValue
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from runtime.labels import Labelled
-from training.run import Run
+from engineworks.runtime.labels import Labelled
+from engineworks.training.run import Run
 
 # (what is being done, so many done, of so many)
 Progress: TypeAlias = Callable[[str, int, int], None]

@@ -28,17 +28,17 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.tensorboard import SummaryWriter
 
-from runtime import files, labels
-from runtime.errors import BackendError, ConfigError, RunError
-from runtime.folders import Tally
-from runtime.labels import Labelled
-from runtime.survey import survey
-from training import checkpoint
-from training.allocator import keep_freed_memory
-from training.config import OptimizerConfig, SystemConfig, TrainConfig, dump, read_text
-from training.data import iterate, labels_fingerprint
-from training.profiler import Profiler, section
-from training.run import (
+from engineworks.runtime import files, labels
+from engineworks.runtime.errors import BackendError, ConfigError, RunError
+from engineworks.runtime.folders import Tally
+from engineworks.runtime.labels import Labelled
+from engineworks.runtime.survey import survey
+from engineworks.training import checkpoint
+from engineworks.training.allocator import keep_freed_memory
+from engineworks.training.config import OptimizerConfig, SystemConfig, TrainConfig, dump, read_text
+from engineworks.training.data import iterate, labels_fingerprint
+from engineworks.training.profiler import Profiler, section
+from engineworks.training.run import (
     CONFIG_NAME,
     Run,
     RunInfo,
@@ -48,8 +48,8 @@ from training.run import (
     remove,
     reserve,
 )
-from training.systems import system_package
-from training.task import Paced, Position, Progress, Task
+from engineworks.training.systems import system_package
+from engineworks.training.task import Paced, Position, Progress, Task
 
 _log = logging.getLogger(__name__)
 _PACKAGES = ("engineworks", "torch", "timm", "accelerate", "numpy")

@@ -12,18 +12,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from export.quantize import NOTHING, KeepFloat
-from runtime.bundle import Threshold
-from runtime.errors import UsageError
-from runtime.preprocess import PlanesSpec, PreprocessSpec
+from engineworks.export.quantize import NOTHING, KeepFloat
+from engineworks.runtime.bundle import Threshold
+from engineworks.runtime.errors import UsageError
+from engineworks.runtime.preprocess import PlanesSpec, PreprocessSpec
 
 # name -> module with a ``RECIPE``
 RECIPES: dict[str, str] = {
-    "backbone": "export.systems.backbone",
-    "noising": "export.systems.noising",
-    "paco": "export.systems.paco",
-    "refdet": "export.systems.refdet",
-    "stripe": "export.systems.stripe",
+    "backbone": "engineworks.export.systems.backbone",
+    "noising": "engineworks.export.systems.noising",
+    "paco": "engineworks.export.systems.paco",
+    "refdet": "engineworks.export.systems.refdet",
+    "stripe": "engineworks.export.systems.stripe",
 }
 
 # What adds up over many layers, the residual stream, stays float. Attention's products, norms,

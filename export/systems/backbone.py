@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from export.systems import TRANSFORMER, Contents, Recipe, Source
-from runtime.preprocess import PreprocessSpec
-from runtime.systems import backbone
-from training import backbones
-from training.backbones import LastMap, read_weights
-from training.config import BackboneConfig
-from training.run import read_json
+from engineworks.export.systems import TRANSFORMER, Contents, Recipe, Source
+from engineworks.runtime.preprocess import PreprocessSpec
+from engineworks.runtime.systems import backbone
+from engineworks.training import backbones
+from engineworks.training.backbones import LastMap, read_weights
+from engineworks.training.config import BackboneConfig
+from engineworks.training.run import read_json
 
 NAME = backbone.NAME
 

@@ -11,14 +11,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from export.systems import TRANSFORMER, Contents, Recipe, Source
-from runtime.bundle import Threshold
-from runtime.systems.noising import DISCRIMINATE, FEATURES
-from training.backbones import is_transformer, read_weights
-from training.run import open_run, read_json
-from training.systems.noising.config import TaskConfig
-from training.systems.noising.discriminator import DiscriminatorTraining
-from training.systems.noising.task import build_model
+from engineworks.export.systems import TRANSFORMER, Contents, Recipe, Source
+from engineworks.runtime.bundle import Threshold
+from engineworks.runtime.systems.noising import DISCRIMINATE, FEATURES
+from engineworks.training.backbones import is_transformer, read_weights
+from engineworks.training.run import open_run, read_json
+from engineworks.training.systems.noising.config import TaskConfig
+from engineworks.training.systems.noising.discriminator import DiscriminatorTraining
+from engineworks.training.systems.noising.task import build_model
 
 # of the largest value: beside zero, where a transformer's features often lie, the root of an error
 # is what is left of it, and the recipe's 1e-4 becomes this

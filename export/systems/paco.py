@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 
-from export.systems import TRANSFORMER, Contents, Recipe, Source
-from runtime.systems.paco import Params
-from training.backbones import is_transformer
-from training.run import open_run, read_json
-from training.systems.paco.config import TaskConfig
-from training.systems.paco.eager import trained_net
+from engineworks.export.systems import TRANSFORMER, Contents, Recipe, Source
+from engineworks.runtime.systems.paco import Params
+from engineworks.training.backbones import is_transformer
+from engineworks.training.run import open_run, read_json
+from engineworks.training.systems.paco.config import TaskConfig
+from engineworks.training.systems.paco.eager import trained_net
 
 
 def graphs(run: Path) -> dict[str, Source]:

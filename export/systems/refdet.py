@@ -7,15 +7,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from export.quantize import KeepFloat
-from export.systems import TRANSFORMER, Contents, Recipe, Source
-from runtime.preprocess import PreprocessSpec, apply
-from runtime.references import load_references
-from runtime.systems.refdet import Params
-from training.run import open_run, read_json
-from training.systems.refdet.config import TaskConfig
-from training.systems.refdet.eager import trained_net
-from training.systems.refdet.model import Detect, Encode, prototype_widths
+from engineworks.export.quantize import KeepFloat
+from engineworks.export.systems import TRANSFORMER, Contents, Recipe, Source
+from engineworks.runtime.preprocess import PreprocessSpec, apply
+from engineworks.runtime.references import load_references
+from engineworks.runtime.systems.refdet import Params
+from engineworks.training.run import open_run, read_json
+from engineworks.training.systems.refdet.config import TaskConfig
+from engineworks.training.systems.refdet.eager import trained_net
+from engineworks.training.systems.refdet.model import Detect, Encode, prototype_widths
 
 _REFERENCES = "references.npz"
 

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import torch
 
-from export.quantize import KeepFloat
-from export.systems import Contents, Recipe, Source
-from runtime.bundle import Threshold
-from runtime.preprocess import PlanesSpec
-from training.run import open_run, read_json
-from training.systems.stripe.config import TaskConfig
-from training.systems.stripe.eager import trained_net
+from engineworks.export.quantize import KeepFloat
+from engineworks.export.systems import Contents, Recipe, Source
+from engineworks.runtime.bundle import Threshold
+from engineworks.runtime.preprocess import PlanesSpec
+from engineworks.training.run import open_run, read_json
+from engineworks.training.systems.stripe.config import TaskConfig
+from engineworks.training.systems.stripe.eager import trained_net
 
 _CELLS = (24, 32)  # of the traced example: height and width in multiples of the stride
 

@@ -18,9 +18,9 @@ from typing import Protocol
 
 from pydantic import ValidationError
 
-from runtime import gpu
-from runtime.errors import BackendError, EngineError, UsageError
-from runtime.tensors import Array, Feeds, TensorSpec
+from engineworks.runtime import gpu
+from engineworks.runtime.errors import BackendError, EngineError, UsageError
+from engineworks.runtime.tensors import Array, Feeds, TensorSpec
 
 
 class Engine(Protocol):
@@ -94,7 +94,7 @@ def _folder(package: str) -> Path:
 # Order is preference for ``auto``. Variant names are those of docs/bundle-format.md.
 BACKENDS: dict[str, Backend] = {
     "tensorrt": Backend(
-        module="runtime.engines.trt",
+        module="engineworks.runtime.engines.trt",
         package="tensorrt",
         install='pip install "engineworks[gpu]"',
         variants={
@@ -107,7 +107,7 @@ BACKENDS: dict[str, Backend] = {
         needs_gpu=True,
     ),
     "openvino": Backend(
-        module="runtime.engines.openvino",
+        module="engineworks.runtime.engines.openvino",
         package="openvino",
         install='pip install "engineworks[cpu]"',
         # behind the Concat of signed INT8 tensors OpenVINO 2026.4 computes wrong numbers;
@@ -120,7 +120,7 @@ BACKENDS: dict[str, Backend] = {
         },
     ),
     "ort": Backend(
-        module="runtime.engines.ort",
+        module="engineworks.runtime.engines.ort",
         package="onnxruntime",
         install='pip install "engineworks[cpu]"  (or [gpu])',
         # int8-ort: what follows a SiLU is fast in no other form
@@ -128,7 +128,7 @@ BACKENDS: dict[str, Backend] = {
     ),
     # asked for by name: `auto` has met `ort` by then
     "ort-cuda": Backend(
-        module="runtime.engines.ort_gpu",
+        module="engineworks.runtime.engines.ort_gpu",
         package="onnxruntime",
         install='pip install "engineworks[gpu]"',
         # no kernels for Q/DQ: it would compute INT8 graphs in float32, and slower
@@ -139,7 +139,7 @@ BACKENDS: dict[str, Backend] = {
         needs_gpu=True,
     ),
     "ort-tensorrt": Backend(
-        module="runtime.engines.ort_gpu",
+        module="engineworks.runtime.engines.ort_gpu",
         package="onnxruntime",
         install='pip install "engineworks[gpu]"',
         variants={"int8": ("int8",), "float": ("float",)},

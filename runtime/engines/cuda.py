@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 import pycuda.driver as driver
 
-from runtime.errors import BackendError, EngineError, InputError
-from runtime.tensors import Array, DeviceArray
+from engineworks.runtime.errors import BackendError, EngineError, InputError
+from engineworks.runtime.tensors import Array, DeviceArray
 
 # CU_STREAM_NON_BLOCKING: no implicit order with the legacy default stream
 _NON_BLOCKING = 1

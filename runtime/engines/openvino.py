@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import openvino as ov
 
-from runtime.errors import EngineError
-from runtime.tensors import Array, Feeds, TensorSpec, check_feeds, check_host
-from runtime.threads import available_threads
+from engineworks.runtime.errors import EngineError
+from engineworks.runtime.tensors import Array, Feeds, TensorSpec, check_feeds, check_host
+from engineworks.runtime.threads import available_threads
 
 # compiled for a size of the input and kept for when it comes again; without a limit they fill the
 # memory where every picture has another size

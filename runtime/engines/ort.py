@@ -7,9 +7,9 @@ from pathlib import Path
 
 import onnxruntime as ort
 
-from runtime.errors import EngineError
-from runtime.tensors import Array, DType, Feeds, TensorSpec, check_feeds, check_host
-from runtime.threads import available_threads
+from engineworks.runtime.errors import EngineError
+from engineworks.runtime.tensors import Array, DType, Feeds, TensorSpec, check_feeds, check_host
+from engineworks.runtime.threads import available_threads
 
 _DTYPES: dict[str, DType] = {
     "tensor(float)": "float32",

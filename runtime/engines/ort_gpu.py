@@ -18,10 +18,10 @@ from typing import Any, cast
 import numpy as np
 import onnxruntime as ort
 
-from runtime.engines import cuda
-from runtime.engines.ort import specs_of
-from runtime.errors import BackendError, EngineError, InputError
-from runtime.tensors import Array, Feeds, TensorSpec, check_feeds
+from engineworks.runtime.engines import cuda
+from engineworks.runtime.engines.ort import specs_of
+from engineworks.runtime.errors import BackendError, EngineError, InputError
+from engineworks.runtime.tensors import Array, Feeds, TensorSpec, check_feeds
 
 Provider = tuple[str, dict[str, str]]
 

@@ -26,11 +26,11 @@ from typing import Any, cast
 import numpy as np
 import tensorrt as trt
 
-from runtime.engines import cuda
-from runtime.engines.recorder import Recorder
-from runtime.errors import EngineError, InputError
-from runtime.plans import ShapeRange
-from runtime.tensors import Array, DeviceArray, Feeds, TensorSpec, check_feeds
+from engineworks.runtime.engines import cuda
+from engineworks.runtime.engines.recorder import Recorder
+from engineworks.runtime.errors import EngineError, InputError
+from engineworks.runtime.plans import ShapeRange
+from engineworks.runtime.tensors import Array, DeviceArray, Feeds, TensorSpec, check_feeds
 
 Shapes = dict[str, tuple[int, ...]]
 

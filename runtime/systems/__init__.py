@@ -8,29 +8,29 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
-from runtime.bundle import Bundle
-from runtime.contract import CheckedEngine
-from runtime.engines import BACKENDS, Engine, check_backend, open_engine
-from runtime.errors import BackendError, BundleError, UsageError
-from runtime.evaluation import Evaluation
-from runtime.graphs import check_graph
-from runtime.labels import Labelled
-from runtime.plans import PLAN_VARIANTS, check_origin
-from runtime.references import SUFFIX, Prototypes, References, read_references
-from runtime.results import Detections
-from runtime.sources import Reader
-from runtime.tensors import Array
-from runtime.threads import available_threads, bound_pools
+from engineworks.runtime.bundle import Bundle
+from engineworks.runtime.contract import CheckedEngine
+from engineworks.runtime.engines import BACKENDS, Engine, check_backend, open_engine
+from engineworks.runtime.errors import BackendError, BundleError, UsageError
+from engineworks.runtime.evaluation import Evaluation
+from engineworks.runtime.graphs import check_graph
+from engineworks.runtime.labels import Labelled
+from engineworks.runtime.plans import PLAN_VARIANTS, check_origin
+from engineworks.runtime.references import SUFFIX, Prototypes, References, read_references
+from engineworks.runtime.results import Detections
+from engineworks.runtime.sources import Reader
+from engineworks.runtime.tensors import Array
+from engineworks.runtime.threads import available_threads, bound_pools
 
 PRECISIONS = ("auto", "int8", "int8-bf16", "float", "fp16", "bf16")
 
 # name -> module with a class ``System``
 SYSTEMS: dict[str, str] = {
-    "backbone": "runtime.systems.backbone",
-    "noising": "runtime.systems.noising",
-    "paco": "runtime.systems.paco",
-    "refdet": "runtime.systems.refdet",
-    "stripe": "runtime.systems.stripe",
+    "backbone": "engineworks.runtime.systems.backbone",
+    "noising": "engineworks.runtime.systems.noising",
+    "paco": "engineworks.runtime.systems.paco",
+    "refdet": "engineworks.runtime.systems.refdet",
+    "stripe": "engineworks.runtime.systems.stripe",
 }
 
 

@@ -14,17 +14,17 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from runtime import datasets
-from runtime.bundle import Bundle, Manifest, Name
-from runtime.contract import Contract, Signature
-from runtime.engines import Engine
-from runtime.errors import NotFiniteError
-from runtime.evaluation import Evaluation
-from runtime.metrics import leave_one_out
-from runtime.preprocess import PreprocessSpec, apply
-from runtime.results import Embedding
-from runtime.sources import PICTURES
-from runtime.tensors import Array
+from engineworks.runtime import datasets
+from engineworks.runtime.bundle import Bundle, Manifest, Name
+from engineworks.runtime.contract import Contract, Signature
+from engineworks.runtime.engines import Engine
+from engineworks.runtime.errors import NotFiniteError
+from engineworks.runtime.evaluation import Evaluation
+from engineworks.runtime.metrics import leave_one_out
+from engineworks.runtime.preprocess import PreprocessSpec, apply
+from engineworks.runtime.results import Embedding
+from engineworks.runtime.sources import PICTURES
+from engineworks.runtime.tensors import Array
 
 NAME = "backbone"
 GRAPH = "features"

@@ -14,17 +14,17 @@ from pathlib import Path
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from runtime import datasets, draw
-from runtime.bundle import Bundle
-from runtime.contract import Contract, Signature
-from runtime.engines import Engine
-from runtime.errors import DatasetError, NotFiniteError
-from runtime.evaluation import Evaluation
-from runtime.metrics import ClassificationMetrics, log_softmax
-from runtime.preprocess import PreprocessSpec, apply
-from runtime.results import Classification
-from runtime.sources import PICTURES
-from runtime.tensors import Array
+from engineworks.runtime import datasets, draw
+from engineworks.runtime.bundle import Bundle
+from engineworks.runtime.contract import Contract, Signature
+from engineworks.runtime.engines import Engine
+from engineworks.runtime.errors import DatasetError, NotFiniteError
+from engineworks.runtime.evaluation import Evaluation
+from engineworks.runtime.metrics import ClassificationMetrics, log_softmax
+from engineworks.runtime.preprocess import PreprocessSpec, apply
+from engineworks.runtime.results import Classification
+from engineworks.runtime.sources import PICTURES
+from engineworks.runtime.tensors import Array
 
 NAME = "paco"
 

@@ -22,17 +22,23 @@ from typing import Annotated
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from runtime import boxes, draw, files
-from runtime.box_metrics import DetectionMetrics, st_iou
-from runtime.bundle import Bundle, write
-from runtime.contract import Contract, Signature
-from runtime.engines import Engine
-from runtime.errors import DatasetError, EngineError, InputError, NotFiniteError, UsageError
-from runtime.evaluation import Evaluation
-from runtime.frames import Frames
-from runtime.objects import Frame, LabelledFrame, object_labels, read_objects
-from runtime.preprocess import PreprocessSpec, apply
-from runtime.references import (
+from engineworks.runtime import boxes, draw, files
+from engineworks.runtime.box_metrics import DetectionMetrics, st_iou
+from engineworks.runtime.bundle import Bundle, write
+from engineworks.runtime.contract import Contract, Signature
+from engineworks.runtime.engines import Engine
+from engineworks.runtime.errors import (
+    DatasetError,
+    EngineError,
+    InputError,
+    NotFiniteError,
+    UsageError,
+)
+from engineworks.runtime.evaluation import Evaluation
+from engineworks.runtime.frames import Frames
+from engineworks.runtime.objects import Frame, LabelledFrame, object_labels, read_objects
+from engineworks.runtime.preprocess import PreprocessSpec, apply
+from engineworks.runtime.references import (
     Prototypes,
     References,
     average,
@@ -40,9 +46,9 @@ from runtime.references import (
     read_references,
     save_references,
 )
-from runtime.results import Detection, Detections
-from runtime.sources import PICTURES
-from runtime.tensors import Array
+from engineworks.runtime.results import Detection, Detections
+from engineworks.runtime.sources import PICTURES
+from engineworks.runtime.tensors import Array
 
 NAME = "refdet"
 

@@ -23,17 +23,17 @@ import cv2
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
-from runtime import datasets, draw, masks, planes, tiling
-from runtime.bundle import Bundle, Threshold
-from runtime.contract import Contract, Signature
-from runtime.datasets import StripeSample
-from runtime.engines import Engine
-from runtime.errors import ImageError, InputError, NotFiniteError
-from runtime.evaluation import Evaluation
-from runtime.metrics import AnomalyMetrics, CandidateMetrics, false_reject_threshold
-from runtime.preprocess import PlanesSpec, apply
-from runtime.results import Candidate, DefectMap
-from runtime.tensors import Array
+from engineworks.runtime import datasets, draw, masks, planes, tiling
+from engineworks.runtime.bundle import Bundle, Threshold
+from engineworks.runtime.contract import Contract, Signature
+from engineworks.runtime.datasets import StripeSample
+from engineworks.runtime.engines import Engine
+from engineworks.runtime.errors import ImageError, InputError, NotFiniteError
+from engineworks.runtime.evaluation import Evaluation
+from engineworks.runtime.metrics import AnomalyMetrics, CandidateMetrics, false_reject_threshold
+from engineworks.runtime.preprocess import PlanesSpec, apply
+from engineworks.runtime.results import Candidate, DefectMap
+from engineworks.runtime.tensors import Array
 
 NAME = "stripe"
 

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from runtime.systems import SYSTEMS
+from engineworks.runtime.systems import SYSTEMS
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("runtime", "calibration", "training", "export")
-MODULES = [ROOT / "cli.py", *sorted(p for name in PACKAGES for p in (ROOT / name).rglob("*.py"))]
+FACE = ROOT / "engineworks"
+MODULES = [FACE / "__init__.py", ROOT / "cli.py"]
+MODULES += sorted(p for name in PACKAGES for p in (ROOT / name).rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 SHIPPED = [*MODULES, *PAGES, ROOT / "Makefile", ROOT / "setup.cfg", ROOT / ".ci" / "run"]
@@ -55,14 +57,15 @@ class TestTheLayers:
         assert "0 broken" in done.stdout
 
     def test_end_at_the_command_line_that_nothing_imports(self) -> None:
-        assert [name_of(p) for p in MODULES if "cli" in imports(p)] == []
+        assert [name_of(p) for p in MODULES if "engineworks.cli" in imports(p)] == []
 
     @pytest.mark.parametrize("package", ["runtime", "training", "export"])
     def test_keep_the_systems_apart(self, package: str) -> None:
         folder = ROOT / package / "systems"
         for system in SYSTEMS:
             own = [folder / f"{system}.py", *(folder / system).rglob("*.py")]
-            others = [f"{p}.systems.{name}" for p in PACKAGES for name in SYSTEMS if name != system]
+            foreign = [name for name in SYSTEMS if name != system]
+            others = [f"engineworks.{p}.systems.{name}" for p in PACKAGES for name in foreign]
             for path in filter(Path.is_file, own):
                 foreign = [
                     name

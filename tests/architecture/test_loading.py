@@ -15,17 +15,18 @@ from pathlib import Path
 
 import pytest
 
-from runtime.testing import write_parts, write_tiny_noising_bundle
+from engineworks.runtime.testing import write_parts, write_tiny_noising_bundle
 
 ROOT = Path(__file__).parents[2]
 TORCH = ("torch", "torchvision", "timm", "accelerate", "safetensors", "tensorboard")
+UPPER = ("engineworks.training", "engineworks.export", "engineworks.calibration")
 OPTIONAL = ("tensorrt", "pycuda")  # of the gpu extra: absent on most machines
 
 
 def modules(package: str) -> list[str]:
     """Dotted names of all modules of a package."""
     files = sorted((ROOT / package).rglob("*.py"))
-    parts = [file.relative_to(ROOT).with_suffix("").parts for file in files]
+    parts = [("engineworks", *file.relative_to(ROOT).with_suffix("").parts) for file in files]
     return [".".join(p[:-1] if p[-1] == "__init__" else p) for p in parts]
 
 
@@ -35,12 +36,13 @@ TORCH_FREE = [
     *(
         name
         for name in modules("export")
-        if name != "export.trace" and not name.startswith("export.systems.")
+        if name != "engineworks.export.trace" and not name.startswith("engineworks.export.systems.")
     ),
     *(
         name
         for name in modules("training")
-        if name.endswith((".sample", ".config")) or name in ("training", "training.systems")
+        if name.endswith((".sample", ".config"))
+        or name in ("engineworks.training", "engineworks.training.systems")
     ),
 ]
 
@@ -66,6 +68,12 @@ def loaded(arguments: Sequence[object]) -> tuple[int, set[str]]:
     done = python("-X", "importtime", "cli.py", *map(str, arguments))
     lines = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
     return done.returncode, {line.rsplit("|", 1)[1].strip() for line in lines}
+
+
+def packages(names: set[str]) -> set[str]:
+    """Top-level packages, and those right below engineworks by their whole names."""
+    parts = [name.split(".") for name in names]
+    return {".".join(p[:2]) if p[0] == "engineworks" else p[0] for p in parts}
 
 
 @pytest.fixture(scope="module")
@@ -94,14 +102,18 @@ class TestWithoutTorch:
 
     def test_the_list_holds_what_a_machine_without_torch_must_do(self) -> None:
         stages = ("build", "quantize", "legality", "passes", "parity", "sensitivity")
-        needed = {"runtime.infer", "calibration.calibrate", *(f"export.{s}" for s in stages)}
+        needed = {
+            "engineworks.runtime.infer",
+            "engineworks.calibration.calibrate",
+            *(f"engineworks.export.{s}" for s in stages),
+        }
         assert needed <= set(TORCH_FREE)
 
     @pytest.mark.parametrize("backend", ["ort", "openvino"])
     def test_a_bundle_infers(self, backend: str, bundle: Path, data: Path, tmp_path: Path) -> None:
         arguments = ["infer", str(bundle), "--source", str(data / "test"), "--out", str(tmp_path)]
         arguments += ["--backend", backend, "--save-overlays"]
-        done = python("-c", f"{WITHOUT_TORCH}from cli import main; main({arguments!r})")
+        done = python("-c", f"{WITHOUT_TORCH}from engineworks.cli import main; main({arguments!r})")
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith("8 done, 0 failed")
 
@@ -109,14 +121,14 @@ class TestWithoutTorch:
         write_tiny_noising_bundle(tmp_path / "float")
         arguments = ["export", str(tmp_path / "float"), "--out", str(tmp_path / "int8"), "--int8"]
         arguments += ["--samples", str(data), "--num-samples", "4", "--method", "minmax"]
-        done = python("-c", f"{WITHOUT_TORCH}from cli import main; main({arguments!r})")
+        done = python("-c", f"{WITHOUT_TORCH}from engineworks.cli import main; main({arguments!r})")
         assert done.returncode == 0, done.stderr
 
     def test_training_says_what_to_install(self, data: Path, tmp_path: Path) -> None:
         hidden = "import importlib.util as u; find = u.find_spec; "
         hidden += "u.find_spec = lambda n, *a: None if n == 'torch' else find(n, *a); "
         arguments = ["train", "noising", "--data", str(data), "--out", str(tmp_path / "run")]
-        done = python("-c", f"{hidden}from cli import main; main({arguments!r})")
+        done = python("-c", f"{hidden}from engineworks.cli import main; main({arguments!r})")
         assert done.returncode == 1
         assert 'pip install "engineworks[train]"' in done.stderr
 
@@ -127,17 +139,17 @@ class TestWhatACommandLoads:
     ) -> None:
         code, names = loaded(["infer", bundle, "--source", data / "test", "--out", tmp_path])
         assert code == 0
-        tops = {name.split(".")[0] for name in names}
+        tops = packages(names)
         assert "numpy" in tops  # the list is not empty for another reason
-        assert tops & {*TORCH, "training", "export", "calibration"} == set()
+        assert tops & {*TORCH, *UPPER} == set()
 
     def test_help_loads_nothing_heavy(self) -> None:
         code, names = loaded(["--help"])
         assert code == 0
-        tops = {name.split(".")[0] for name in names}
+        tops = packages(names)
         assert "click" in tops
         heavy = {"numpy", "cv2", "av", "onnx", "pydantic", "rich", "yaml", "faiss", "openvino"}
-        assert tops & {*TORCH, *heavy, "training", "export", "calibration"} == set()
+        assert tops & {*TORCH, *heavy, *UPPER} == set()
 
     def test_help_answers_within_half_a_second(self) -> None:
         """A bound on time can hold on a busy machine because the best of several runs counts:

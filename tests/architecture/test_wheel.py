@@ -16,10 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from runtime.testing import write_parts, write_tiny_noising_bundle
+from engineworks.runtime.testing import write_parts, write_tiny_noising_bundle
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ("runtime", "calibration", "training", "export", "cli.py")
+FACE = "engineworks"  # the one name that the wheel installs; its links lead to the sources
 FILES = ("setup.cfg", "pyproject.toml", "README.md", "LICENSE")
 
 
@@ -35,12 +36,11 @@ def run(*command: object, cwd: Path) -> str:
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # a copy, because a build leaves its folders behind
     tree = tmp_path_factory.mktemp("tree")
-    for name in (*SOURCES, *FILES):
+    for name in (FACE, *SOURCES, *FILES):
         source = ROOT / name
         if source.is_dir():
-            shutil.copytree(
-                source, tree / name, ignore=shutil.ignore_patterns("__pycache__", "*.tmp")
-            )
+            unwanted = shutil.ignore_patterns("__pycache__", "*.tmp")
+            shutil.copytree(source, tree / name, symlinks=True, ignore=unwanted)
         else:
             shutil.copy(source, tree / name)
     # the builder of this environment: a wheel needs nothing else from the index
@@ -64,21 +64,22 @@ class TestTheWheel:
     def test_holds_every_module_and_default_and_no_test(self, wheel: Path) -> None:
         inside = set(zipfile.ZipFile(wheel).namelist())
         wanted = {
-            path.relative_to(ROOT).as_posix()
+            f"{FACE}/{path.relative_to(ROOT).as_posix()}"
             for name in SOURCES
             for path in ((ROOT / name).rglob("*") if (ROOT / name).is_dir() else [ROOT / name])
             if path.suffix in (".py", ".yaml", ".html")
         }
         assert wanted <= inside
-        assert not [name for name in inside if name.startswith("tests")]
+        assert f"{FACE}/py.typed" in inside
+        tops = {name.split("/")[0] for name in inside}
+        assert {top for top in tops if not top.endswith(".dist-info")} == {FACE}
 
     def test_runs_a_bundle_where_there_is_no_torch(self, elsewhere: Path, tmp_path: Path) -> None:
         python = elsewhere / "venv/bin/python"
-        probe = (
-            "import importlib.util as u; print(u.find_spec('torch'), u.find_spec('runtime').origin)"
-        )
-        torch, origin = run(python, "-c", probe, cwd=tmp_path).split()
-        assert torch == "None"
+        probe = "import importlib.util as u; print(u.find_spec('torch'), u.find_spec('runtime'), "
+        probe += "u.find_spec('engineworks').origin)"
+        torch, runtime, origin = run(python, "-c", probe, cwd=tmp_path).split()
+        assert torch == runtime == "None"
         assert Path(origin).is_relative_to(elsewhere)
         write_tiny_noising_bundle(tmp_path / "bundle", int8=True)
         write_parts(tmp_path / "data")

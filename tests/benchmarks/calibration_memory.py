@@ -12,11 +12,11 @@ from pathlib import Path
 import click
 import onnx
 
-from calibration import calibrate
-from calibration.samples import choose
-from export.quantize import activations
-from runtime.bench import peak_rss_bytes
-from runtime.bundle import read
+from engineworks.calibration import calibrate
+from engineworks.calibration.samples import choose
+from engineworks.export.quantize import activations
+from engineworks.runtime.bench import peak_rss_bytes
+from engineworks.runtime.bundle import read
 
 
 @click.command()

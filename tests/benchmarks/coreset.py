@@ -14,13 +14,13 @@ import click
 import numpy as np
 import torch
 
-from runtime import datasets, images
-from runtime.coreset import greedy_k_centre
-from runtime.preprocess import PreprocessSpec, apply
-from runtime.tensors import Array
-from training.config import load_config
-from training.systems.noising.config import TaskConfig
-from training.systems.noising.task import build_model
+from engineworks.runtime import datasets, images
+from engineworks.runtime.coreset import greedy_k_centre
+from engineworks.runtime.preprocess import PreprocessSpec, apply
+from engineworks.runtime.tensors import Array
+from engineworks.training.config import load_config
+from engineworks.training.systems.noising.config import TaskConfig
+from engineworks.training.systems.noising.task import build_model
 
 
 def plain_loop(rows_ND: Array, num: int, first: int) -> Array:

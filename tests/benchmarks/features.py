@@ -18,17 +18,17 @@ import click
 import torch
 from torch import Tensor, nn
 
-from export.build import BuildConfig, build
-from export.trace import trace_backbone
-from runtime import bench
-from runtime.bundle import Bundle
-from runtime.testing import write_flowers
+from engineworks.export.build import BuildConfig, build
+from engineworks.export.trace import trace_backbone
+from engineworks.runtime import bench
+from engineworks.runtime.bundle import Bundle
+from engineworks.runtime.testing import write_flowers
+from engineworks.training import backbones
+from engineworks.training.allocator import keep_freed_memory
+from engineworks.training.config import BackboneConfig
+from engineworks.training.systems.noising.model import PatchFeatures
+from engineworks.training.systems.refdet.task import build_model
 from tests.benchmarks import refdet_step
-from training import backbones
-from training.allocator import keep_freed_memory
-from training.config import BackboneConfig
-from training.systems.noising.model import PatchFeatures
-from training.systems.refdet.task import build_model
 
 BATCH, PASS = 8, 32
 DINO = BackboneConfig(name="vit_small_patch16_dinov3", weights="none")

@@ -22,18 +22,18 @@ import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from runtime import datasets, images
-from runtime.bank import Bank
-from runtime.borders import HeldOut, border
-from runtime.coreset import greedy_k_centre
-from runtime.metrics import AnomalyMetrics
-from runtime.preprocess import PreprocessSpec, apply
-from runtime.systems.noising import target_mask
-from runtime.systems.noising.signals import anomaly_map, image_score
-from runtime.tensors import Array
-from training import backbones
-from training.config import BackboneConfig
-from training.systems.noising.model import neighbourhood_mean, roots, side_by_side
+from engineworks.runtime import datasets, images
+from engineworks.runtime.bank import Bank
+from engineworks.runtime.borders import HeldOut, border
+from engineworks.runtime.coreset import greedy_k_centre
+from engineworks.runtime.metrics import AnomalyMetrics
+from engineworks.runtime.preprocess import PreprocessSpec, apply
+from engineworks.runtime.systems.noising import target_mask
+from engineworks.runtime.systems.noising.signals import anomaly_map, image_score
+from engineworks.runtime.tensors import Array
+from engineworks.training import backbones
+from engineworks.training.config import BackboneConfig
+from engineworks.training.systems.noising.model import neighbourhood_mean, roots, side_by_side
 
 ROWS = (500, 1000, 1500, 2000, 3000, 4000, 6000)
 DEFAULT_ROWS = 2000
@@ -207,9 +207,9 @@ def borders(sets: Sequence[Data], seeds: int) -> None:
         "highest": lambda held: float(held.max()),
         "99 % quantile": lambda held: float(np.quantile(held, 0.99)),
         "95 % quantile x 1.42": lambda held: 1.42 * float(np.quantile(held, 0.95)),
-        "runtime.borders, 1 %": lambda held: border(HeldOut.of(held), 0.01),
-        "runtime.borders, 2.5 %": lambda held: border(HeldOut.of(held), 0.025),
-        "runtime.borders, 5 %": lambda held: border(HeldOut.of(held), 0.05),
+        "engineworks.runtime.borders, 1 %": lambda held: border(HeldOut.of(held), 0.01),
+        "engineworks.runtime.borders, 2.5 %": lambda held: border(HeldOut.of(held), 0.025),
+        "engineworks.runtime.borders, 5 %": lambda held: border(HeldOut.of(held), 0.05),
     }
     for data in sets:
         train, test, _ = data.rows(DEFAULT)

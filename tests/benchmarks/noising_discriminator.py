@@ -24,9 +24,9 @@ from pathlib import Path
 
 import click
 
-from runtime import bench, datasets, images
-from runtime.bundle import Bundle, read
-from runtime.systems import open_system, variant_of
+from engineworks.runtime import bench, datasets, images
+from engineworks.runtime.bundle import Bundle, read
+from engineworks.runtime.systems import open_system, variant_of
 
 PRECISIONS = ("float", "int8")
 METRICS = ("image_auroc", "pixel_auroc", "pixel_ap", "aupro")

@@ -20,18 +20,18 @@ import click
 import numpy as np
 import torch
 
-from runtime import datasets, images
-from runtime.curves import of_scores
-from runtime.datasets import MvtecSample
-from runtime.preprocess import apply
-from runtime.systems.noising.fit import Fitted, fit
-from runtime.systems.noising.signals import image_score
-from runtime.tensors import Array
-from training.config import load_config
-from training.systems.noising.config import CopiesConfig, TaskConfig
-from training.systems.noising.data import Images
-from training.systems.noising.model import PatchFeatures
-from training.systems.noising.task import build_model
+from engineworks.runtime import datasets, images
+from engineworks.runtime.curves import of_scores
+from engineworks.runtime.datasets import MvtecSample
+from engineworks.runtime.preprocess import apply
+from engineworks.runtime.systems.noising.fit import Fitted, fit
+from engineworks.runtime.systems.noising.signals import image_score
+from engineworks.runtime.tensors import Array
+from engineworks.training.config import load_config
+from engineworks.training.systems.noising.config import CopiesConfig, TaskConfig
+from engineworks.training.systems.noising.data import Images
+from engineworks.training.systems.noising.model import PatchFeatures
+from engineworks.training.systems.noising.task import build_model
 
 FEW = 8
 SHARE = 0.2

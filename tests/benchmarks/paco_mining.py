@@ -15,12 +15,12 @@ import click
 import torch
 from torch import Tensor
 
-from training.backbones import read_weights
-from training.run import open_run
-from training.systems.paco.config import LossConfig, TaskConfig
-from training.systems.paco.loss import PartLoss
-from training.systems.paco.model import PacoTraining
-from training.systems.paco.task import Task
+from engineworks.training.backbones import read_weights
+from engineworks.training.run import open_run
+from engineworks.training.systems.paco.config import LossConfig, TaskConfig
+from engineworks.training.systems.paco.loss import PartLoss
+from engineworks.training.systems.paco.model import PacoTraining
+from engineworks.training.systems.paco.task import Task
 
 EXACT = LossConfig(matching_warmup_epochs=0)
 OPTIONS = {

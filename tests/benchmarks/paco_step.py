@@ -17,12 +17,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from training import backbones
-from training.allocator import keep_freed_memory
-from training.config import BackboneConfig
-from training.systems.paco.config import LossConfig, PartsConfig
-from training.systems.paco.loss import PartLoss
-from training.systems.paco.model import Paco, PacoTraining
+from engineworks.training import backbones
+from engineworks.training.allocator import keep_freed_memory
+from engineworks.training.config import BackboneConfig
+from engineworks.training.systems.paco.config import LossConfig, PartsConfig
+from engineworks.training.systems.paco.loss import PartLoss
+from engineworks.training.systems.paco.model import Paco, PacoTraining
 
 BATCH, SIZE, CLASSES, THREADS = 16, 224, 80, 2
 STEPS = 10

@@ -17,11 +17,11 @@ import click
 import onnx
 import tensorrt
 
-from export.halve import TYPES, halve
-from export.plan import build_plan
-from runtime.bundle import read
-from runtime.errors import EngineworksError
-from runtime.plans import (
+from engineworks.export.halve import TYPES, halve
+from engineworks.export.plan import build_plan
+from engineworks.runtime.bundle import read
+from engineworks.runtime.errors import EngineworksError
+from engineworks.runtime.plans import (
     DEFAULT_BATCH,
     PLANS,
     AxisRanges,

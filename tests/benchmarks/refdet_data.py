@@ -24,23 +24,23 @@ import numpy as np
 import torch
 from numpy.random import Generator
 
-from runtime import images
-from runtime.frames import Frames
-from runtime.objects import Frame, ObjectData, read_objects
-from runtime.preprocess import PreprocessSpec, apply
-from runtime.tensors import Array
-from runtime.video import VideoFile
-from training.config import TrainConfig
-from training.data import loader
-from training.systems.refdet import data
-from training.systems.refdet.config import (
+from engineworks.runtime import images
+from engineworks.runtime.frames import Frames
+from engineworks.runtime.objects import Frame, ObjectData, read_objects
+from engineworks.runtime.preprocess import PreprocessSpec, apply
+from engineworks.runtime.tensors import Array
+from engineworks.runtime.video import VideoFile
+from engineworks.training.config import TrainConfig
+from engineworks.training.data import loader
+from engineworks.training.systems.refdet import data
+from engineworks.training.systems.refdet.config import (
     EncoderConfig,
     EpisodesConfig,
     StageConfig,
     TaskConfig,
 )
-from training.systems.refdet.data import Episodes
-from training.systems.refdet.sample import sample
+from engineworks.training.systems.refdet.data import Episodes
+from engineworks.training.systems.refdet.sample import sample
 
 _WAYS, _QUERIES, _SHOTS = 2, 4, 3  # of the published protocol
 _NUM_EPISODES = 12  # of a turn

@@ -26,16 +26,16 @@ from pathlib import Path
 import click
 import numpy as np
 
-from export.trace import trace
-from runtime import boxes, images
-from runtime.bundle import Bundle, read
-from runtime.frames import Frames
-from runtime.objects import Frame, LabelledFrame, Reference, read_objects
-from runtime.systems import open_system
-from runtime.tensors import Array
-from runtime.video import VideoWriter
-from training.config import load_config
-from training.train import train
+from engineworks.export.trace import trace
+from engineworks.runtime import boxes, images
+from engineworks.runtime.bundle import Bundle, read
+from engineworks.runtime.frames import Frames
+from engineworks.runtime.objects import Frame, LabelledFrame, Reference, read_objects
+from engineworks.runtime.systems import open_system
+from engineworks.runtime.tensors import Array
+from engineworks.runtime.video import VideoWriter
+from engineworks.training.config import load_config
+from engineworks.training.train import train
 
 # folder of a set, and what is held out of it
 SETS = {"cards": ("playing_cards", ("king", "nine")), "cells": ("bccd", ("WBC",))}

@@ -17,15 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from training.allocator import keep_freed_memory
-from training.config import validate
-from training.profiler import Profiler
-from training.systems.refdet.assign import pad
-from training.systems.refdet.backbone import Backbone
-from training.systems.refdet.config import TaskConfig, WeightsConfig
-from training.systems.refdet.head import BaseBranch, Output, anchors
-from training.systems.refdet.loss import DetectionLoss
-from training.systems.refdet.task import build_model
+from engineworks.training.allocator import keep_freed_memory
+from engineworks.training.config import validate
+from engineworks.training.profiler import Profiler
+from engineworks.training.systems.refdet.assign import pad
+from engineworks.training.systems.refdet.backbone import Backbone
+from engineworks.training.systems.refdet.config import TaskConfig, WeightsConfig
+from engineworks.training.systems.refdet.head import BaseBranch, Output, anchors
+from engineworks.training.systems.refdet.loss import DetectionLoss
+from engineworks.training.systems.refdet.task import build_model
 
 SIZE, REFERENCE, BATCH, WAYS, SHOTS, BASE, BOXES = 640, 256, 8, 2, 3, 80, 4
 PUBLISHED = [128, 256, 512, 512]  # channels behind the fusion

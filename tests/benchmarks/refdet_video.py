@@ -19,12 +19,12 @@ from pathlib import Path
 
 import click
 
-from runtime.bundle import read
-from runtime.infer import infer
-from runtime.preprocess import apply
-from runtime.sources import open_source
-from runtime.systems import Promptable, open_system, prompt
-from runtime.video import VideoFile
+from engineworks.runtime.bundle import read
+from engineworks.runtime.infer import infer
+from engineworks.runtime.preprocess import apply
+from engineworks.runtime.sources import open_source
+from engineworks.runtime.systems import Promptable, open_system, prompt
+from engineworks.runtime.video import VideoFile
 
 _ENGINE_FRAMES = 64
 

@@ -11,12 +11,12 @@ from typing import Any
 import click
 import numpy as np
 
-from runtime import bench, datasets, images
-from runtime.bank import Bank, ascending
-from runtime.bundle import read
-from runtime.preprocess import apply
-from runtime.systems import open_system
-from runtime.tensors import Array
+from engineworks.runtime import bench, datasets, images
+from engineworks.runtime.bank import Bank, ascending
+from engineworks.runtime.bundle import read
+from engineworks.runtime.preprocess import apply
+from engineworks.runtime.systems import open_system
+from engineworks.runtime.tensors import Array
 
 
 class Exact:

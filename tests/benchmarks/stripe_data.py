@@ -22,13 +22,13 @@ import numpy as np
 import torch
 from numpy.random import Generator
 
-from runtime import planes
-from runtime.tensors import Array
-from training.config import TrainConfig
-from training.data import loader
-from training.systems.stripe.config import TaskConfig
-from training.systems.stripe.data import Strips, Tiles, pack
-from training.systems.stripe.sample import draw
+from engineworks.runtime import planes
+from engineworks.runtime.tensors import Array
+from engineworks.training.config import TrainConfig
+from engineworks.training.data import loader
+from engineworks.training.systems.stripe.config import TaskConfig
+from engineworks.training.systems.stripe.data import Strips, Tiles, pack
+from engineworks.training.systems.stripe.sample import draw
 
 _SIZE = (976, 176)
 

@@ -20,10 +20,10 @@ import click
 import cv2
 import numpy as np
 
-from runtime import images, planes
-from runtime.tensors import Array
-from training.config import load_config
-from training.train import train
+from engineworks.runtime import images, planes
+from engineworks.runtime.tensors import Array
+from engineworks.training.config import load_config
+from engineworks.training.train import train
 
 # black and white boards: spots as wide as real defects, saturated, and edges that move by a pixel
 SETTINGS = (

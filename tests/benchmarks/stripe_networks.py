@@ -15,9 +15,9 @@ from typing import Any
 import click
 from accelerate.state import AcceleratorState
 
-from training.config import load_config
-from training.systems.stripe.sample import sample
-from training.train import train
+from engineworks.training.config import load_config
+from engineworks.training.systems.stripe.sample import sample
+from engineworks.training.train import train
 
 # the published learning rate for the published nets: a higher one does not converge there
 NETWORKS = {

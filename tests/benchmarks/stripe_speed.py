@@ -15,13 +15,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from runtime import planes
-from runtime.bundle import Bundle, read
-from runtime.sources import open_source
-from runtime.systems import open_system
-from runtime.tensors import Array
-from training.run import open_run
-from training.systems.stripe.eager import EagerStripe, PublishedWindow, published_net, trained_net
+from engineworks.runtime import planes
+from engineworks.runtime.bundle import Bundle, read
+from engineworks.runtime.sources import open_source
+from engineworks.runtime.systems import open_system
+from engineworks.runtime.tensors import Array
+from engineworks.training.run import open_run
+from engineworks.training.systems.stripe.eager import (
+    EagerStripe,
+    PublishedWindow,
+    published_net,
+    trained_net,
+)
 
 _PUBLISHED = "published, tile by tile"
 _CALLS = 5  # of the others per round

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import click
 
-from runtime.video import VideoFile, VideoWriter
+from engineworks.runtime.video import VideoFile, VideoWriter
 
 _RATE = 25
 

@@ -13,19 +13,19 @@ import numpy as np
 import onnx
 import pytest
 
-from calibration import calibrate as stage
-from calibration import table as tables
-from calibration.calibrate import calibrate, measure
-from calibration.ranges import METHODS
-from calibration.samples import Sample, choose
-from runtime import images
-from runtime.bundle import Bundle, GraphEntry, Manifest, write
-from runtime.engines import Engine
-from runtime.engines.ort import OrtEngine
-from runtime.errors import CalibrationError, UsageError
-from runtime.preprocess import PreprocessSpec, apply
-from runtime.sources import PICTURES
-from runtime.testing import write_scenes, write_tiny_refdet_bundle
+from engineworks.calibration import calibrate as stage
+from engineworks.calibration import table as tables
+from engineworks.calibration.calibrate import calibrate, measure
+from engineworks.calibration.ranges import METHODS
+from engineworks.calibration.samples import Sample, choose
+from engineworks.runtime import images
+from engineworks.runtime.bundle import Bundle, GraphEntry, Manifest, write
+from engineworks.runtime.engines import Engine
+from engineworks.runtime.engines.ort import OrtEngine
+from engineworks.runtime.errors import CalibrationError, UsageError
+from engineworks.runtime.preprocess import PreprocessSpec, apply
+from engineworks.runtime.sources import PICTURES
+from engineworks.runtime.testing import write_scenes, write_tiny_refdet_bundle
 
 GRAPH = """<ir_version: 9, opset_import: ["" : 18]>
 g (float[batch, 3, 64, 64] image) => (float[batch, 3, 64, 64] features)
@@ -205,7 +205,7 @@ class TestTheTable:
 
     @pytest.fixture
     def bundle(self, table: tables.Table, tmp_path: Path) -> Bundle:
-        from runtime.bundle import read
+        from engineworks.runtime.bundle import read
 
         return read(tmp_path / "bundle")
 

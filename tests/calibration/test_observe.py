@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from calibration.observe import NUM_BINS, ChannelMean, Histogram, Observer
-from runtime.errors import CalibrationError
+from engineworks.calibration.observe import NUM_BINS, ChannelMean, Histogram, Observer
+from engineworks.runtime.errors import CalibrationError
 
 GRAPH = """<ir_version: 9, opset_import: ["" : 18]>
 g (float[n, 3] x) => (float[n, 3] y, float[n, 3] z)

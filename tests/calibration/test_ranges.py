@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calibration import ranges
-from calibration.observe import Histogram
-from runtime.errors import CalibrationError, UsageError
+from engineworks.calibration import ranges
+from engineworks.calibration.observe import Histogram
+from engineworks.runtime.errors import CalibrationError, UsageError
 
 
 def draw(kind: str, seed: int = 0, size: int = 20_000) -> np.ndarray:

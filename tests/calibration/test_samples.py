@@ -7,9 +7,9 @@ import cv2
 import numpy as np
 import pytest
 
-from calibration.samples import choose
-from runtime.errors import DatasetError
-from runtime.planes import PLANES
+from engineworks.calibration.samples import choose
+from engineworks.runtime.errors import DatasetError
+from engineworks.runtime.planes import PLANES
 
 
 @pytest.fixture

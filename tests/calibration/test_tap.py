@@ -4,11 +4,11 @@ import numpy as np
 import onnx
 import pytest
 
-from calibration.observe import Observer
-from calibration.tap import Tap
-from runtime.engines import Engine
-from runtime.engines.ort import OrtEngine
-from runtime.errors import EngineError, InputError
+from engineworks.calibration.observe import Observer
+from engineworks.calibration.tap import Tap
+from engineworks.runtime.engines import Engine
+from engineworks.runtime.engines.ort import OrtEngine
+from engineworks.runtime.errors import EngineError, InputError
 
 GRAPH = """<ir_version: 9, opset_import: ["" : 18]>
 g (float[n, 2] x) => (float[n, 2] y) { a = Exp(x)  y = Sqrt(a) }"""

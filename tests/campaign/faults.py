@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from runtime import files
-from runtime.claims import claim
+from engineworks.runtime import files
+from engineworks.runtime.claims import claim
 
 _MAKING: tuple[tuple[Any, str], ...] = (  # what a full disk may refuse
     *((os, name) for name in ("open", "write", "link", "fsync", "rename", "replace", "mkdir")),

@@ -21,13 +21,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import cli
-from runtime.bundle import read
-from runtime.errors import EngineworksError
+from engineworks import cli
+from engineworks.runtime.bundle import read
+from engineworks.runtime.errors import EngineworksError
 
 _MAKE = """
 import sys; from pathlib import Path; import numpy as np
-from runtime import images, testing
+from engineworks.runtime import images, testing
 root = Path(sys.argv[1])
 testing.write_tiny_noising_bundle(root / "int8", int8=True)
 testing.write_tiny_noising_bundle(root / "float", int8=False)
@@ -184,12 +184,12 @@ def main() -> None:
     # what commands import, once
     import onnxruntime
 
-    import export.build
-    import runtime.systems.noising.extend
-    import training.systems.paco.task
-    import training.train
+    import engineworks.export.build
+    import engineworks.runtime.systems.noising.extend
+    import engineworks.training.systems.paco.task
+    import engineworks.training.train
 
-    assert onnxruntime, (export, runtime, training)
+    assert onnxruntime, engineworks
     known, counts = commands(made), {}
     for each in chosen:
         name, num = each.split("=")

@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 from click.testing import CliRunner
 
-import cli
-from runtime import images, testing
-from runtime.bundle import read
-from runtime.errors import EngineworksError
+from engineworks import cli
+from engineworks.runtime import images, testing
+from engineworks.runtime.bundle import read
+from engineworks.runtime.errors import EngineworksError
 
 Try = tuple[str, str | None]
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from runtime.bundle import GraphEntry, Manifest, Threshold, read, set_threshold, write
-from runtime.errors import EngineworksError
-from runtime.preprocess import PreprocessSpec
-from runtime.tensors import TensorSpec
+from engineworks.runtime.bundle import GraphEntry, Manifest, Threshold, read, set_threshold, write
+from engineworks.runtime.errors import EngineworksError
+from engineworks.runtime.preprocess import PreprocessSpec
+from engineworks.runtime.tensors import TensorSpec
 from tests.campaign import faults
 from tests.campaign.conftest import Ledger
 

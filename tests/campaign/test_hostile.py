@@ -22,11 +22,11 @@ import cv2
 import numpy as np
 import pytest
 
-from runtime import images, npy, planes, references, testing, video
-from runtime.bundle import MANIFEST_NAME, Bundle, read
-from runtime.errors import EngineworksError
-from runtime.graphs import check_graph
-from runtime.systems import SYSTEMS, open_system
+from engineworks.runtime import images, npy, planes, references, testing, video
+from engineworks.runtime.bundle import MANIFEST_NAME, Bundle, read
+from engineworks.runtime.errors import EngineworksError
+from engineworks.runtime.graphs import check_graph
+from engineworks.runtime.systems import SYSTEMS, open_system
 from tests.campaign.conftest import Ledger
 
 _SEED = 20

@@ -9,7 +9,7 @@ import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
-from export.quantize import activations
+from engineworks.export.quantize import activations
 
 LITERAL = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
 FUSED = ort.GraphOptimizationLevel.ORT_ENABLE_ALL

@@ -12,15 +12,15 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from calibration.table import load
-from export import build as build_module
-from export.build import _OWN, BuildConfig, build
-from export.legality import check_legal
-from export.quantize import activations, quantizable, quantize, to_unsigned
-from runtime.bench import Timing, Turn
-from runtime.bundle import Bundle, read, write
-from runtime.engines import BACKENDS
-from runtime.errors import (
+from engineworks.calibration.table import load
+from engineworks.export import build as build_module
+from engineworks.export.build import _OWN, BuildConfig, build
+from engineworks.export.legality import check_legal
+from engineworks.export.quantize import activations, quantizable, quantize, to_unsigned
+from engineworks.runtime.bench import Timing, Turn
+from engineworks.runtime.bundle import Bundle, read, write
+from engineworks.runtime.engines import BACKENDS
+from engineworks.runtime.errors import (
     BundleError,
     CalibrationError,
     DatasetError,
@@ -28,10 +28,10 @@ from runtime.errors import (
     GateError,
     UsageError,
 )
-from runtime.evaluation import Evaluation
-from runtime.systems import open_system
-from runtime.testing import write_parts, write_tiny_noising_bundle
-from runtime.verdict import describe
+from engineworks.runtime.evaluation import Evaluation
+from engineworks.runtime.systems import open_system
+from engineworks.runtime.testing import write_parts, write_tiny_noising_bundle
+from engineworks.runtime.verdict import describe
 
 SIZE = (64, 64)
 MILLISECONDS = {"float": 4.0, "bf16": 3.0, "int8": 1.0, "int8-bf16": 0.9}
@@ -135,8 +135,8 @@ def judged_as(monkeypatch: pytest.MonkeyPatch, auroc: Callable[[Bundle, str, str
     def evaluate(bundle: Bundle, backend: str, precision: str, *_: object, **__: object) -> object:
         return Evaluation({"image_auroc": auroc(bundle, backend, precision)})
 
-    monkeypatch.setattr("export.build.evaluate", evaluate)
-    monkeypatch.setattr("export.gate.evaluate", evaluate)
+    monkeypatch.setattr("engineworks.export.build.evaluate", evaluate)
+    monkeypatch.setattr("engineworks.export.gate.evaluate", evaluate)
 
 
 @dataclass(frozen=True)

@@ -13,15 +13,21 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from export import deploy as stage
-from export.deploy import DeployConfig, deploy, profiles_of
-from runtime import plans
-from runtime.bundle import Bundle, GraphEntry, read, sha256_file, write
-from runtime.errors import BackendError, BundleError, ExportError, ParityError, UsageError
-from runtime.plans import PLANS, Machine, PlanConfig, PlanOrigin, ShapeRange, origin_of
-from runtime.systems import open_system
-from runtime.tensors import TensorSpec
-from runtime.testing import (
+from engineworks.export import deploy as stage
+from engineworks.export.deploy import DeployConfig, deploy, profiles_of
+from engineworks.runtime import plans
+from engineworks.runtime.bundle import Bundle, GraphEntry, read, sha256_file, write
+from engineworks.runtime.errors import (
+    BackendError,
+    BundleError,
+    ExportError,
+    ParityError,
+    UsageError,
+)
+from engineworks.runtime.plans import PLANS, Machine, PlanConfig, PlanOrigin, ShapeRange, origin_of
+from engineworks.runtime.systems import open_system
+from engineworks.runtime.tensors import TensorSpec
+from engineworks.runtime.testing import (
     write_parts,
     write_tiny_noising_bundle,
     write_tiny_paco_bundle,

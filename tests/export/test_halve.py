@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from export.halve import HalfType, halve, num_half, rounded
-from export.passes import GraphView
-from export.quantize import KeepFloat, quantize
-from runtime.errors import ExportError
+from engineworks.export.halve import HalfType, halve, num_half, rounded
+from engineworks.export.passes import GraphView
+from engineworks.export.quantize import KeepFloat, quantize
+from engineworks.runtime.errors import ExportError
 from tests.export.residual_net import images, measured, residual_net, run
 
 KINDS = get_args(HalfType)

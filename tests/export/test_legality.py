@@ -5,10 +5,10 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from export import passes
-from export.legality import check_legal
-from export.quantize import quantize, to_unsigned
-from runtime.errors import QuantizationError
+from engineworks.export import passes
+from engineworks.export.legality import check_legal
+from engineworks.export.quantize import quantize, to_unsigned
+from engineworks.runtime.errors import QuantizationError
 from tests.export.residual_net import images, measured, residual_net
 
 # One legal layer; every test below breaks one thing in it.

@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import numpy_helper
 
-from export import passes
-from export.openvino import WIDEST, quantize_for_openvino
-from export.quantize import KeepFloat, activations, quantize
-from runtime.engines import open_engine
-from runtime.errors import QuantizationError
-from runtime.tensors import Array
+from engineworks.export import passes
+from engineworks.export.openvino import WIDEST, quantize_for_openvino
+from engineworks.export.quantize import KeepFloat, activations, quantize
+from engineworks.runtime.engines import open_engine
+from engineworks.runtime.errors import QuantizationError
+from engineworks.runtime.tensors import Array
 from tests.export.residual_net import measured, run
 
 ADDS = KeepFloat(op_types=frozenset({"Add"}))

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import numpy_helper
 
-from export import passes
-from export.ort import TAIL, inverse_silu, quantize_for_ort, silus
-from export.quantize import KeepFloat, activations, quantize, to_unsigned
-from runtime.errors import QuantizationError
-from runtime.tensors import Array
+from engineworks.export import passes
+from engineworks.export.ort import TAIL, inverse_silu, quantize_for_ort, silus
+from engineworks.export.quantize import KeepFloat, activations, quantize, to_unsigned
+from engineworks.runtime.errors import QuantizationError
+from engineworks.runtime.tensors import Array
 from tests.export.residual_net import FUSED, residual_net, run
 
 # two layers with SiLU, of which one is also joined, and one without anything behind it

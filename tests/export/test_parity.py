@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from export.parity import check, check_shapes, compare
-from runtime.errors import ParityError
-from runtime.tensors import Array, TensorSpec
+from engineworks.export.parity import check, check_shapes, compare
+from engineworks.runtime.errors import ParityError
+from engineworks.runtime.tensors import Array, TensorSpec
 
 arrays = hnp.arrays(
     np.float32,

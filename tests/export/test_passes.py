@@ -9,8 +9,8 @@ import onnxruntime as ort
 import pytest
 from onnx import helper, numpy_helper
 
-from export import passes
-from runtime.errors import ExportError
+from engineworks.export import passes
+from engineworks.runtime.errors import ExportError
 from tests.export.residual_net import images, residual_net, run
 
 

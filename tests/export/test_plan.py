@@ -23,11 +23,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-import export
-from export.halve import halve
-from export.quantize import quantize
-from runtime.errors import BackendError, ExportError, QuantizationError
-from runtime.plans import Machine, PlanConfig, Profile, ShapeRange
+from engineworks import export
+from engineworks.export.halve import halve
+from engineworks.export.quantize import quantize
+from engineworks.runtime.errors import BackendError, ExportError, QuantizationError
+from engineworks.runtime.plans import Machine, PlanConfig, Profile, ShapeRange
 from tests.export import trt_stub
 from tests.export.residual_net import images, measured, residual_net
 
@@ -49,8 +49,8 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Any:
     for name in ("plan", "deploy"):  # deploy imports it when it builds
         monkeypatch.delitem(sys.modules, f"export.{name}", raising=False)
         monkeypatch.delattr(export, name, raising=False)
-    module = importlib.import_module("export.plan")
-    monkeypatch.setitem(sys.modules, "export.plan", module)
+    module = importlib.import_module("engineworks.export.plan")
+    monkeypatch.setitem(sys.modules, "engineworks.export.plan", module)
     return module
 
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from onnx import numpy_helper
 
-from export import passes
-from export.quantize import (
+from engineworks.export import passes
+from engineworks.export.quantize import (
     SCALE_FLOOR,
     KeepFloat,
     activations,
@@ -21,8 +21,8 @@ from export.quantize import (
     quantize_weight,
     to_unsigned,
 )
-from runtime.engines.openvino import OpenVinoEngine
-from runtime.errors import QuantizationError
+from engineworks.runtime.engines.openvino import OpenVinoEngine
+from engineworks.runtime.errors import QuantizationError
 from tests.export.residual_net import FUSED, LITERAL, images, measured, residual_net, run
 
 

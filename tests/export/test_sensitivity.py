@@ -4,10 +4,10 @@ import numpy as np
 import onnx
 import pytest
 
-from export import passes
-from export.quantize import KeepFloat, quantizable, quantize
-from export.sensitivity import measure, sensitivity
-from runtime.errors import QuantizationError
+from engineworks.export import passes
+from engineworks.export.quantize import KeepFloat, quantizable, quantize
+from engineworks.export.sensitivity import measure, sensitivity
+from engineworks.runtime.errors import QuantizationError
 from tests.export.residual_net import LITERAL, images, measured, residual_net, run
 
 FEEDS = {"image": images(num=2)}

@@ -31,7 +31,7 @@ _FLAGS_11 = (
 
 def forget() -> None:
     """Modules that are made of a ``tensorrt`` are imported anew, of the one that is there then."""
-    for name in ("export.plan", "runtime.engines.recorder"):
+    for name in ("engineworks.export.plan", "engineworks.runtime.engines.recorder"):
         sys.modules.pop(name, None)
 
 

@@ -29,8 +29,8 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-import runtime.engines
-from runtime.tensors import Array
+import engineworks.runtime.engines
+from engineworks.runtime.tensors import Array
 
 Ranges = Mapping[str, Sequence[tuple[int, ...]]]
 _ALIGNMENT = 256
@@ -109,18 +109,18 @@ class Gpu:
             module.__spec__ = ModuleSpec(name, None)
             monkeypatch.setitem(sys.modules, name, module)
         for name in ("cuda", "recorder", "ort_gpu", "trt"):
-            spec = importlib.util.find_spec(f"runtime.engines.{name}")
+            spec = importlib.util.find_spec(f"engineworks.runtime.engines.{name}")
             assert spec is not None and spec.loader is not None
             module = importlib.util.module_from_spec(spec)
             monkeypatch.setitem(sys.modules, spec.name, module)
-            monkeypatch.setattr(runtime.engines, name, module, raising=False)
+            monkeypatch.setattr(engineworks.runtime.engines, name, module, raising=False)
             spec.loader.exec_module(module)
         trt: Any = module
         monkeypatch.setattr(trt.cuda, "_library", lambda: DriverLibrary(self))
         sessions = types.SimpleNamespace(
             SessionOptions=ort.SessionOptions, InferenceSession=partial(Session, self)
         )
-        monkeypatch.setattr(sys.modules["runtime.engines.ort_gpu"], "ort", sessions)
+        monkeypatch.setattr(sys.modules["engineworks.runtime.engines.ort_gpu"], "ort", sessions)
         return trt
 
 

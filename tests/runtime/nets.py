@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from runtime.tensors import Array
+from engineworks.runtime.tensors import Array
 
 # smallest, usual and largest size of a free axis in a plan
 PROFILE = (1, 2, 16)
@@ -76,8 +76,8 @@ def ranges(model: bytes) -> dict[str, list[tuple[int, ...]]]:
 
 def as_plan(model: bytes) -> bytes:
     """Built by the TensorRT that is installed, for the GPU that is here."""
-    from export.plan import build_plan
-    from runtime.plans import PlanConfig, ShapeRange
+    from engineworks.export.plan import build_plan
+    from engineworks.runtime.plans import PlanConfig, ShapeRange
 
     profile = {name: ShapeRange(*shapes) for name, shapes in ranges(model).items()}
     return build_plan(model, PlanConfig(tf32=False), [profile]).data

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime import bank as bank_module
-from runtime.bank import Bank
-from runtime.errors import BankError
-from runtime.tensors import Array
+from engineworks.runtime import bank as bank_module
+from engineworks.runtime.bank import Bank
+from engineworks.runtime.errors import BankError
+from engineworks.runtime.tensors import Array
 
 MANY = bank_module._FEW_QUERIES  # from here on FAISS searches by a matrix product
 

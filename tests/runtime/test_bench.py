@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from runtime.bench import (
+from engineworks.runtime.bench import (
     DeviceTime,
     ForeignLoad,
     Row,
@@ -22,8 +22,8 @@ from runtime.bench import (
     render,
     to_json,
 )
-from runtime.errors import InputError
-from runtime.evaluation import Evaluation, decide
+from engineworks.runtime.errors import InputError
+from engineworks.runtime.evaluation import Evaluation, decide
 
 
 class Machine:
@@ -337,7 +337,7 @@ class TestProvenance:
         # in a process of its own: this one may have used much more already
         program = (
             "import numpy as np\n"
-            "from runtime.bench import peak_rss_bytes\n"
+            "from engineworks.runtime.bench import peak_rss_bytes\n"
             "before = peak_rss_bytes()\n"
             "np.ones(before + (64 << 20), np.uint8)\n"
             "print(before, peak_rss_bytes())"

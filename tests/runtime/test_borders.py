@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from scipy import stats
 
-from runtime.borders import HeldOut, border
-from runtime.errors import InputError
+from engineworks.runtime.borders import HeldOut, border
+from engineworks.runtime.errors import InputError
 
 
 def drawn(count: int, seed: int = 0, location: float = 2.0, scale: float = 0.3) -> np.ndarray:

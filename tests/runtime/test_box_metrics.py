@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.box_metrics import DetectionMetrics
-from runtime.boxes import iou
-from runtime.errors import BackendError, InputError
+from engineworks.runtime.box_metrics import DetectionMetrics
+from engineworks.runtime.boxes import iou
+from engineworks.runtime.errors import BackendError, InputError
 
 
 def plain_hits(

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.boxes import areas, clip, iou, nms, to_image, to_network
-from runtime.preprocess import PreprocessSpec, apply, place
-from runtime.tensors import Array
+from engineworks.runtime.boxes import areas, clip, iou, nms, to_image, to_network
+from engineworks.runtime.preprocess import PreprocessSpec, apply, place
+from engineworks.runtime.tensors import Array
 
 coordinates = st.floats(-50, 400, width=32)
 

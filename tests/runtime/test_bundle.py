@@ -13,10 +13,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from runtime import bundle as bundles
-from runtime import files as files_of_the_system
-from runtime.borders import HeldOut
-from runtime.bundle import (
+from engineworks.runtime import bundle as bundles
+from engineworks.runtime import files as files_of_the_system
+from engineworks.runtime.borders import HeldOut
+from engineworks.runtime.bundle import (
     MANIFEST_NAME,
     Bundle,
     GraphEntry,
@@ -29,9 +29,9 @@ from runtime.bundle import (
     set_threshold,
     write,
 )
-from runtime.errors import BundleError, EngineworksError
-from runtime.preprocess import PreprocessSpec
-from runtime.tensors import TensorSpec
+from engineworks.runtime.errors import BundleError, EngineworksError
+from engineworks.runtime.preprocess import PreprocessSpec
+from engineworks.runtime.tensors import TensorSpec
 
 FILES = {
     "features.onnx": b"float graph",

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from runtime.claims import claim
-from runtime.errors import InUseError
+from engineworks.runtime.claims import claim
+from engineworks.runtime.errors import InUseError
 from tests.campaign.faults import other_process
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from runtime.bench import Row, Timing, Turn, environment
-from runtime.compare import compare, render
-from runtime.errors import InputError
+from engineworks.runtime.bench import Row, Timing, Turn, environment
+from engineworks.runtime.compare import compare, render
+from engineworks.runtime.errors import InputError
 
 
 def report(path: Path, *rows: tuple[str, int, float], **changed: Any) -> Path:

@@ -8,14 +8,20 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from runtime import contenders
-from runtime.bench import DeviceTime, Timing, Turn
-from runtime.bundle import Bundle
-from runtime.contenders import Contender, describe_images, images_for, measure, of_bundle
-from runtime.errors import BackendError, BundleError, UsageError
-from runtime.images import write as write_image
-from runtime.systems import System, prompt
-from runtime.testing import (
+from engineworks.runtime import contenders
+from engineworks.runtime.bench import DeviceTime, Timing, Turn
+from engineworks.runtime.bundle import Bundle
+from engineworks.runtime.contenders import (
+    Contender,
+    describe_images,
+    images_for,
+    measure,
+    of_bundle,
+)
+from engineworks.runtime.errors import BackendError, BundleError, UsageError
+from engineworks.runtime.images import write as write_image
+from engineworks.runtime.systems import System, prompt
+from engineworks.runtime.testing import (
     write_parts,
     write_references,
     write_tiny_noising_bundle,

@@ -12,12 +12,12 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
-from runtime import testing
-from runtime.bundle import MANIFEST_NAME, Bundle, GraphEntry, Manifest, read
-from runtime.contract import CheckedEngine
-from runtime.errors import BundleError, EngineError
-from runtime.systems import SYSTEMS, open_system
-from runtime.tensors import Array, Feeds, TensorSpec
+from engineworks.runtime import testing
+from engineworks.runtime.bundle import MANIFEST_NAME, Bundle, GraphEntry, Manifest, read
+from engineworks.runtime.contract import CheckedEngine
+from engineworks.runtime.errors import BundleError, EngineError
+from engineworks.runtime.systems import SYSTEMS, open_system
+from engineworks.runtime.tensors import Array, Feeds, TensorSpec
 
 Change = Callable[[dict[str, Any]], object]
 

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime import coreset
-from runtime.coreset import greedy_k_centre, projection
-from runtime.errors import BankError
-from runtime.tensors import Array
+from engineworks.runtime import coreset
+from engineworks.runtime.coreset import greedy_k_centre, projection
+from engineworks.runtime.errors import BankError
+from engineworks.runtime.tensors import Array
 
 
 def plain(

@@ -14,8 +14,8 @@ import cv2
 import numpy as np
 import pytest
 
-from runtime import images
-from runtime.datasets import (
+from engineworks.runtime import images
+from engineworks.runtime.datasets import (
     ClassFolder,
     MvtecSample,
     class_folder,
@@ -24,8 +24,8 @@ from runtime.datasets import (
     read,
     strips,
 )
-from runtime.errors import BackendError, DatasetError, ImageError
-from runtime.tensors import Array
+from engineworks.runtime.errors import BackendError, DatasetError, ImageError
+from engineworks.runtime.tensors import Array
 
 
 def make(root: Path, *names: str) -> Path:
@@ -401,7 +401,7 @@ class TestAParquetFile:
     def test_leaves_nothing_behind_when_the_process_ends(self, tmp_path: Path) -> None:
         write_parquet(tmp_path / "set.parquet")
         code = (
-            "import sys, pathlib; from runtime.datasets import class_folder;"
+            "import sys, pathlib; from engineworks.runtime.datasets import class_folder;"
             "sample = class_folder(pathlib.Path(sys.argv[1]), 'val').samples[0];"
             "assert sample.packed.file.is_file(); sys.stdout.write(str(sample.packed.file))"
         )

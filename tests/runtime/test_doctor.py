@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from runtime import doctor, gpu
-from runtime.doctor import Finding, examine
+from engineworks.runtime import doctor, gpu
+from engineworks.runtime.doctor import Finding, examine
 
 BASE = doctor._PACKAGES["base"]
 CPU = doctor._PACKAGES["cpu"]

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime import draw
-from runtime.tensors import Array
+from engineworks.runtime import draw
+from engineworks.runtime.tensors import Array
 
 
 def grey(height: int, width: int, level: int = 120) -> Array:

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime.engines import BACKENDS, Engine, open_engine
-from runtime.errors import EngineError, EngineworksError, InputError
-from runtime.tensors import Array
+from engineworks.runtime.engines import BACKENDS, Engine, open_engine
+from engineworks.runtime.errors import EngineError, EngineworksError, InputError
+from engineworks.runtime.tensors import Array
 from tests.runtime.gpu_stub import Gpu, plan
 from tests.runtime.nets import (
     ADD_ONE,
@@ -59,7 +59,7 @@ def open_model(subject: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> O
     stand_in = " on stand-ins of " in subject
     if stand_in:
         Gpu().install(subject.split()[-1], monkeypatch)
-        monkeypatch.setattr("runtime.engines.Backend.why_not", lambda row: None)
+        monkeypatch.setattr("engineworks.runtime.engines.Backend.why_not", lambda row: None)
     elif reason := BACKENDS[backend].why_not():
         pytest.skip(reason)
 
@@ -84,7 +84,7 @@ def on_device(backend: str) -> Callable[[Array], Any]:
     def copied(array: Array) -> Any:
         if backend not in GPU:
             return OnDevice()
-        cuda = sys.modules["runtime.engines.cuda"]
+        cuda = sys.modules["engineworks.runtime.engines.cuda"]
         with cuda.device().active():
             tensor = cuda.DeviceTensor(cuda.device(), array.shape, array.dtype.name)
             cuda.driver.memcpy_htod(tensor.address, np.ascontiguousarray(array))

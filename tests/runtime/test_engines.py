@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from runtime.engines import BACKENDS, check_backend, open_engine
-from runtime.errors import BackendError, EngineError, InputError, UsageError
-from runtime.tensors import TensorSpec
-from runtime.threads import available_threads
+from engineworks.runtime.engines import BACKENDS, check_backend, open_engine
+from engineworks.runtime.errors import BackendError, EngineError, InputError, UsageError
+from engineworks.runtime.tensors import TensorSpec
+from engineworks.runtime.threads import available_threads
 from tests.runtime.nets import ADD_ONE, SAME, conv_net, conv_net_in_float64, feeds, parse
 
 ROOT = Path(__file__).parents[2]
@@ -61,7 +61,7 @@ class TestAnOpenedGraph:
 SIGNALS_AFTER_CLOSING = """
 import gc, os, signal, sys
 from pathlib import Path
-from runtime.engines import open_engine
+from engineworks.runtime.engines import open_engine
 
 signal.signal(signal.SIGUSR1, lambda *_: print("handled"))
 engines = [open_engine(Path(sys.argv[1]), sys.argv[2]) for _ in range(2)]

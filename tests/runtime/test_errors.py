@@ -4,8 +4,8 @@ import inspect
 
 import pytest
 
-from runtime import errors
-from runtime.errors import ConfigError, EngineworksError, UnexpectedError, UsageError
+from engineworks.runtime import errors
+from engineworks.runtime.errors import ConfigError, EngineworksError, UnexpectedError, UsageError
 
 ALL = [
     value

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from scipy.stats import binom, binomtest
 
-from runtime.errors import InputError
-from runtime.evaluation import Decisions, Evaluation, Rate, decide, table, wilson
-from runtime.evidence import Shares
+from engineworks.runtime.errors import InputError
+from engineworks.runtime.evaluation import Decisions, Evaluation, Rate, decide, table, wilson
+from engineworks.runtime.evidence import Shares
 
 
 class TestTheInterval:

@@ -7,11 +7,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.evidence import Drop, Evidence, PixelRanking, Ranking, Shares, paired_drops, resamples
-from runtime.metrics import AnomalyMetrics, CandidateMetrics
-from runtime.pixels import Pixels
-from runtime.results import Candidate
-from runtime.tensors import Array
+from engineworks.runtime.evidence import (
+    Drop,
+    Evidence,
+    PixelRanking,
+    Ranking,
+    Shares,
+    paired_drops,
+    resamples,
+)
+from engineworks.runtime.metrics import AnomalyMetrics, CandidateMetrics
+from engineworks.runtime.pixels import Pixels
+from engineworks.runtime.results import Candidate
+from engineworks.runtime.tensors import Array
 
 KINDS = ["good"] * 4 + ["crack"] * 4
 LABELS = [0, 0, 0, 0, 1, 1, 1, 1]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime import files
+from engineworks.runtime import files
 from tests.campaign import faults
 
 any_system = pytest.mark.parametrize("named", [False, True], ids=["unnamed", "named"])

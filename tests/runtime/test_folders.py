@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from runtime import folders
-from runtime.folders import Tally
+from engineworks.runtime import folders
+from engineworks.runtime.folders import Tally
 
 
 def make(root: Path, *names: str) -> Path:

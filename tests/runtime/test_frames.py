@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime import images
-from runtime.errors import ImageError, VideoError
-from runtime.frames import Frames
-from runtime.objects import Frame, Reference
-from runtime.tensors import Array
-from runtime.video import VideoFile, VideoWriter, frames
+from engineworks.runtime import images
+from engineworks.runtime.errors import ImageError, VideoError
+from engineworks.runtime.frames import Frames
+from engineworks.runtime.objects import Frame, Reference
+from engineworks.runtime.tensors import Array
+from engineworks.runtime.video import VideoFile, VideoWriter, frames
 
 NUM_FRAMES = 40
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from runtime import gpu
+from engineworks.runtime import gpu
 
 MEMORY = 150_754_820_096
 

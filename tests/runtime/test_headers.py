@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime import headers, images, planes
-from runtime.errors import ImageError, UsageError
-from runtime.headers import Header
+from engineworks.runtime import headers, images, planes
+from engineworks.runtime.errors import ImageError, UsageError
+from engineworks.runtime.headers import Header
 
 FORMATS = (".png", ".jpg", ".bmp", ".tif", ".webp", ".gif", ".jp2", ".avif", ".pgm", ".ppm", ".ras")
 

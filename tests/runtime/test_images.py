@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime import images
-from runtime.errors import ImageError
-from runtime.tensors import Array
+from engineworks.runtime import images
+from engineworks.runtime.errors import ImageError
+from engineworks.runtime.tensors import Array
 
 LOSSLESS = (".png", ".bmp", ".tif", ".tiff")
 
@@ -286,7 +286,7 @@ class TestStandardError:
         program = (
             "import os, sys, threading\n"
             "from pathlib import Path\n"
-            "from runtime import images\n"
+            "from engineworks.runtime import images\n"
             "def talk():\n"
             "    for i in range(3000): os.write(2, b'%d.jpeg\\n' % i)\n"
             "thread = threading.Thread(target=talk); thread.start()\n"
@@ -302,7 +302,7 @@ class TestStandardError:
 
     def test_is_not_needed(self, tmp_path: Path) -> None:
         images.write(tmp_path / "a.jpg", scene())
-        program = "import sys; from pathlib import Path; from runtime import images\n"
+        program = "import sys; from pathlib import Path; from engineworks.runtime import images\n"
         program += "assert images.read(Path(sys.argv[1])).shape == (60, 80, 3)\n"
 
         command = f'exec "{sys.executable}" -c "$0" "$1" 2>&-'

@@ -18,12 +18,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime import images, live, tables, video
-from runtime import infer as driver
-from runtime.bundle import Bundle
-from runtime.decoding import Frame
-from runtime.engines import Engine
-from runtime.errors import (
+from engineworks.runtime import images, live, tables, video
+from engineworks.runtime import infer as driver
+from engineworks.runtime.bundle import Bundle
+from engineworks.runtime.decoding import Frame
+from engineworks.runtime.engines import Engine
+from engineworks.runtime.errors import (
     EngineError,
     EngineworksError,
     ImageError,
@@ -32,12 +32,12 @@ from runtime.errors import (
     UsageError,
     VideoError,
 )
-from runtime.infer import Summary, infer
-from runtime.names import overlay_names
-from runtime.sources import PICTURES, Reader, Source, open_source
-from runtime.systems import System, open_system
-from runtime.tensors import Array
-from runtime.testing import draw_scene, write_tiny_refdet_bundle
+from engineworks.runtime.infer import Summary, infer
+from engineworks.runtime.names import overlay_names
+from engineworks.runtime.sources import PICTURES, Reader, Source, open_source
+from engineworks.runtime.systems import System, open_system
+from engineworks.runtime.tensors import Array
+from engineworks.runtime.testing import draw_scene, write_tiny_refdet_bundle
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime import datasets, images, masks
-from runtime.errors import DatasetError
-from runtime.tensors import Array
+from engineworks.runtime import datasets, images, masks
+from engineworks.runtime.errors import DatasetError
+from engineworks.runtime.tensors import Array
 
 MARKED = np.pad(np.full((9, 7), 255, np.uint8), 10)
 

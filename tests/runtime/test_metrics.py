@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from runtime import datasets
-from runtime.errors import InputError
-from runtime.images import read_mask
-from runtime.metrics import (
+from engineworks.runtime import datasets
+from engineworks.runtime.errors import InputError
+from engineworks.runtime.images import read_mask
+from engineworks.runtime.metrics import (
     AnomalyMetrics,
     CandidateMetrics,
     ClassificationMetrics,
@@ -25,7 +25,7 @@ from runtime.metrics import (
     leave_one_out,
     log_softmax,
 )
-from runtime.results import Candidate
+from engineworks.runtime.results import Candidate
 
 # few distinct values, so that ties are common; halves are exact in float32
 SCORES = st.integers(-3, 3).map(lambda i: i / 2)
@@ -484,7 +484,7 @@ class TestLeaveOneOut:
     ) -> None:
         vectors, labels = rng.normal(size=(50, 4)), rng.integers(5, size=50)
         whole = leave_one_out(vectors, labels).metrics
-        monkeypatch.setattr("runtime.metrics._ROWS_AT_ONCE", 7)
+        monkeypatch.setattr("engineworks.runtime.metrics._ROWS_AT_ONCE", 7)
         assert leave_one_out(vectors, labels).metrics == whole
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.names import file_name, overlay_names
+from engineworks.runtime.names import file_name, overlay_names
 
 
 @pytest.mark.parametrize("text", ["bar", "M8 Mutter", "naïve-é_1.5", "螺母", "a,b (c)"])

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from runtime import npy
-from runtime.errors import InputError
-from runtime.tensors import Array
+from engineworks.runtime import npy
+from engineworks.runtime.errors import InputError
+from engineworks.runtime.tensors import Array
 
 HEADER = "{'descr': %s, 'fortran_order': False, 'shape': %s, }\n"
 

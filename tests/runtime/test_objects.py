@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime import images
-from runtime.errors import DatasetError
-from runtime.objects import Frame, object_splits, read_objects
+from engineworks.runtime import images
+from engineworks.runtime.errors import DatasetError
+from engineworks.runtime.objects import Frame, object_splits, read_objects
 
 
 def write_coco(

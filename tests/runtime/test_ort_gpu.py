@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime.engines import Engine, open_engine
-from runtime.errors import BackendError, EngineError
+from engineworks.runtime.engines import Engine, open_engine
+from engineworks.runtime.errors import BackendError, EngineError
 from tests.runtime.gpu_stub import Gpu
 from tests.runtime.nets import ADD_ONE, feeds, parse
 
@@ -25,7 +25,7 @@ flat (float[batch, 3] x) => (float[n] y)
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
     device = Gpu()
     device.install("11.4.0.106", monkeypatch)
-    monkeypatch.setattr("runtime.engines.Backend.why_not", lambda row: None)
+    monkeypatch.setattr("engineworks.runtime.engines.Backend.why_not", lambda row: None)
     return device
 
 
@@ -117,7 +117,7 @@ class TestDeviceFeeds:
         assert bool(gpu.named("Context.synchronize")) is not told
 
     def test_give_answers_that_keep_their_session(self, gpu: Gpu, engine: Engine) -> None:
-        cuda: Any = sys.modules["runtime.engines.cuda"]
+        cuda: Any = sys.modules["engineworks.runtime.engines.cuda"]
         with cuda.device().active():
             given = {
                 name: cuda.DeviceTensor(cuda.device(), array.shape, array.dtype.name)

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from runtime import images, video
-from runtime.errors import InputError, InUseError
-from runtime.infer import Summary, infer
-from runtime.outputs import Outputs, is_free, recorded
-from runtime.signals import Stopped, stoppable
-from runtime.sources import Source, open_source
+from engineworks.runtime import images, video
+from engineworks.runtime.errors import InputError, InUseError
+from engineworks.runtime.infer import Summary, infer
+from engineworks.runtime.outputs import Outputs, is_free, recorded
+from engineworks.runtime.signals import Stopped, stoppable
+from engineworks.runtime.sources import Source, open_source
 from tests.campaign.faults import die, in_child, other_process
 from tests.runtime.test_infer import Levels, names, table, write_pictures, write_video
 

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime import curves, pixels
-from runtime.metrics import AnomalyMetrics
-from runtime.pixels import Pixels
-from runtime.tensors import Array
+from engineworks.runtime import curves, pixels
+from engineworks.runtime.metrics import AnomalyMetrics
+from engineworks.runtime.pixels import Pixels
+from engineworks.runtime.tensors import Array
 
 
 def drawn(seed: int, num: int, decimals: int) -> list[tuple[Array, Array]]:
@@ -46,7 +46,7 @@ def test_measures_do_not_depend_on_what_is_kept_in_memory(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pixels, "_AT_ONCE", 50)
         patch.setattr(curves, "_POSITIVES_AT_ONCE", 7)
-        patch.setattr("runtime.metrics.Pixels", lambda: Pixels(in_memory=100))
+        patch.setattr("engineworks.runtime.metrics.Pixels", lambda: Pixels(in_memory=100))
         parted = measured(images)
     assert parted == pytest.approx(whole, abs=1e-12)
 
@@ -84,7 +84,7 @@ def test_memory_does_not_grow_with_the_number_of_images(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(pixels, "_AT_ONCE", 1 << 16)
-    monkeypatch.setattr("runtime.metrics.Pixels", lambda: Pixels(in_memory=1 << 18))
+    monkeypatch.setattr("engineworks.runtime.metrics.Pixels", lambda: Pixels(in_memory=1 << 18))
     rng = np.random.default_rng(0)
     mask = np.zeros((256, 256), bool)
     mask[3:9, 3:9] = True

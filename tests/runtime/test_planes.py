@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from runtime import images
-from runtime.errors import ImageError, InputError
-from runtime.folders import Tally
-from runtime.planes import (
+from engineworks.runtime import images
+from engineworks.runtime.errors import ImageError, InputError
+from engineworks.runtime.folders import Tally
+from engineworks.runtime.planes import (
     PLANES,
     check_planes,
     displacement,
@@ -25,7 +25,7 @@ from runtime.planes import (
     read_triplet,
     write,
 )
-from runtime.tensors import Array
+from engineworks.runtime.tensors import Array
 
 DTYPES = ("uint8", "uint16", "float32")
 

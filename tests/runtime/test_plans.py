@@ -13,12 +13,12 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import cli
-from runtime import gpu, plans
-from runtime.bundle import Bundle, read, write
-from runtime.engines import BACKENDS
-from runtime.errors import BackendError, BundleError, EngineError, UsageError
-from runtime.plans import (
+from engineworks import cli
+from engineworks.runtime import gpu, plans
+from engineworks.runtime.bundle import Bundle, read, write
+from engineworks.runtime.engines import BACKENDS
+from engineworks.runtime.errors import BackendError, BundleError, EngineError, UsageError
+from engineworks.runtime.plans import (
     PLANS,
     Machine,
     PlanConfig,
@@ -29,8 +29,8 @@ from runtime.plans import (
     rebuild_command,
     why_not,
 )
-from runtime.systems import open_engines
-from runtime.testing import write_tiny_noising_bundle
+from engineworks.runtime.systems import open_engines
+from engineworks.runtime.testing import write_tiny_noising_bundle
 
 H200 = Machine(
     tensorrt="11.4.0.106",

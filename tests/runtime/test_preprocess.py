@@ -9,8 +9,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
-from runtime.errors import InputError
-from runtime.preprocess import (
+from engineworks.runtime.errors import InputError
+from engineworks.runtime.preprocess import (
     PlanesSpec,
     PreprocessSpec,
     apply,

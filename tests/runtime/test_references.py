@@ -7,17 +7,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime import images
-from runtime.errors import ImageError, InputError
-from runtime.preprocess import PreprocessSpec, apply
-from runtime.references import (
+from engineworks.runtime import images
+from engineworks.runtime.errors import ImageError, InputError
+from engineworks.runtime.preprocess import PreprocessSpec, apply
+from engineworks.runtime.references import (
     Prototypes,
     average,
     load_references,
     read_references,
     save_references,
 )
-from runtime.tensors import Array
+from engineworks.runtime.tensors import Array
 
 
 def picture(level: int, size: tuple[int, int] = (6, 8)) -> Array:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from runtime.errors import ResourceError
-from runtime.refusals import explain
+from engineworks.runtime.errors import ResourceError
+from engineworks.runtime.refusals import explain
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.ENOTDIR, errno.ENAMETOOLONG])

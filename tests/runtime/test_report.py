@@ -16,15 +16,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime import draw, video
-from runtime.bundle import Bundle
-from runtime.errors import InputError
-from runtime.infer import infer
-from runtime.report import Report, of_inference
-from runtime.sources import open_source
-from runtime.systems import open_system
-from runtime.tensors import Array
-from runtime.testing import draw_part, write_parts, write_tiny_noising_bundle
+from engineworks.runtime import draw, video
+from engineworks.runtime.bundle import Bundle
+from engineworks.runtime.errors import InputError
+from engineworks.runtime.infer import infer
+from engineworks.runtime.report import Report, of_inference
+from engineworks.runtime.sources import open_source
+from engineworks.runtime.systems import open_system
+from engineworks.runtime.tensors import Array
+from engineworks.runtime.testing import draw_part, write_parts, write_tiny_noising_bundle
 
 VOID = {"meta", "img"}
 

@@ -7,7 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime.results import AnomalyMap, Candidate, Classification, DefectMap, Detection, Detections
+from engineworks.runtime.results import (
+    AnomalyMap,
+    Candidate,
+    Classification,
+    DefectMap,
+    Detection,
+    Detections,
+)
 
 
 def result(**changes: Any) -> AnomalyMap:

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from runtime import search as search_module
-from runtime.bank import Bank
-from runtime.errors import BankError, EngineError
-from runtime.search import FastSearch, _highest, _similar_rows_together
-from runtime.tensors import Array
+from engineworks.runtime import search as search_module
+from engineworks.runtime.bank import Bank
+from engineworks.runtime.errors import BankError, EngineError
+from engineworks.runtime.search import FastSearch, _highest, _similar_rows_together
+from engineworks.runtime.tensors import Array
 
 K = 3  # the smallest bank with bounds then has 8 * 16 * (3 + 2) = 640 rows
 WIDTH = 48

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from runtime.signals import Stopped, stoppable, unbroken
+from engineworks.runtime.signals import Stopped, stoppable, unbroken
 
 
 def send(number: int = signal.SIGTERM) -> None:

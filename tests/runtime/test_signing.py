@@ -13,12 +13,12 @@ from click.testing import CliRunner
 from cryptography.hazmat.primitives import serialization as form
 from cryptography.hazmat.primitives.asymmetric import ed25519, rsa
 
-from cli import main
-from runtime.bundle import SIGNATURE_NAME, Bundle, read, set_threshold
-from runtime.errors import BundleError, EngineworksError, InputError
-from runtime.sbom import describe
-from runtime.signing import check_signature, make_keys, sign
-from runtime.testing import write_tiny_backbone_bundle, write_tiny_stripe_bundle
+from engineworks.cli import main
+from engineworks.runtime.bundle import SIGNATURE_NAME, Bundle, read, set_threshold
+from engineworks.runtime.errors import BundleError, EngineworksError, InputError
+from engineworks.runtime.sbom import describe
+from engineworks.runtime.signing import check_signature, make_keys, sign
+from engineworks.runtime.testing import write_tiny_backbone_bundle, write_tiny_stripe_bundle
 
 
 @pytest.fixture(scope="module")

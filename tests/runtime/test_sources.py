@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.errors import InputError
-from runtime.images import SUFFIXES
-from runtime.sources import VIDEO_SUFFIXES, Reader, open_source
+from engineworks.runtime.errors import InputError
+from engineworks.runtime.images import SUFFIXES
+from engineworks.runtime.sources import VIDEO_SUFFIXES, Reader, open_source
 
 
 @pytest.fixture

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 
-import cli
-from runtime import images
-from runtime.labels import Labelled
-from runtime.survey import survey
-from runtime.systems import SYSTEMS, labelled_of
-from runtime.testing import write_flowers, write_parts, write_scenes, write_strips
-from runtime.video import VideoWriter
+from engineworks import cli
+from engineworks.runtime import images
+from engineworks.runtime.labels import Labelled
+from engineworks.runtime.survey import survey
+from engineworks.runtime.systems import SYSTEMS, labelled_of
+from engineworks.runtime.testing import write_flowers, write_parts, write_scenes, write_strips
+from engineworks.runtime.video import VideoWriter
 
 WRITERS: dict[str, Callable[[Path], Path]] = {
     "noising": write_parts,

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from runtime.bundle import Bundle, GraphEntry, Manifest
-from runtime.engines import BACKENDS, Backend
-from runtime.errors import BackendError, BundleError, UsageError
-from runtime.preprocess import PreprocessSpec
-from runtime.systems import (
+from engineworks.runtime.bundle import Bundle, GraphEntry, Manifest
+from engineworks.runtime.engines import BACKENDS, Backend
+from engineworks.runtime.errors import BackendError, BundleError, UsageError
+from engineworks.runtime.preprocess import PreprocessSpec
+from engineworks.runtime.systems import (
     SYSTEMS,
     choose,
     open_engines,
@@ -19,7 +19,7 @@ from runtime.systems import (
     system_module,
     variant_of,
 )
-from runtime.testing import FunctionEngine, write_tiny_noising_bundle
+from engineworks.runtime.testing import FunctionEngine, write_tiny_noising_bundle
 
 FLOAT = {"float": "f.onnx"}
 INT8 = FLOAT | {"int8": "s.onnx", "int8-u8": "u.onnx"}
@@ -170,7 +170,7 @@ class TestOpening:
             opened.append((model, backend, precision, threads))
             return FunctionEngine(lambda feeds: {}, entry.inputs, entry.outputs)
 
-        monkeypatch.setattr("runtime.systems.open_engine", open_engine)
+        monkeypatch.setattr("engineworks.runtime.systems.open_engine", open_engine)
         assert list(open_engines(tiny, backend, precision, threads=3)) == ["features"]
         assert opened == [(tiny.content(entry.variants[variant]), backend, precision, 3)]
 

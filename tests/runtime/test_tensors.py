@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from runtime.errors import EngineError, InputError
-from runtime.tensors import TensorSpec, check_feeds, check_host
+from engineworks.runtime.errors import EngineError, InputError
+from engineworks.runtime.tensors import TensorSpec, check_feeds, check_host
 
 IMAGES = TensorSpec(dtype="float32", shape=("batch", 3, 4, 4))
 

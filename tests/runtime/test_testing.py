@@ -7,17 +7,17 @@ import numpy as np
 import onnx
 import pytest
 
-from export.legality import check_legal
-from runtime import datasets
-from runtime.bundle import read
-from runtime.engines import Engine, open_engine
-from runtime.errors import EngineError, InputError
-from runtime.images import read as read_image
-from runtime.images import read_mask
-from runtime.references import read_references
-from runtime.systems import Promptable, open_system
-from runtime.tensors import TensorSpec
-from runtime.testing import (
+from engineworks.export.legality import check_legal
+from engineworks.runtime import datasets
+from engineworks.runtime.bundle import read
+from engineworks.runtime.engines import Engine, open_engine
+from engineworks.runtime.errors import EngineError, InputError
+from engineworks.runtime.images import read as read_image
+from engineworks.runtime.images import read_mask
+from engineworks.runtime.references import read_references
+from engineworks.runtime.systems import Promptable, open_system
+from engineworks.runtime.tensors import TensorSpec
+from engineworks.runtime.testing import (
     FunctionEngine,
     draw_flower,
     draw_part,

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cli import _print_table
-from runtime.files import Lines
-from runtime.report import Report
-from runtime.tables import _Table
-from runtime.texts import cell, hide_secrets, printable
+from engineworks.cli import _print_table
+from engineworks.runtime.files import Lines
+from engineworks.runtime.report import Report
+from engineworks.runtime.tables import _Table
+from engineworks.runtime.texts import cell, hide_secrets, printable
 
 _PLAIN = st.text("abcXYZ019-_.", min_size=1)
 

@@ -16,12 +16,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime import images, threads
-from runtime.bank import Bank
-from runtime.engines import open_engine
-from runtime.errors import EngineError
-from runtime.testing import tiny_features
-from runtime.threads import in_parts
+from engineworks.runtime import images, threads
+from engineworks.runtime.bank import Bank
+from engineworks.runtime.engines import open_engine
+from engineworks.runtime.errors import EngineError
+from engineworks.runtime.testing import tiny_features
+from engineworks.runtime.threads import in_parts
 
 QUOTAS = pytest.mark.parametrize(
     ("quota", "allowed"),

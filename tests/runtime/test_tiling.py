@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.errors import InputError
-from runtime.tensors import Array
-from runtime.tiling import boundaries, cut, overlapping, positions, stitch
+from engineworks.runtime.errors import InputError
+from engineworks.runtime.tensors import Array
+from engineworks.runtime.tiling import boundaries, cut, overlapping, positions, stitch
 
 TILE = 128
 

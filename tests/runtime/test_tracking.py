@@ -6,9 +6,9 @@ import logging
 import numpy as np
 import pytest
 
-from runtime.errors import BackendError
-from runtime.results import Detection, Detections
-from runtime.tracking import Tracks
+from engineworks.runtime.errors import BackendError
+from engineworks.runtime.results import Detection, Detections
+from engineworks.runtime.tracking import Tracks
 
 
 def at(x: float, y: float, name: str = "cup", side: float = 20.0) -> Detection:

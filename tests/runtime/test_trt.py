@@ -14,10 +14,10 @@ import numpy as np
 import onnx
 import pytest
 
-from runtime import contenders
-from runtime.engines import open_engine
-from runtime.errors import BackendError, EngineError, InputError
-from runtime.tensors import Array
+from engineworks.runtime import contenders
+from engineworks.runtime.engines import open_engine
+from engineworks.runtime.errors import BackendError, EngineError, InputError
+from engineworks.runtime.tensors import Array
 from tests.runtime.gpu_stub import CudaError, Gpu, plan
 
 ROOT = Path(__file__).parents[2]
@@ -449,7 +449,7 @@ class TestThePlan:
         assert gpu.named("deserialize") == [("deserialize", False), ("deserialize", True)]
 
     def test_opens_by_the_table(self, gpu: Gpu, trt: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("runtime.engines.Backend.why_not", lambda row: None)
+        monkeypatch.setattr("engineworks.runtime.engines.Backend.why_not", lambda row: None)
         open_engine(plan(DOUBLE, [UP_TO_4]), "tensorrt", host_code=True).close()
         assert gpu.named("deserialize") == [("deserialize", True)]
         with closing(open_engine(plan(DOUBLE, [UP_TO_4]), "tensorrt")) as engine:

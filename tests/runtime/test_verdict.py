@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from runtime.bundle import read
-from runtime.testing import write_tiny_noising_bundle
-from runtime.verdict import decide, describe, unjudged
+from engineworks.runtime.bundle import read
+from engineworks.runtime.testing import write_tiny_noising_bundle
+from engineworks.runtime.verdict import decide, describe, unjudged
 
 
 def speed(low: float, *, bf16: float | None = None, stable: bool = True) -> dict[str, Any]:

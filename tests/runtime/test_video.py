@@ -18,9 +18,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime import live, video
-from runtime.errors import VideoError
-from runtime.tensors import Array
+from engineworks.runtime import live, video
+from engineworks.runtime.errors import VideoError
+from engineworks.runtime.tensors import Array
 
 TICK = Fraction(1, 60000)
 # a tick of 1/60000 s rounds by at most half of itself; MPEG-TS ticks are finer still

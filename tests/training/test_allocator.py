@@ -14,7 +14,7 @@ pytestmark = pytest.mark.train
 SCRIPT = """
 import resource, sys
 import torch
-from training.allocator import keep_freed_memory
+from engineworks.training.allocator import keep_freed_memory
 
 if sys.argv[1] == "kept":
     keep_freed_memory()

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from runtime.bundle import sha256_file
-from runtime.errors import ConfigError, WeightsError
-from training import backbones
-from training.config import BackboneConfig
+from engineworks.runtime.bundle import sha256_file
+from engineworks.runtime.errors import ConfigError, WeightsError
+from engineworks.training import backbones
+from engineworks.training.config import BackboneConfig
 
 pytestmark = pytest.mark.train
 

@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from runtime.errors import RunError
-from training import checkpoint
+from engineworks.runtime.errors import RunError
+from engineworks.training import checkpoint
 
 pytestmark = pytest.mark.train
 

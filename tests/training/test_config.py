@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.errors import ConfigError, UsageError
-from training.config import (
+from engineworks.runtime.errors import ConfigError, UsageError
+from engineworks.training.config import (
     BackboneConfig,
     Config,
     OptimizerConfig,
@@ -185,8 +185,8 @@ def test_all_keys_can_be_listed() -> None:
 
 def test_neither_configuration_nor_drawing_loads_torch() -> None:
     code = (
-        "import sys; from training.config import load_config; load_config('noising');"
-        "import training.systems.noising.sample; assert 'torch' not in sys.modules"
+        "import sys; from engineworks.training.config import load_config; load_config('noising');"
+        "import engineworks.training.systems.noising.sample; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from runtime.errors import ImageError, RunError
-from runtime.labels import Item, Labelled
-from training.config import TrainConfig
-from training.data import iterate, labels_fingerprint, loader
+from engineworks.runtime.errors import ImageError, RunError
+from engineworks.runtime.labels import Item, Labelled
+from engineworks.training.config import TrainConfig
+from engineworks.training.data import iterate, labels_fingerprint, loader
 
 pytestmark = pytest.mark.train
 

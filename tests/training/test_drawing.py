@@ -6,8 +6,8 @@ import av
 import numpy as np
 import pytest
 
-from runtime.errors import RunError
-from training.drawing import SCALE, camera, check_empty, light, noise, write_ride
+from engineworks.runtime.errors import RunError
+from engineworks.training.drawing import SCALE, camera, check_empty, light, noise, write_ride
 
 
 class TestNoise:

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from runtime.tensors import Array
-from training.eager import Network, contenders, to_channels_last
+from engineworks.runtime.tensors import Array
+from engineworks.training.eager import Network, contenders, to_channels_last
 
 pytestmark = pytest.mark.train
 

@@ -17,22 +17,22 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from export.systems.noising import graphs
-from export.trace import trace_backbone
-from runtime.bundle import Bundle
-from runtime.engines import BACKENDS
-from runtime.errors import BundleError, ConfigError
-from runtime.systems import backbone as system
-from runtime.tensors import Array, Feeds
-from runtime.testing import write_flowers, write_parts, write_tiny_noising_bundle
+from engineworks.export.systems.noising import graphs
+from engineworks.export.trace import trace_backbone
+from engineworks.runtime.bundle import Bundle
+from engineworks.runtime.engines import BACKENDS
+from engineworks.runtime.errors import BundleError, ConfigError
+from engineworks.runtime.systems import backbone as system
+from engineworks.runtime.tensors import Array, Feeds
+from engineworks.runtime.testing import write_flowers, write_parts, write_tiny_noising_bundle
+from engineworks.training import backbones, features
+from engineworks.training.config import BackboneConfig, load_config
+from engineworks.training.features import EngineBackbone, FeatureCache, FeatureStore, content_key
+from engineworks.training.systems.paco.eager import trained_net
+from engineworks.training.systems.refdet.config import DetectorConfig, EncoderConfig
+from engineworks.training.systems.refdet.model import RefDet
+from engineworks.training.train import train
 from tests.runtime.nets import as_plan
-from training import backbones, features
-from training.config import BackboneConfig, load_config
-from training.features import EngineBackbone, FeatureCache, FeatureStore, content_key
-from training.systems.paco.eager import trained_net
-from training.systems.refdet.config import DetectorConfig, EncoderConfig
-from training.systems.refdet.model import RefDet
-from training.train import train
 
 pytestmark = pytest.mark.train
 
@@ -203,7 +203,7 @@ class TestOnAGpu:
             pytest.skip("PyTorch sees no CUDA device")
         if reason := BACKENDS["tensorrt"].why_not():
             pytest.skip(reason)
-        from runtime.engines import open_engine
+        from engineworks.runtime.engines import open_engine
         from tests.runtime.nets import conv_net, conv_net_in_float64
 
         model, weights = conv_net()

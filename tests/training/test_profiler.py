@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from training.profiler import Profiler, section
+from engineworks.training.profiler import Profiler, section
 
 pytestmark = pytest.mark.train
 

@@ -18,15 +18,15 @@ import torch
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
-from runtime.errors import BackendError, ConfigError, InUseError, RunError
-from runtime.labels import Item, Labelled
+from engineworks.runtime.errors import BackendError, ConfigError, InUseError, RunError
+from engineworks.runtime.labels import Item, Labelled
+from engineworks.training import checkpoint
+from engineworks.training.config import SystemConfig, TrainConfig, dump, validate
+from engineworks.training.data import loader
+from engineworks.training.run import open_run, reserve
+from engineworks.training.systems import TASKS
+from engineworks.training.train import train
 from tests.campaign.faults import other_process
-from training import checkpoint
-from training.config import SystemConfig, TrainConfig, dump, validate
-from training.data import loader
-from training.run import open_run, reserve
-from training.systems import TASKS
-from training.train import train
 
 pytestmark = pytest.mark.train
 

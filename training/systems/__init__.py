@@ -6,13 +6,13 @@ Each package has the same files: ``config.TaskConfig``, ``task.Task``, ``sample.
 
 from __future__ import annotations
 
-from runtime.errors import UsageError
+from engineworks.runtime.errors import UsageError
 
 TASKS: dict[str, str] = {
-    "noising": "training.systems.noising",
-    "paco": "training.systems.paco",
-    "refdet": "training.systems.refdet",
-    "stripe": "training.systems.stripe",
+    "noising": "engineworks.training.systems.noising",
+    "paco": "engineworks.training.systems.paco",
+    "refdet": "engineworks.training.systems.refdet",
+    "stripe": "engineworks.training.systems.stripe",
 }
 
 # systems without a package here, and where their bundles come from

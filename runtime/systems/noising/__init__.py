@@ -32,24 +32,24 @@ from pathlib import Path
 
 import numpy as np
 
-from runtime import datasets, draw, images, masks, npy
-from runtime.bank import Bank
-from runtime.bundle import Bundle
-from runtime.contract import Contract, Signature
-from runtime.engines import Engine
-from runtime.errors import BundleError, InputError, NotFiniteError
-from runtime.evaluation import Evaluation
-from runtime.metrics import AnomalyMetrics
-from runtime.preprocess import PreprocessSpec, apply, check_image, place, restore
-from runtime.results import AnomalyMap
-from runtime.search import FastSearch
-from runtime.sources import PICTURES
-from runtime.systems.noising.foreground import Foreground
-from runtime.systems.noising.layers import LayerBank, Layers, LayerSearch
-from runtime.systems.noising.params import DiscriminatorParams, Params
-from runtime.systems.noising.signals import image_score
-from runtime.systems.noising.tiles import Layout, Tiles, picture_map
-from runtime.tensors import Array
+from engineworks.runtime import datasets, draw, images, masks, npy
+from engineworks.runtime.bank import Bank
+from engineworks.runtime.bundle import Bundle
+from engineworks.runtime.contract import Contract, Signature
+from engineworks.runtime.engines import Engine
+from engineworks.runtime.errors import BundleError, InputError, NotFiniteError
+from engineworks.runtime.evaluation import Evaluation
+from engineworks.runtime.metrics import AnomalyMetrics
+from engineworks.runtime.preprocess import PreprocessSpec, apply, check_image, place, restore
+from engineworks.runtime.results import AnomalyMap
+from engineworks.runtime.search import FastSearch
+from engineworks.runtime.sources import PICTURES
+from engineworks.runtime.systems.noising.foreground import Foreground
+from engineworks.runtime.systems.noising.layers import LayerBank, Layers, LayerSearch
+from engineworks.runtime.systems.noising.params import DiscriminatorParams, Params
+from engineworks.runtime.systems.noising.signals import image_score
+from engineworks.runtime.systems.noising.tiles import Layout, Tiles, picture_map
+from engineworks.runtime.tensors import Array
 
 NAME = "noising"
 FEATURES = "features"  # the graph of a bundle with a bank

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from runtime.bank import Bank
-from runtime.metrics import AnomalyMetrics
-from runtime.systems.noising.foreground import Foreground
-from runtime.systems.noising.params import Params
-from runtime.systems.noising.signals import SIGNALS, combine, image_score, patch_signals
-from runtime.systems.noising.tiles import Layout, picture_map
-from runtime.tensors import Array
+from engineworks.runtime.bank import Bank
+from engineworks.runtime.metrics import AnomalyMetrics
+from engineworks.runtime.systems.noising.foreground import Foreground
+from engineworks.runtime.systems.noising.params import Params
+from engineworks.runtime.systems.noising.signals import SIGNALS, combine, image_score, patch_signals
+from engineworks.runtime.systems.noising.tiles import Layout, picture_map
+from engineworks.runtime.tensors import Array
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import numpy as np
 
-from runtime import files, images
-from runtime.bank import Bank
-from runtime.bundle import Bundle, write
-from runtime.errors import BundleError, InputError
-from runtime.preprocess import apply
-from runtime.sources import open_source
-from runtime.systems import choose, open_engines
-from runtime.systems.noising import DISCRIMINATE, NAME
-from runtime.systems.noising.params import Params
-from runtime.systems.noising.tiles import Layout
+from engineworks.runtime import files, images
+from engineworks.runtime.bank import Bank
+from engineworks.runtime.bundle import Bundle, write
+from engineworks.runtime.errors import BundleError, InputError
+from engineworks.runtime.preprocess import apply
+from engineworks.runtime.sources import open_source
+from engineworks.runtime.systems import choose, open_engines
+from engineworks.runtime.systems.noising import DISCRIMINATE, NAME
+from engineworks.runtime.systems.noising.params import Params
+from engineworks.runtime.systems.noising.tiles import Layout
 
 
 def extend(

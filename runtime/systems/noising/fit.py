@@ -9,17 +9,17 @@ from typing import Any, Literal, Self
 import numpy as np
 from pydantic import Field, field_validator, model_validator
 
-from runtime.bank import Bank
-from runtime.borders import HeldOut, border
-from runtime.bundle import Threshold
-from runtime.coreset import Progress, greedy_k_centre, projection
-from runtime.errors import InputError
-from runtime.evaluation import Rate
-from runtime.metrics import false_reject_threshold
-from runtime.systems.noising.foreground import Foreground
-from runtime.systems.noising.layers import LayerBank, Layers, window_rows
-from runtime.systems.noising.params import DiscriminatorParams, Params
-from runtime.systems.noising.signals import (
+from engineworks.runtime.bank import Bank
+from engineworks.runtime.borders import HeldOut, border
+from engineworks.runtime.bundle import Threshold
+from engineworks.runtime.coreset import Progress, greedy_k_centre, projection
+from engineworks.runtime.errors import InputError
+from engineworks.runtime.evaluation import Rate
+from engineworks.runtime.metrics import false_reject_threshold
+from engineworks.runtime.systems.noising.foreground import Foreground
+from engineworks.runtime.systems.noising.layers import LayerBank, Layers, window_rows
+from engineworks.runtime.systems.noising.params import DiscriminatorParams, Params
+from engineworks.runtime.systems.noising.signals import (
     SIGNALS,
     ImageScore,
     Part,
@@ -29,7 +29,7 @@ from runtime.systems.noising.signals import (
     image_score,
     patch_signals,
 )
-from runtime.tensors import Array
+from engineworks.runtime.tensors import Array
 
 
 class FitConfig(Part):

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from runtime.tensors import Array
+from engineworks.runtime.tensors import Array
 
 _SAMPLE = 20_000  # patches that the direction is learned from
 _KERNEL = np.ones((3, 3), np.uint8)

@@ -22,12 +22,12 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field
 
-from runtime.bank import Bank
-from runtime.coreset import greedy_k_centre
-from runtime.errors import BundleError, InputError
-from runtime.search import FastSearch
-from runtime.systems.noising.signals import Part
-from runtime.tensors import Array
+from engineworks.runtime.bank import Bank
+from engineworks.runtime.coreset import greedy_k_centre
+from engineworks.runtime.errors import BundleError, InputError
+from engineworks.runtime.search import FastSearch
+from engineworks.runtime.systems.noising.signals import Part
+from engineworks.runtime.tensors import Array
 
 
 class Layers(Part):

@@ -7,9 +7,9 @@ from typing import Annotated, Self, TypeAlias
 import numpy as np
 from pydantic import Field, FiniteFloat, model_validator
 
-from runtime.bank import Bank
-from runtime.systems.noising.layers import LayerBank, Layers
-from runtime.systems.noising.signals import (
+from engineworks.runtime.bank import Bank
+from engineworks.runtime.systems.noising.layers import LayerBank, Layers
+from engineworks.runtime.systems.noising.signals import (
     SIGNALS,
     ImageScore,
     Measure,
@@ -19,8 +19,8 @@ from runtime.systems.noising.signals import (
     combine,
     patch_signals,
 )
-from runtime.systems.noising.tiles import Tiles
-from runtime.tensors import Array
+from engineworks.runtime.systems.noising.tiles import Tiles
+from engineworks.runtime.tensors import Array
 
 Grid: TypeAlias = tuple[Annotated[int, Field(ge=1, le=4096)], Annotated[int, Field(ge=1, le=4096)]]
 Top: TypeAlias = Annotated[float, Field(gt=0, le=1)]

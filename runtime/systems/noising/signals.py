@@ -9,9 +9,9 @@ import cv2
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
-from runtime.bank import Bank
-from runtime.tensors import Array
-from runtime.threads import available_threads, in_parts
+from engineworks.runtime.bank import Bank
+from engineworks.runtime.tensors import Array
+from engineworks.runtime.threads import available_threads, in_parts
 
 SIGNALS = ("distance", "influence", "concentration", "response")
 

@@ -14,10 +14,10 @@ import cv2
 import numpy as np
 from pydantic import Field
 
-from runtime.errors import InputError
-from runtime.systems.noising.signals import Part, anomaly_map
-from runtime.tensors import Array
-from runtime.tiling import cut, overlapping, stitch
+from engineworks.runtime.errors import InputError
+from engineworks.runtime.systems.noising.signals import Part, anomaly_map
+from engineworks.runtime.tensors import Array
+from engineworks.runtime.tiling import cut, overlapping, stitch
 
 
 class Tiles(Part):

@@ -14,15 +14,15 @@ import timm
 import torch
 from safetensors.torch import load_file
 
-from export.quantize import quantizable
-from export.systems import TRANSFORMER
-from export.trace import trace_backbone
-from runtime.bundle import Bundle, read
-from runtime.errors import ConfigError
-from runtime.preprocess import apply
-from runtime.systems import open_system
-from runtime.testing import draw_flower, write_flowers
-from training.config import BackboneConfig
+from engineworks.export.quantize import quantizable
+from engineworks.export.systems import TRANSFORMER
+from engineworks.export.trace import trace_backbone
+from engineworks.runtime.bundle import Bundle, read
+from engineworks.runtime.errors import ConfigError
+from engineworks.runtime.preprocess import apply
+from engineworks.runtime.systems import open_system
+from engineworks.runtime.testing import draw_flower, write_flowers
+from engineworks.training.config import BackboneConfig
 
 pytestmark = pytest.mark.train
 

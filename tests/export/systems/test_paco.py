@@ -12,20 +12,20 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from export.systems.paco import RECIPE
-from export.trace import trace
-from runtime import datasets
-from runtime.bundle import Bundle, read
-from runtime.errors import BundleError, RunError
-from runtime.preprocess import apply
-from runtime.systems import open_engines, open_system
-from runtime.systems.paco import System
-from runtime.testing import write_flowers
-from training.backbones import read_weights
-from training.config import load_config
-from training.run import Run, open_run
-from training.systems.paco import eager
-from training.train import train
+from engineworks.export.systems.paco import RECIPE
+from engineworks.export.trace import trace
+from engineworks.runtime import datasets
+from engineworks.runtime.bundle import Bundle, read
+from engineworks.runtime.errors import BundleError, RunError
+from engineworks.runtime.preprocess import apply
+from engineworks.runtime.systems import open_engines, open_system
+from engineworks.runtime.systems.paco import System
+from engineworks.runtime.testing import write_flowers
+from engineworks.training.backbones import read_weights
+from engineworks.training.config import load_config
+from engineworks.training.run import Run, open_run
+from engineworks.training.systems.paco import eager
+from engineworks.training.train import train
 
 pytestmark = pytest.mark.train
 

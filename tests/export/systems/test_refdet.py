@@ -14,31 +14,31 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from calibration.observe import Observer
-from calibration.ranges import amax
-from export import build, passes
-from export.legality import check_legal
-from export.parity import compare
-from export.quantize import activations, quantizable, quantize, to_unsigned
-from export.systems import Source
-from export.systems.refdet import RECIPE
-from export.trace import compare_with_torch, to_onnx, trace
-from runtime import images
-from runtime.bundle import Bundle, read
-from runtime.engines.ort import OrtEngine
-from runtime.errors import RunError
-from runtime.preprocess import PreprocessSpec, apply
-from runtime.references import average, load_references
-from runtime.systems import open_engines
-from runtime.systems.refdet import Params, System
-from runtime.tensors import Array
-from runtime.testing import write_scenes
-from training.config import load_config
-from training.run import Run, open_run
-from training.systems.refdet import eager
-from training.systems.refdet.config import DetectorConfig, EncoderConfig
-from training.systems.refdet.model import Detect, Encode, RefDet
-from training.train import train
+from engineworks.calibration.observe import Observer
+from engineworks.calibration.ranges import amax
+from engineworks.export import build, passes
+from engineworks.export.legality import check_legal
+from engineworks.export.parity import compare
+from engineworks.export.quantize import activations, quantizable, quantize, to_unsigned
+from engineworks.export.systems import Source
+from engineworks.export.systems.refdet import RECIPE
+from engineworks.export.trace import compare_with_torch, to_onnx, trace
+from engineworks.runtime import images
+from engineworks.runtime.bundle import Bundle, read
+from engineworks.runtime.engines.ort import OrtEngine
+from engineworks.runtime.errors import RunError
+from engineworks.runtime.preprocess import PreprocessSpec, apply
+from engineworks.runtime.references import average, load_references
+from engineworks.runtime.systems import open_engines
+from engineworks.runtime.systems.refdet import Params, System
+from engineworks.runtime.tensors import Array
+from engineworks.runtime.testing import write_scenes
+from engineworks.training.config import load_config
+from engineworks.training.run import Run, open_run
+from engineworks.training.systems.refdet import eager
+from engineworks.training.systems.refdet.config import DetectorConfig, EncoderConfig
+from engineworks.training.systems.refdet.model import Detect, Encode, RefDet
+from engineworks.training.train import train
 
 pytestmark = pytest.mark.train
 

@@ -11,21 +11,21 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from export.systems.stripe import RECIPE
-from export.trace import trace
-from runtime import datasets, planes
-from runtime.bundle import Bundle, read
-from runtime.errors import RunError
-from runtime.preprocess import PlanesSpec, apply
-from runtime.systems import open_engines
-from runtime.systems.stripe import System
-from runtime.tensors import Array
-from runtime.testing import write_strips
-from training.config import load_config
-from training.run import Run
-from training.systems.stripe import eager
-from training.systems.stripe.eager import PublishedWindow
-from training.train import train
+from engineworks.export.systems.stripe import RECIPE
+from engineworks.export.trace import trace
+from engineworks.runtime import datasets, planes
+from engineworks.runtime.bundle import Bundle, read
+from engineworks.runtime.errors import RunError
+from engineworks.runtime.preprocess import PlanesSpec, apply
+from engineworks.runtime.systems import open_engines
+from engineworks.runtime.systems.stripe import System
+from engineworks.runtime.tensors import Array
+from engineworks.runtime.testing import write_strips
+from engineworks.training.config import load_config
+from engineworks.training.run import Run
+from engineworks.training.systems.stripe import eager
+from engineworks.training.systems.stripe.eager import PublishedWindow
+from engineworks.training.train import train
 
 pytestmark = pytest.mark.train
 

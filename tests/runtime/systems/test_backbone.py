@@ -9,17 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime import images
-from runtime.bundle import Bundle, GraphEntry, Manifest
-from runtime.errors import BundleError, EngineError, InputError
-from runtime.infer import infer
-from runtime.preprocess import PreprocessSpec
-from runtime.results import Embedding
-from runtime.sources import open_source
-from runtime.systems import open_system
-from runtime.systems.backbone import NAME, Params, System, embed, map_names
-from runtime.tensors import Array, TensorSpec
-from runtime.testing import (
+from engineworks.runtime import images
+from engineworks.runtime.bundle import Bundle, GraphEntry, Manifest
+from engineworks.runtime.errors import BundleError, EngineError, InputError
+from engineworks.runtime.infer import infer
+from engineworks.runtime.preprocess import PreprocessSpec
+from engineworks.runtime.results import Embedding
+from engineworks.runtime.sources import open_source
+from engineworks.runtime.systems import open_system
+from engineworks.runtime.systems.backbone import NAME, Params, System, embed, map_names
+from engineworks.runtime.tensors import Array, TensorSpec
+from engineworks.runtime.testing import (
     FunctionEngine,
     draw_flower,
     write_flowers,

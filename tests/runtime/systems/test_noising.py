@@ -15,19 +15,19 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from pydantic import ValidationError
 
-from runtime import bundle as bundles
-from runtime import images, preprocess
-from runtime import search as search_module
-from runtime.bank import Bank
-from runtime.bundle import Bundle
-from runtime.datasets import MvtecSample, mvtec
-from runtime.errors import BankError, BundleError, DatasetError, EngineError, InputError
-from runtime.systems import noising, open_system
-from runtime.systems.noising import signals as mathematics
-from runtime.systems.noising.ablation import Labelled, ablation
-from runtime.systems.noising.extend import extend
-from runtime.systems.noising.fit import FitConfig, Fitted, calibrate, fit, hold_out
-from runtime.systems.noising.signals import (
+from engineworks.runtime import bundle as bundles
+from engineworks.runtime import images, preprocess
+from engineworks.runtime import search as search_module
+from engineworks.runtime.bank import Bank
+from engineworks.runtime.bundle import Bundle
+from engineworks.runtime.datasets import MvtecSample, mvtec
+from engineworks.runtime.errors import BankError, BundleError, DatasetError, EngineError, InputError
+from engineworks.runtime.systems import noising, open_system
+from engineworks.runtime.systems.noising import signals as mathematics
+from engineworks.runtime.systems.noising.ablation import Labelled, ablation
+from engineworks.runtime.systems.noising.extend import extend
+from engineworks.runtime.systems.noising.fit import FitConfig, Fitted, calibrate, fit, hold_out
+from engineworks.runtime.systems.noising.signals import (
     SIGNALS,
     Statistics,
     anomaly_map,
@@ -38,8 +38,13 @@ from runtime.systems.noising.signals import (
     patch_signals,
     response,
 )
-from runtime.tensors import Array, TensorSpec
-from runtime.testing import FunctionEngine, draw_part, write_parts, write_tiny_noising_bundle
+from engineworks.runtime.tensors import Array, TensorSpec
+from engineworks.runtime.testing import (
+    FunctionEngine,
+    draw_part,
+    write_parts,
+    write_tiny_noising_bundle,
+)
 
 RANGE = (0.01, 0.5)
 

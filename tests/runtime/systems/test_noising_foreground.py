@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from runtime.systems.noising.foreground import Foreground
-from runtime.tensors import Array
+from engineworks.runtime.systems.noising.foreground import Foreground
+from engineworks.runtime.tensors import Array
 
 GRID = (9, 12)
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.errors import BundleError, InputError
-from runtime.systems.noising.fit import FitConfig, fit
-from runtime.systems.noising.layers import (
+from engineworks.runtime.errors import BundleError, InputError
+from engineworks.runtime.systems.noising.fit import FitConfig, fit
+from engineworks.runtime.systems.noising.layers import (
     LayerBank,
     Layers,
     LayerSearch,
@@ -20,7 +20,7 @@ from runtime.systems.noising.layers import (
     window_rows,
     window_scores,
 )
-from runtime.tensors import Array
+from engineworks.runtime.tensors import Array
 
 WIDTHS = (6, 3, 8)
 

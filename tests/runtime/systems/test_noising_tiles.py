@@ -14,16 +14,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime import images
-from runtime.bundle import Bundle, write
-from runtime.engines import open_engine
-from runtime.errors import BundleError, InputError
-from runtime.preprocess import apply
-from runtime.systems import open_system
-from runtime.systems.noising.extend import extend
-from runtime.systems.noising.fit import FitConfig, fit
-from runtime.systems.noising.tiles import Layout, Tiles
-from runtime.testing import draw_part, write_parts, write_tiny_noising_bundle
+from engineworks.runtime import images
+from engineworks.runtime.bundle import Bundle, write
+from engineworks.runtime.engines import open_engine
+from engineworks.runtime.errors import BundleError, InputError
+from engineworks.runtime.preprocess import apply
+from engineworks.runtime.systems import open_system
+from engineworks.runtime.systems.noising.extend import extend
+from engineworks.runtime.systems.noising.fit import FitConfig, fit
+from engineworks.runtime.systems.noising.tiles import Layout, Tiles
+from engineworks.runtime.testing import draw_part, write_parts, write_tiny_noising_bundle
 
 TILE, OVERLAP = 64, 16
 

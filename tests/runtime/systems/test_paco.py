@@ -12,15 +12,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime import images
-from runtime.bundle import Bundle, GraphEntry, Manifest
-from runtime.errors import BundleError, DatasetError, EngineError, InputError
-from runtime.metrics import ClassificationMetrics
-from runtime.preprocess import PreprocessSpec, apply
-from runtime.systems import open_engines
-from runtime.systems.paco import NAME, Params, System, contract
-from runtime.tensors import Array, TensorSpec
-from runtime.testing import (
+from engineworks.runtime import images
+from engineworks.runtime.bundle import Bundle, GraphEntry, Manifest
+from engineworks.runtime.errors import BundleError, DatasetError, EngineError, InputError
+from engineworks.runtime.metrics import ClassificationMetrics
+from engineworks.runtime.preprocess import PreprocessSpec, apply
+from engineworks.runtime.systems import open_engines
+from engineworks.runtime.systems.paco import NAME, Params, System, contract
+from engineworks.runtime.tensors import Array, TensorSpec
+from engineworks.runtime.testing import (
     FunctionEngine,
     draw_flower,
     write_flowers,

@@ -14,15 +14,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.box_metrics import st_iou
-from runtime.boxes import iou
-from runtime.bundle import Bundle, FileEntry, GraphEntry, Manifest, read
-from runtime.errors import BundleError, DatasetError, EngineError, InputError, UsageError
-from runtime.preprocess import PreprocessSpec
-from runtime.references import Prototypes, average
-from runtime.results import Detections
-from runtime.systems import Promptable, open_engines, open_system, prompt
-from runtime.systems.refdet import (
+from engineworks.runtime.box_metrics import st_iou
+from engineworks.runtime.boxes import iou
+from engineworks.runtime.bundle import Bundle, FileEntry, GraphEntry, Manifest, read
+from engineworks.runtime.errors import (
+    BundleError,
+    DatasetError,
+    EngineError,
+    InputError,
+    UsageError,
+)
+from engineworks.runtime.preprocess import PreprocessSpec
+from engineworks.runtime.references import Prototypes, average
+from engineworks.runtime.results import Detections
+from engineworks.runtime.systems import Promptable, open_engines, open_system, prompt
+from engineworks.runtime.systems.refdet import (
     NAME,
     InferenceConfig,
     Params,
@@ -31,8 +37,8 @@ from runtime.systems.refdet import (
     contract,
     evaluate,
 )
-from runtime.tensors import Array, TensorSpec
-from runtime.testing import (
+from engineworks.runtime.tensors import Array, TensorSpec
+from engineworks.runtime.testing import (
     FunctionEngine,
     draw_reference,
     draw_scene,
@@ -40,7 +46,7 @@ from runtime.testing import (
     write_scenes,
     write_tiny_refdet_bundle,
 )
-from runtime.video import VideoWriter
+from engineworks.runtime.video import VideoWriter
 
 ZERO, ONE = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
 SPEC = PreprocessSpec(size=(40, 60), resize="letterbox", mean=ZERO, std=ONE, pad_value=0)

@@ -13,13 +13,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from runtime import datasets, images, planes
-from runtime.bundle import Bundle
-from runtime.errors import BundleError, DatasetError, EngineError, ImageError, InputError
-from runtime.preprocess import PlanesSpec
-from runtime.results import Candidate, DefectMap
-from runtime.systems import open_system
-from runtime.systems.stripe import (
+from engineworks.runtime import datasets, images, planes
+from engineworks.runtime.bundle import Bundle
+from engineworks.runtime.errors import (
+    BundleError,
+    DatasetError,
+    EngineError,
+    ImageError,
+    InputError,
+)
+from engineworks.runtime.preprocess import PlanesSpec
+from engineworks.runtime.results import Candidate, DefectMap
+from engineworks.runtime.systems import open_system
+from engineworks.runtime.systems.stripe import (
     InferenceConfig,
     Params,
     System,
@@ -29,9 +35,14 @@ from runtime.systems.stripe import (
     find_candidates,
     fit_threshold,
 )
-from runtime.tensors import Array
-from runtime.testing import FunctionEngine, draw_strip, write_strips, write_tiny_stripe_bundle
-from runtime.tiling import boundaries, overlapping
+from engineworks.runtime.tensors import Array
+from engineworks.runtime.testing import (
+    FunctionEngine,
+    draw_strip,
+    write_strips,
+    write_tiny_stripe_bundle,
+)
+from engineworks.runtime.tiling import boundaries, overlapping
 
 CELL = 2
 REACH = 3 * CELL + 1  # of ``blurring``: three cells to each side, and the rest of its own cell

@@ -6,10 +6,10 @@ from typing import Literal, Self, TypeAlias
 
 from pydantic import Field, model_validator
 
-from runtime.preprocess import PreprocessSpec
-from runtime.systems.noising.fit import FitConfig
-from runtime.systems.noising.tiles import Tiles
-from training.config import BackboneConfig, Config, SystemConfig
+from engineworks.runtime.preprocess import PreprocessSpec
+from engineworks.runtime.systems.noising.fit import FitConfig
+from engineworks.runtime.systems.noising.tiles import Tiles
+from engineworks.training.config import BackboneConfig, Config, SystemConfig
 
 Neighbourhood: TypeAlias = Literal["zeros", "inside", "none"]
 Scale: TypeAlias = Literal["roots", "unit", "none"]

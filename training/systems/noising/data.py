@@ -9,13 +9,13 @@ from typing import Any
 import cv2
 import numpy as np
 
-from runtime import headers, images
-from runtime.datasets import MvtecSample
-from runtime.preprocess import PreprocessSpec
-from runtime.systems.noising.tiles import Layout, Tiles
-from runtime.tensors import Array
-from training.data import preprocess
-from training.systems.noising.config import AugmentConfig, CopiesConfig
+from engineworks.runtime import headers, images
+from engineworks.runtime.datasets import MvtecSample
+from engineworks.runtime.preprocess import PreprocessSpec
+from engineworks.runtime.systems.noising.tiles import Layout, Tiles
+from engineworks.runtime.tensors import Array
+from engineworks.training.data import preprocess
+from engineworks.training.systems.noising.config import AugmentConfig, CopiesConfig
 
 
 class Images:

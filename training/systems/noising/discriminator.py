@@ -33,10 +33,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from runtime.coreset import greedy_k_centre, projection
-from runtime.tensors import Array
-from training.systems.noising.config import DiscriminatorConfig
-from training.systems.noising.model import PatchFeatures
+from engineworks.runtime.coreset import greedy_k_centre, projection
+from engineworks.runtime.tensors import Array
+from engineworks.training.systems.noising.config import DiscriminatorConfig
+from engineworks.training.systems.noising.model import PatchFeatures
 
 PARTS = ("influence", "spread", "distance")
 

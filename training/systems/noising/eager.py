@@ -17,21 +17,21 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from runtime.bank import Bank
-from runtime.bundle import Bundle
-from runtime.contenders import Contender
-from runtime.errors import RunError
-from runtime.preprocess import apply
-from runtime.results import AnomalyMap
-from runtime.systems.noising.foreground import Foreground
-from runtime.systems.noising.params import DiscriminatorParams, Params
-from runtime.systems.noising.tiles import Layout, Tiles
-from runtime.tensors import Array
-from training import eager
-from training.run import open_run
-from training.systems.noising.config import TaskConfig
-from training.systems.noising.discriminator import DiscriminatorTraining
-from training.systems.noising.task import build_model
+from engineworks.runtime.bank import Bank
+from engineworks.runtime.bundle import Bundle
+from engineworks.runtime.contenders import Contender
+from engineworks.runtime.errors import RunError
+from engineworks.runtime.preprocess import apply
+from engineworks.runtime.results import AnomalyMap
+from engineworks.runtime.systems.noising.foreground import Foreground
+from engineworks.runtime.systems.noising.params import DiscriminatorParams, Params
+from engineworks.runtime.systems.noising.tiles import Layout, Tiles
+from engineworks.runtime.tensors import Array
+from engineworks.training import eager
+from engineworks.training.run import open_run
+from engineworks.training.systems.noising.config import TaskConfig
+from engineworks.training.systems.noising.discriminator import DiscriminatorTraining
+from engineworks.training.systems.noising.task import build_model
 
 
 class EagerNoising(ABC):

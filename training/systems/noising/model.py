@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training.systems.noising.config import Neighbourhood, Scale
+from engineworks.training.systems.noising.config import Neighbourhood, Scale
 
 _SHORTEST = 1e-3  # a position where nothing is seen has no length
 

@@ -16,10 +16,10 @@ import cv2
 import numpy as np
 from numpy.random import Generator
 
-from runtime import images
-from runtime.tensors import Array
-from training import drawing
-from training.drawing import SCALE, camera, light, noise
+from engineworks.runtime import images
+from engineworks.runtime.tensors import Array
+from engineworks.training import drawing
+from engineworks.training.drawing import SCALE, camera, light, noise
 
 _NUM_HOLES = 6
 

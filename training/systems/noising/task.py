@@ -18,27 +18,31 @@ from pydantic import JsonValue
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from runtime import datasets, files
-from runtime.bank import Bank
-from runtime.bundle import Threshold
-from runtime.errors import DatasetError, RunError
-from runtime.evaluation import Evaluation
-from runtime.metrics import AnomalyMetrics
-from runtime.systems.noising import target_mask
-from runtime.systems.noising.ablation import Labelled, ablation
-from runtime.systems.noising.fit import calibrate, fit, hold_out
-from runtime.systems.noising.params import DiscriminatorParams, Params
-from runtime.systems.noising.signals import anomaly_map, image_score
-from runtime.tensors import Array
-from training import backbones
-from training.data import Samples, fingerprint, iterate, loader
-from training.profiler import section
-from training.run import Run
-from training.systems.noising.config import TaskConfig
-from training.systems.noising.data import Augmented, Images, Patches
-from training.systems.noising.discriminator import PARTS, Discriminator, DiscriminatorTraining
-from training.systems.noising.model import PatchFeatures
-from training.task import Position, Progress
+from engineworks.runtime import datasets, files
+from engineworks.runtime.bank import Bank
+from engineworks.runtime.bundle import Threshold
+from engineworks.runtime.errors import DatasetError, RunError
+from engineworks.runtime.evaluation import Evaluation
+from engineworks.runtime.metrics import AnomalyMetrics
+from engineworks.runtime.systems.noising import target_mask
+from engineworks.runtime.systems.noising.ablation import Labelled, ablation
+from engineworks.runtime.systems.noising.fit import calibrate, fit, hold_out
+from engineworks.runtime.systems.noising.params import DiscriminatorParams, Params
+from engineworks.runtime.systems.noising.signals import anomaly_map, image_score
+from engineworks.runtime.tensors import Array
+from engineworks.training import backbones
+from engineworks.training.data import Samples, fingerprint, iterate, loader
+from engineworks.training.profiler import section
+from engineworks.training.run import Run
+from engineworks.training.systems.noising.config import TaskConfig
+from engineworks.training.systems.noising.data import Augmented, Images, Patches
+from engineworks.training.systems.noising.discriminator import (
+    PARTS,
+    Discriminator,
+    DiscriminatorTraining,
+)
+from engineworks.training.systems.noising.model import PatchFeatures
+from engineworks.training.task import Position, Progress
 
 _FEATURES_NAME = "features.float32"
 

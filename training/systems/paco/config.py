@@ -10,8 +10,8 @@ from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from runtime.preprocess import PreprocessSpec
-from training.config import BackboneConfig, Config, SystemConfig
+from engineworks.runtime.preprocess import PreprocessSpec
+from engineworks.training.config import BackboneConfig, Config, SystemConfig
 
 
 class ViewsConfig(Config):

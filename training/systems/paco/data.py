@@ -15,9 +15,9 @@ import cv2
 import numpy as np
 from numpy.random import Generator
 
-from runtime.preprocess import PreprocessSpec, apply, place
-from runtime.tensors import Array
-from training.systems.paco.config import ViewsConfig
+from engineworks.runtime.preprocess import PreprocessSpec, apply, place
+from engineworks.runtime.tensors import Array
+from engineworks.training.systems.paco.config import ViewsConfig
 
 _PATCH = 16  # side of an exchanged patch in pixels
 _NUM_PAIRS = 4

@@ -8,18 +8,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from runtime.bundle import Bundle
-from runtime.contenders import Contender
-from runtime.errors import RunError
-from runtime.preprocess import apply
-from runtime.results import Classification
-from runtime.systems.paco import Params
-from runtime.tensors import Array
-from training import eager
-from training.run import Run, open_run
-from training.systems.paco.config import TaskConfig
-from training.systems.paco.model import Paco
-from training.systems.paco.task import build_model, trained_weights
+from engineworks.runtime.bundle import Bundle
+from engineworks.runtime.contenders import Contender
+from engineworks.runtime.errors import RunError
+from engineworks.runtime.preprocess import apply
+from engineworks.runtime.results import Classification
+from engineworks.runtime.systems.paco import Params
+from engineworks.runtime.tensors import Array
+from engineworks.training import eager
+from engineworks.training.run import Run, open_run
+from engineworks.training.systems.paco.config import TaskConfig
+from engineworks.training.systems.paco.model import Paco
+from engineworks.training.systems.paco.task import build_model, trained_weights
 
 
 class EagerPaco:

@@ -27,9 +27,9 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from training.profiler import section
-from training.systems.paco.config import LossConfig
-from training.systems.paco.metric import (
+from engineworks.training.profiler import section
+from engineworks.training.systems.paco.config import LossConfig
+from engineworks.training.systems.paco.metric import (
     Euclid,
     LowRank,
     Metric,

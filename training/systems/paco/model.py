@@ -12,10 +12,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from runtime.errors import InputError
-from training.profiler import section
-from training.systems.paco.config import LossConfig, PartsConfig
-from training.systems.paco.loss import PartLoss, weighted_cross_entropy
+from engineworks.runtime.errors import InputError
+from engineworks.training.profiler import section
+from engineworks.training.systems.paco.config import LossConfig, PartsConfig
+from engineworks.training.systems.paco.loss import PartLoss, weighted_cross_entropy
 
 
 class Paco(nn.Module):

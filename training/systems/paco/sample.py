@@ -15,10 +15,10 @@ import cv2
 import numpy as np
 from numpy.random import Generator
 
-from runtime import images
-from runtime.tensors import Array
-from training import drawing
-from training.drawing import SCALE, camera, light, noise
+from engineworks.runtime import images
+from engineworks.runtime.tensors import Array
+from engineworks.training import drawing
+from engineworks.training.drawing import SCALE, camera, light, noise
 
 # Outlines in the moth's own lengths: x to its right, y to its tail, 1 the reach of a wing.
 _ROOT = np.array([0.05, -0.12])  # about which a wing opens

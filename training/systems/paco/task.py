@@ -15,21 +15,21 @@ from pydantic import JsonValue
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from runtime import datasets, draw, files, images
-from runtime.bundle import sha256_file
-from runtime.errors import ConfigError, DatasetError
-from runtime.metrics import ClassificationMetrics
-from runtime.names import file_name
-from runtime.preprocess import place
-from runtime.tensors import Array
-from training import backbones
-from training.data import Samples, fingerprint, iterate, loader, preprocess
-from training.features import FeatureCache
-from training.run import Run, judged, open_run, read_json
-from training.systems.paco.config import TaskConfig
-from training.systems.paco.data import Pictures, Views
-from training.systems.paco.model import Paco, PacoTraining
-from training.task import Position, Progress
+from engineworks.runtime import datasets, draw, files, images
+from engineworks.runtime.bundle import sha256_file
+from engineworks.runtime.errors import ConfigError, DatasetError
+from engineworks.runtime.metrics import ClassificationMetrics
+from engineworks.runtime.names import file_name
+from engineworks.runtime.preprocess import place
+from engineworks.runtime.tensors import Array
+from engineworks.training import backbones
+from engineworks.training.data import Samples, fingerprint, iterate, loader, preprocess
+from engineworks.training.features import FeatureCache
+from engineworks.training.run import Run, judged, open_run, read_json
+from engineworks.training.systems.paco.config import TaskConfig
+from engineworks.training.systems.paco.data import Pictures, Views
+from engineworks.training.systems.paco.model import Paco, PacoTraining
+from engineworks.training.task import Position, Progress
 
 _NET = "net."  # within what trains it
 # strongest part first

@@ -6,9 +6,9 @@ from typing import Literal, Self
 
 from pydantic import Field, NonNegativeInt, field_validator, model_validator
 
-from runtime.preprocess import PreprocessSpec
-from runtime.systems.refdet import InferenceConfig
-from training.config import BackboneConfig, Config, SystemConfig
+from engineworks.runtime.preprocess import PreprocessSpec
+from engineworks.runtime.systems.refdet import InferenceConfig
+from engineworks.training.config import BackboneConfig, Config, SystemConfig
 
 STRIDE = 32  # of the detector's backbone
 

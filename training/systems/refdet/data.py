@@ -15,12 +15,12 @@ import cv2
 import numpy as np
 from numpy.random import Generator
 
-from runtime import boxes
-from runtime.frames import Frames
-from runtime.objects import LabelledFrame, ObjectData
-from runtime.preprocess import PreprocessSpec, apply, place
-from runtime.tensors import Array
-from training.systems.refdet.config import AugmentConfig, TaskConfig
+from engineworks.runtime import boxes
+from engineworks.runtime.frames import Frames
+from engineworks.runtime.objects import LabelledFrame, ObjectData
+from engineworks.runtime.preprocess import PreprocessSpec, apply, place
+from engineworks.runtime.tensors import Array
+from engineworks.training.systems.refdet.config import AugmentConfig, TaskConfig
 
 _FEWEST, _MOST = 10, 1000  # episodes of an epoch, where their number is computed
 _MIN_AREA = 2.0  # square pixels of a box that is still there

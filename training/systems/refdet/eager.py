@@ -9,19 +9,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from runtime.bundle import Bundle
-from runtime.contenders import Contender
-from runtime.errors import RunError
-from runtime.preprocess import PreprocessSpec, apply
-from runtime.references import load_references
-from runtime.results import Detection, Detections
-from runtime.systems import refdet
-from runtime.tensors import Array
-from training import eager
-from training.backbones import read_weights
-from training.run import Run, open_run
-from training.systems.refdet.config import TaskConfig
-from training.systems.refdet.model import Detect, Encode, RefDet
+from engineworks.runtime.bundle import Bundle
+from engineworks.runtime.contenders import Contender
+from engineworks.runtime.errors import RunError
+from engineworks.runtime.preprocess import PreprocessSpec, apply
+from engineworks.runtime.references import load_references
+from engineworks.runtime.results import Detection, Detections
+from engineworks.runtime.systems import refdet
+from engineworks.runtime.tensors import Array
+from engineworks.training import eager
+from engineworks.training.backbones import read_weights
+from engineworks.training.run import Run, open_run
+from engineworks.training.systems.refdet.config import TaskConfig
+from engineworks.training.systems.refdet.model import Detect, Encode, RefDet
 
 _NET = "net."  # within what trained it
 _BASE_BIAS = "detector.head.base.classify.0.1.bias"  # one value per base class

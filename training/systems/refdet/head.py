@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training.systems.refdet.backbone import Conv
+from engineworks.training.systems.refdet.backbone import Conv
 
 _SHORTEST = 1e-12  # length of an embedding, so that nothing is divided by 0
 

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
-from training.systems.refdet.assign import Assignment, Targets, iou, pad, task_aligned
-from training.systems.refdet.config import LossConfig, WeightsConfig
+from engineworks.training.systems.refdet.assign import Assignment, Targets, iou, pad, task_aligned
+from engineworks.training.systems.refdet.config import LossConfig, WeightsConfig
 
 if TYPE_CHECKING:
-    from training.systems.refdet.head import Output
+    from engineworks.training.systems.refdet.head import Output
 
 # --- boxes ---------------------------------------------------------------------------------------
 

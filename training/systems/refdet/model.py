@@ -9,15 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from runtime.errors import ConfigError
-from training import backbones
-from training.backbones import LastMap
-from training.features import EngineBackbone
-from training.profiler import section
-from training.systems.refdet.backbone import Backbone, channels
-from training.systems.refdet.config import DetectorConfig, EncoderConfig
-from training.systems.refdet.fusion import FUSIONS
-from training.systems.refdet.head import (
+from engineworks.runtime.errors import ConfigError
+from engineworks.training import backbones
+from engineworks.training.backbones import LastMap
+from engineworks.training.features import EngineBackbone
+from engineworks.training.profiler import section
+from engineworks.training.systems.refdet.backbone import Backbone, channels
+from engineworks.training.systems.refdet.config import DetectorConfig, EncoderConfig
+from engineworks.training.systems.refdet.fusion import FUSIONS
+from engineworks.training.systems.refdet.head import (
     BaseBranch,
     Output,
     PrototypeBranch,

@@ -21,11 +21,11 @@ import cv2
 import numpy as np
 from numpy.random import Generator
 
-from runtime import files, images
-from runtime.tensors import Array
-from runtime.video import VideoWriter
-from training import drawing
-from training.drawing import SCALE, camera, light, noise
+from engineworks.runtime import files, images
+from engineworks.runtime.tensors import Array
+from engineworks.runtime.video import VideoWriter
+from engineworks.training import drawing
+from engineworks.training.drawing import SCALE, camera, light, noise
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (220, 40, 40),

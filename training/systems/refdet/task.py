@@ -12,22 +12,22 @@ from pydantic import JsonValue
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from runtime import files, references
-from runtime.evaluation import Evaluation
-from runtime.frames import Frames
-from runtime.objects import ObjectData, object_labels, object_splits, read_objects
-from runtime.preprocess import apply
-from runtime.systems import refdet
-from runtime.tensors import Array
-from training.backbones import feature_cache, read_weights
-from training.data import fingerprint, loader
-from training.profiler import section
-from training.run import Run, judged
-from training.systems.refdet.config import StageConfig, TaskConfig, WeightsConfig
-from training.systems.refdet.data import Episodes
-from training.systems.refdet.loss import Losses
-from training.systems.refdet.model import Detect, RefDet
-from training.task import Position, Progress
+from engineworks.runtime import files, references
+from engineworks.runtime.evaluation import Evaluation
+from engineworks.runtime.frames import Frames
+from engineworks.runtime.objects import ObjectData, object_labels, object_splits, read_objects
+from engineworks.runtime.preprocess import apply
+from engineworks.runtime.systems import refdet
+from engineworks.runtime.tensors import Array
+from engineworks.training.backbones import feature_cache, read_weights
+from engineworks.training.data import fingerprint, loader
+from engineworks.training.profiler import section
+from engineworks.training.run import Run, judged
+from engineworks.training.systems.refdet.config import StageConfig, TaskConfig, WeightsConfig
+from engineworks.training.systems.refdet.data import Episodes
+from engineworks.training.systems.refdet.loss import Losses
+from engineworks.training.systems.refdet.model import Detect, RefDet
+from engineworks.training.task import Position, Progress
 
 _CONTRASTIVE = ("prototype", "supervised", "proposals", "triplet")
 _ENCODED = 16  # references at once, where nothing is learnt

@@ -10,8 +10,8 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from runtime.systems.stripe import InferenceConfig
-from training.config import Config, SystemConfig
+from engineworks.runtime.systems.stripe import InferenceConfig
+from engineworks.training.config import Config, SystemConfig
 
 
 class KernelConfig(Config):

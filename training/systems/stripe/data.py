@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from runtime import files, planes, tiling
-from runtime.errors import ConfigError, DatasetError
-from runtime.tensors import Array
-from training.systems.stripe import defects
-from training.systems.stripe.config import TaskConfig
+from engineworks.runtime import files, planes, tiling
+from engineworks.runtime.errors import ConfigError, DatasetError
+from engineworks.runtime.tensors import Array
+from engineworks.training.systems.stripe import defects
+from engineworks.training.systems.stripe.config import TaskConfig
 
 
 class _Index(BaseModel):

@@ -14,8 +14,12 @@ import cv2
 import numpy as np
 from numpy.random import Generator
 
-from runtime.tensors import Array
-from training.systems.stripe.config import DefectsConfig, DisturbanceConfig, KernelConfig
+from engineworks.runtime.tensors import Array
+from engineworks.training.systems.stripe.config import (
+    DefectsConfig,
+    DisturbanceConfig,
+    KernelConfig,
+)
 
 # of a kernel's peak: from here on its pixels count as defective
 MASK_LEVEL = 0.1

@@ -12,19 +12,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from runtime import tiling
-from runtime.bundle import Bundle
-from runtime.contenders import Contender
-from runtime.errors import RunError
-from runtime.preprocess import PlanesSpec, apply
-from runtime.results import Candidate, DefectMap
-from runtime.systems.stripe import Params, defect_maps, find_candidates
-from runtime.tensors import Array
-from training import eager
-from training.backbones import read_weights
-from training.run import Run, open_run
-from training.systems.stripe.config import NetworkConfig, TaskConfig
-from training.systems.stripe.model import Segment, build
+from engineworks.runtime import tiling
+from engineworks.runtime.bundle import Bundle
+from engineworks.runtime.contenders import Contender
+from engineworks.runtime.errors import RunError
+from engineworks.runtime.preprocess import PlanesSpec, apply
+from engineworks.runtime.results import Candidate, DefectMap
+from engineworks.runtime.systems.stripe import Params, defect_maps, find_candidates
+from engineworks.runtime.tensors import Array
+from engineworks.training import eager
+from engineworks.training.backbones import read_weights
+from engineworks.training.run import Run, open_run
+from engineworks.training.systems.stripe.config import NetworkConfig, TaskConfig
+from engineworks.training.systems.stripe.model import Segment, build
 
 _TILE = 128  # published
 _PUBLISHED = NetworkConfig(name="unet-se", width=64)

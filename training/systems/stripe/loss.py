@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from training.systems.stripe.config import LossConfig
+from engineworks.training.systems.stripe.config import LossConfig
 
 
 def focal(logits_B1HW: Tensor, mask_B1HW: Tensor, config: LossConfig) -> Tensor:

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training.systems.stripe.config import NetworkConfig, TaskConfig
+from engineworks.training.systems.stripe.config import NetworkConfig, TaskConfig
 
 _FACTORS = (1, 2, 4, 8, 8, 8)  # widths of the published levels
 _PRIOR = 0.01  # probability of a defect that an untrained net answers; keeps the first steps calm

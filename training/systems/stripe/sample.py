@@ -14,9 +14,9 @@ import cv2
 import numpy as np
 from numpy.random import Generator
 
-from runtime import images, planes
-from runtime.tensors import Array
-from training.drawing import check_empty
+from engineworks.runtime import images, planes
+from engineworks.runtime.tensors import Array
+from engineworks.training.drawing import check_empty
 
 # name of the folder -> sign of its spots
 DEFECTS = {"bright_spots": 1, "dark_spots": -1}

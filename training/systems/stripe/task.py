@@ -13,21 +13,21 @@ from pydantic import BaseModel, JsonValue, RootModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from runtime import datasets, files, planes
-from runtime.bundle import Threshold
-from runtime.evaluation import Evaluation
-from runtime.preprocess import PlanesSpec
-from runtime.systems import stripe
-from runtime.tensors import Array
-from training.backbones import read_weights
-from training.data import fingerprint, loader
-from training.profiler import section
-from training.run import Run, judged
-from training.systems.stripe.config import TaskConfig
-from training.systems.stripe.data import Tiles, pack
-from training.systems.stripe.loss import focal
-from training.systems.stripe.model import Segment, build, multiply_adds
-from training.task import Position, Progress
+from engineworks.runtime import datasets, files, planes
+from engineworks.runtime.bundle import Threshold
+from engineworks.runtime.evaluation import Evaluation
+from engineworks.runtime.preprocess import PlanesSpec
+from engineworks.runtime.systems import stripe
+from engineworks.runtime.tensors import Array
+from engineworks.training.backbones import read_weights
+from engineworks.training.data import fingerprint, loader
+from engineworks.training.profiler import section
+from engineworks.training.run import Run, judged
+from engineworks.training.systems.stripe.config import TaskConfig
+from engineworks.training.systems.stripe.data import Tiles, pack
+from engineworks.training.systems.stripe.loss import focal
+from engineworks.training.systems.stripe.model import Segment, build, multiply_adds
+from engineworks.training.task import Position, Progress
 
 _NUM_PAINTED = 32  # tiles for calibration
 _COUNTED = 128  # side in pixels of the tile that multiply-adds are counted on

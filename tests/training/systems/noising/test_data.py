@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime import images
-from runtime.datasets import MvtecSample, mvtec
-from runtime.preprocess import PreprocessSpec
-from runtime.tensors import Array
-from training.systems.noising.config import AugmentConfig
-from training.systems.noising.data import Augmented, Patches, augment
-from training.systems.noising.sample import sample
+from engineworks.runtime import images
+from engineworks.runtime.datasets import MvtecSample, mvtec
+from engineworks.runtime.preprocess import PreprocessSpec
+from engineworks.runtime.tensors import Array
+from engineworks.training.systems.noising.config import AugmentConfig
+from engineworks.training.systems.noising.data import Augmented, Patches, augment
+from engineworks.training.systems.noising.sample import sample
 
 pytestmark = pytest.mark.train
 

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from runtime.tensors import Array
-from training.systems.noising.config import DiscriminatorConfig
-from training.systems.noising.discriminator import (
+from engineworks.runtime.tensors import Array
+from engineworks.training.systems.noising.config import DiscriminatorConfig
+from engineworks.training.systems.noising.discriminator import (
     PARTS,
     Discriminator,
     DiscriminatorTraining,
@@ -19,7 +19,7 @@ from training.systems.noising.discriminator import (
     Proposal,
     sample_rows,
 )
-from training.systems.noising.model import PatchFeatures
+from engineworks.training.systems.noising.model import PatchFeatures
 
 pytestmark = pytest.mark.train
 

@@ -16,24 +16,24 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import save_file
 from torch import nn
 
-from export.build import BuildConfig, build
-from export.legality import check_legal
-from export.systems.noising import RECIPE, graphs
-from export.trace import trace
-from runtime import datasets, images
-from runtime.bank import Bank
-from runtime.bundle import Bundle
-from runtime.errors import BundleError, ConfigError
-from runtime.preprocess import apply
-from runtime.systems import open_system
-from runtime.systems.noising.extend import extend
-from runtime.tensors import Array
+from engineworks.export.build import BuildConfig, build
+from engineworks.export.legality import check_legal
+from engineworks.export.systems.noising import RECIPE, graphs
+from engineworks.export.trace import trace
+from engineworks.runtime import datasets, images
+from engineworks.runtime.bank import Bank
+from engineworks.runtime.bundle import Bundle
+from engineworks.runtime.errors import BundleError, ConfigError
+from engineworks.runtime.preprocess import apply
+from engineworks.runtime.systems import open_system
+from engineworks.runtime.systems.noising.extend import extend
+from engineworks.runtime.tensors import Array
+from engineworks.training.config import SystemConfig, load_config
+from engineworks.training.run import Run
+from engineworks.training.systems.noising.eager import contenders
+from engineworks.training.systems.noising.sample import sample
+from engineworks.training.train import train
 from tests.runtime.systems.test_noising_layers import published
-from training.config import SystemConfig, load_config
-from training.run import Run
-from training.systems.noising.eager import contenders
-from training.systems.noising.sample import sample
-from training.train import train
 
 pytestmark = pytest.mark.train
 
@@ -170,7 +170,9 @@ class TestTheBundle:
     def test_takes_int8_in_every_linear_layer(
         self, bundle: Bundle, drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("export.build._SPEED_SECONDS", 0.1)  # how fast it is does not matter
+        monkeypatch.setattr(
+            "engineworks.export.build._SPEED_SECONDS", 0.1
+        )  # how fast it is does not matter
         chosen = BuildConfig(drawn / "train/good", num_samples=4, method="minmax", threads=1)
         made = build(bundle, tmp_path / "int8", chosen, say=lambda _: None)
         model = onnx.load(made.path("features.int8.onnx"))

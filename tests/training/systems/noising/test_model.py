@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from training.systems.noising.model import (
+from engineworks.training.systems.noising.model import (
     ChannelPool,
     PatchFeatures,
     neighbourhood_mean,

@@ -7,9 +7,9 @@ import cv2
 import numpy as np
 import pytest
 
-from runtime import datasets
-from runtime.errors import RunError
-from training.systems.noising.sample import DEFECTS, draw, sample
+from engineworks.runtime import datasets
+from engineworks.runtime.errors import RunError
+from engineworks.training.systems.noising.sample import DEFECTS, draw, sample
 
 
 class TestADrawnDataSet:

@@ -14,14 +14,14 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from export.build import BuildConfig, build
-from export.systems.noising import RECIPE
-from export.trace import trace
-from runtime import datasets, images
-from runtime.bank import Bank
-from runtime.bundle import Bundle, read
-from runtime.engines import open_engine
-from runtime.errors import (
+from engineworks.export.build import BuildConfig, build
+from engineworks.export.systems.noising import RECIPE
+from engineworks.export.trace import trace
+from engineworks.runtime import datasets, images
+from engineworks.runtime.bank import Bank
+from engineworks.runtime.bundle import Bundle, read
+from engineworks.runtime.engines import open_engine
+from engineworks.runtime.errors import (
     BundleError,
     ConfigError,
     DatasetError,
@@ -29,14 +29,14 @@ from runtime.errors import (
     RunError,
     WeightsError,
 )
-from runtime.preprocess import apply
-from runtime.systems import open_system
-from training.config import SystemConfig, load_config
-from training.run import Run
-from training.systems.noising.eager import contenders
-from training.systems.noising.sample import sample
-from training.systems.noising.task import Task, build_model
-from training.train import train
+from engineworks.runtime.preprocess import apply
+from engineworks.runtime.systems import open_system
+from engineworks.training.config import SystemConfig, load_config
+from engineworks.training.run import Run
+from engineworks.training.systems.noising.eager import contenders
+from engineworks.training.systems.noising.sample import sample
+from engineworks.training.systems.noising.task import Task, build_model
+from engineworks.training.train import train
 
 pytestmark = pytest.mark.train
 
@@ -183,7 +183,7 @@ class TestTheBundle:
     def test_is_not_written_when_the_engines_disagree(
         self, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("export.passes.prepare", _spoil)
+        monkeypatch.setattr("engineworks.export.passes.prepare", _spoil)
         with pytest.raises(ParityError, match="'features' by"):
             trace(run.root, tmp_path / "bundle")
         assert not (tmp_path / "bundle").exists()

@@ -10,21 +10,21 @@ import numpy as np
 import pytest
 from accelerate.state import AcceleratorState
 
-from export.trace import trace
-from runtime import images
-from runtime.bundle import Bundle
-from runtime.datasets import MvtecSample
-from runtime.errors import ConfigError
-from runtime.preprocess import PreprocessSpec
-from runtime.systems import open_system
-from runtime.systems.noising.tiles import Tiles
-from runtime.tensors import Array
-from runtime.testing import write_parts
-from training.config import load_config
-from training.systems.noising.config import CopiesConfig
-from training.systems.noising.data import Images
-from training.systems.noising.eager import contenders
-from training.train import train
+from engineworks.export.trace import trace
+from engineworks.runtime import images
+from engineworks.runtime.bundle import Bundle
+from engineworks.runtime.datasets import MvtecSample
+from engineworks.runtime.errors import ConfigError
+from engineworks.runtime.preprocess import PreprocessSpec
+from engineworks.runtime.systems import open_system
+from engineworks.runtime.systems.noising.tiles import Tiles
+from engineworks.runtime.tensors import Array
+from engineworks.runtime.testing import write_parts
+from engineworks.training.config import load_config
+from engineworks.training.systems.noising.config import CopiesConfig
+from engineworks.training.systems.noising.data import Images
+from engineworks.training.systems.noising.eager import contenders
+from engineworks.training.train import train
 
 pytestmark = pytest.mark.train
 

@@ -12,12 +12,19 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from runtime import images
-from runtime.preprocess import PreprocessSpec, apply
-from training.config import TrainConfig
-from training.systems.paco import data
-from training.systems.paco.config import ViewsConfig
-from training.systems.paco.data import OPERATIONS, Pictures, Views, crop_box, occlude, shuffle
+from engineworks.runtime import images
+from engineworks.runtime.preprocess import PreprocessSpec, apply
+from engineworks.training.config import TrainConfig
+from engineworks.training.systems.paco import data
+from engineworks.training.systems.paco.config import ViewsConfig
+from engineworks.training.systems.paco.data import (
+    OPERATIONS,
+    Pictures,
+    Views,
+    crop_box,
+    occlude,
+    shuffle,
+)
 
 PLAIN = ViewsConfig(crop_area=(1.0, 1.0), flip=0, operations=0, occlusion=0, shuffle=0)
 RESIZES: list[Literal["squash", "crop", "letterbox"]] = ["squash", "crop", "letterbox"]
@@ -434,7 +441,7 @@ class TestPictures:
 @pytest.mark.train
 class TestInBatches:
     def test_views_do_not_depend_on_the_number_of_workers(self) -> None:
-        from training.data import loader
+        from engineworks.training.data import loader
 
         samples = [Drawn(i % 3, picture(40, 50, i)) for i in range(7)]
         views = Views(samples, unscaled((24, 32)), ViewsConfig(), read=read_drawn)

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from training.profiler import Profiler
-from training.systems.paco.config import LossConfig
-from training.systems.paco.loss import (
+from engineworks.training.profiler import Profiler
+from engineworks.training.systems.paco.config import LossConfig
+from engineworks.training.systems.paco.loss import (
     PartLoss,
     cosine_costs,
     match,
@@ -24,7 +24,13 @@ from training.systems.paco.loss import (
     part_contrast,
     weighted_cross_entropy,
 )
-from training.systems.paco.metric import Euclid, LowRank, Regulariser, Whitening, factors
+from engineworks.training.systems.paco.metric import (
+    Euclid,
+    LowRank,
+    Regulariser,
+    Whitening,
+    factors,
+)
 
 pytestmark = pytest.mark.train
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from scipy.linalg import logm
 from torch import Tensor
 
-from training.systems.paco.loss import consistency
-from training.systems.paco.metric import (
+from engineworks.training.systems.paco.loss import consistency
+from engineworks.training.systems.paco.metric import (
     Euclid,
     LowRank,
     Regulariser,

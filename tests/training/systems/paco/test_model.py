@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from runtime.errors import InputError
-from training.profiler import Profiler
-from training.systems.paco.config import LossConfig, PartsConfig
-from training.systems.paco.loss import PartLoss
-from training.systems.paco.model import (
+from engineworks.runtime.errors import InputError
+from engineworks.training.profiler import Profiler
+from engineworks.training.systems.paco.config import LossConfig, PartsConfig
+from engineworks.training.systems.paco.loss import PartLoss
+from engineworks.training.systems.paco.model import (
     Paco,
     PacoTraining,
     PartSampler,

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import yaml
 
-from runtime import datasets, images
-from runtime.errors import RunError
-from runtime.preprocess import PreprocessSpec
-from training.config import keys, validate
-from training.systems.paco.config import TaskConfig, ViewsConfig
-from training.systems.paco.data import Views
-from training.systems.paco.sample import MARKS, draw, sample
+from engineworks.runtime import datasets, images
+from engineworks.runtime.errors import RunError
+from engineworks.runtime.preprocess import PreprocessSpec
+from engineworks.training.config import keys, validate
+from engineworks.training.systems.paco.config import TaskConfig, ViewsConfig
+from engineworks.training.systems.paco.data import Views
+from engineworks.training.systems.paco.sample import MARKS, draw, sample
 
 
 class TestADrawnDataSet:
@@ -109,7 +109,11 @@ class TestAClass:
 
 class TestTheDefaults:
     def tree(self) -> dict[str, object]:
-        text = resources.files("training.systems.paco").joinpath("default.yaml").read_text()
+        text = (
+            resources.files("engineworks.training.systems.paco")
+            .joinpath("default.yaml")
+            .read_text()
+        )
         loaded = yaml.safe_load(text)
         assert isinstance(loaded, dict)
         return loaded

@@ -16,14 +16,14 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from runtime import datasets, images
-from runtime.errors import ConfigError, DatasetError, RunError, WeightsError
-from training.config import SystemConfig, load_config
-from training.run import Run
-from training.systems.paco.model import PacoTraining
-from training.systems.paco.task import Probe, Task, build_model
-from training.task import Position
-from training.train import train
+from engineworks.runtime import datasets, images
+from engineworks.runtime.errors import ConfigError, DatasetError, RunError, WeightsError
+from engineworks.training.config import SystemConfig, load_config
+from engineworks.training.run import Run
+from engineworks.training.systems.paco.model import PacoTraining
+from engineworks.training.systems.paco.task import Probe, Task, build_model
+from engineworks.training.task import Position
+from engineworks.training.train import train
 
 pytestmark = pytest.mark.train
 
@@ -99,12 +99,12 @@ class TestARun:
 
     def test_was_judged_as_the_runtime_judges(self, run: Run, drawn: Path) -> None:
         model, _ = build_model(run.config, 3, weights=False)  # type: ignore[arg-type]
-        from training.backbones import read_weights
+        from engineworks.training.backbones import read_weights
 
         model.load_state_dict(read_weights(run.weights()))
         model.eval()
         folder = datasets.class_folder(drawn, "val")
-        from training.data import preprocess
+        from engineworks.training.data import preprocess
 
         right = 0
         for sample in folder.samples:
@@ -208,7 +208,7 @@ class TestTheFrozenMode:
         chosen = config("frozen=true", "train.epochs=20", "train.optimizer.lr=1e-2")
         done = train(chosen, drawn, tmp_path / "run")
         model, _ = build_model(chosen, 3, weights=False)  # type: ignore[arg-type]
-        from training.backbones import read_weights
+        from engineworks.training.backbones import read_weights
 
         model.load_state_dict(read_weights(done.weights("last")))
         fresh, _ = build_model(chosen, 3)  # type: ignore[arg-type]
@@ -240,7 +240,7 @@ class TestAWarmStart:
             f"warm_start={probe.root}", "train.seed=7", "backbone.weights=/missing.safetensors"
         )
         task = Task(chosen, drawn, drawn)  # type: ignore[arg-type]
-        from training.systems.paco.task import trained_weights
+        from engineworks.training.systems.paco.task import trained_weights
 
         own = task.model.net.state_dict()
         for name, value in trained_weights(probe).items():

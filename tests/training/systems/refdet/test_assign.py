@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from training.systems.refdet.assign import Assignment, Targets, iou, pad, task_aligned
+from engineworks.training.systems.refdet.assign import Assignment, Targets, iou, pad, task_aligned
 
 pytestmark = pytest.mark.train
 

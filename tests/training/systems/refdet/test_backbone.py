@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from training.systems.refdet.backbone import Backbone, channels
-from training.systems.refdet.config import STRIDE, DetectorConfig
+from engineworks.training.systems.refdet.backbone import Backbone, channels
+from engineworks.training.systems.refdet.config import STRIDE, DetectorConfig
 
 pytestmark = pytest.mark.train
 

@@ -12,21 +12,21 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from runtime import images
-from runtime.objects import ObjectData, read_objects
-from runtime.preprocess import PreprocessSpec, apply
-from runtime.tensors import Array
-from training.config import Config, TrainConfig
-from training.data import loader
-from training.systems.refdet import data
-from training.systems.refdet.config import (
+from engineworks.runtime import images
+from engineworks.runtime.objects import ObjectData, read_objects
+from engineworks.runtime.preprocess import PreprocessSpec, apply
+from engineworks.runtime.tensors import Array
+from engineworks.training.config import Config, TrainConfig
+from engineworks.training.data import loader
+from engineworks.training.systems.refdet import data
+from engineworks.training.systems.refdet.config import (
     AugmentConfig,
     EncoderConfig,
     EpisodesConfig,
     StageConfig,
     TaskConfig,
 )
-from training.systems.refdet.data import Episodes, num_episodes
+from engineworks.training.systems.refdet.data import Episodes, num_episodes
 
 pytestmark = pytest.mark.train
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from training.systems.refdet.fusion import FUSIONS, Cheaf, LinearAttention, Psalm
+from engineworks.training.systems.refdet.fusion import FUSIONS, Cheaf, LinearAttention, Psalm
 
 pytestmark = pytest.mark.train
 

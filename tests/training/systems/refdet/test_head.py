@@ -10,7 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from training.systems.refdet.head import BaseBranch, Output, PrototypeBranch, Raw, anchors
+from engineworks.training.systems.refdet.head import (
+    BaseBranch,
+    Output,
+    PrototypeBranch,
+    Raw,
+    anchors,
+)
 
 pytestmark = pytest.mark.train
 

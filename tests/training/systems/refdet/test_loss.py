@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from training.systems.refdet.assign import pad
-from training.systems.refdet.config import LossConfig, WeightsConfig
-from training.systems.refdet.head import Output, Raw
-from training.systems.refdet.loss import (
+from engineworks.training.systems.refdet.assign import pad
+from engineworks.training.systems.refdet.config import LossConfig, WeightsConfig
+from engineworks.training.systems.refdet.head import Output, Raw
+from engineworks.training.systems.refdet.loss import (
     DetectionLoss,
     Losses,
     WIoU,

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from runtime import references
-from runtime.errors import ConfigError
-from training.systems.refdet.config import DetectorConfig, EncoderConfig
-from training.systems.refdet.model import (
+from engineworks.runtime import references
+from engineworks.runtime.errors import ConfigError
+from engineworks.training.systems.refdet.config import DetectorConfig, EncoderConfig
+from engineworks.training.systems.refdet.model import (
     Detect,
     Detector,
     Encode,

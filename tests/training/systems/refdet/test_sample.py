@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from runtime.errors import RunError
-from runtime.frames import Frames
-from runtime.objects import object_splits, read_objects
-from runtime.video import VideoFile
-from training.systems.refdet.sample import choose, reference, sample, scene
+from engineworks.runtime.errors import RunError
+from engineworks.runtime.frames import Frames
+from engineworks.runtime.objects import object_splits, read_objects
+from engineworks.runtime.video import VideoFile
+from engineworks.training.systems.refdet.sample import choose, reference, sample, scene
 
 FEW = {"size": 64, "num_toys": 6, "num_unseen": 2, "num_train": 5, "num_val": 2, "num_test": 3}
 

@@ -14,15 +14,15 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from runtime.references import load_references
-from runtime.testing import write_scenes
-from training.backbones import read_weights
-from training.config import load_config, validate
-from training.run import Run
-from training.systems.refdet.config import TaskConfig
-from training.systems.refdet.task import Task, build_model
-from training.task import Paced, Position
-from training.train import train
+from engineworks.runtime.references import load_references
+from engineworks.runtime.testing import write_scenes
+from engineworks.training.backbones import read_weights
+from engineworks.training.config import load_config, validate
+from engineworks.training.run import Run
+from engineworks.training.systems.refdet.config import TaskConfig
+from engineworks.training.systems.refdet.task import Task, build_model
+from engineworks.training.task import Paced, Position
+from engineworks.training.train import train
 
 pytestmark = pytest.mark.train
 

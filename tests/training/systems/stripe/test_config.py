@@ -6,13 +6,17 @@ from typing import Any
 import pytest
 import yaml
 
-from runtime.errors import ConfigError
-from training.config import dump, keys, parse, validate
-from training.systems.stripe.config import TaskConfig
+from engineworks.runtime.errors import ConfigError
+from engineworks.training.config import dump, keys, parse, validate
+from engineworks.training.systems.stripe.config import TaskConfig
 
 
 def default() -> Any:
-    text = resources.files("training.systems.stripe").joinpath("default.yaml").read_text("utf-8")
+    text = (
+        resources.files("engineworks.training.systems.stripe")
+        .joinpath("default.yaml")
+        .read_text("utf-8")
+    )
     return yaml.safe_load(text)
 
 

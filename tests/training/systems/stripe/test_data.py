@@ -10,18 +10,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime import planes
-from runtime.errors import ConfigError, DatasetError, InputError
-from runtime.tensors import Array
-from training.config import TrainConfig
-from training.data import loader
-from training.systems.stripe.config import (
+from engineworks.runtime import planes
+from engineworks.runtime.errors import ConfigError, DatasetError, InputError
+from engineworks.runtime.tensors import Array
+from engineworks.training.config import TrainConfig
+from engineworks.training.data import loader
+from engineworks.training.systems.stripe.config import (
     DefectsConfig,
     DisturbanceConfig,
     TaskConfig,
     TilesConfig,
 )
-from training.systems.stripe.data import Strips, Tiles, pack
+from engineworks.training.systems.stripe.data import Strips, Tiles, pack
 
 pytestmark = pytest.mark.train
 

@@ -10,9 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.tensors import Array
-from training.systems.stripe.config import DefectsConfig, DisturbanceConfig, KernelConfig
-from training.systems.stripe.defects import (
+from engineworks.runtime.tensors import Array
+from engineworks.training.systems.stripe.config import (
+    DefectsConfig,
+    DisturbanceConfig,
+    KernelConfig,
+)
+from engineworks.training.systems.stripe.defects import (
     Defect,
     Disturbances,
     allocate,

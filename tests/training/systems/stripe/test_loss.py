@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.systems.stripe.config import LossConfig
-from training.systems.stripe.loss import focal
+from engineworks.training.systems.stripe.config import LossConfig
+from engineworks.training.systems.stripe.loss import focal
 
 pytestmark = pytest.mark.train
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from training.systems.stripe.config import NetworkConfig, TaskConfig
-from training.systems.stripe.model import Segment, UNet, build, multiply_adds
+from engineworks.training.systems.stripe.config import NetworkConfig, TaskConfig
+from engineworks.training.systems.stripe.model import Segment, UNet, build, multiply_adds
 
 pytestmark = pytest.mark.train
 

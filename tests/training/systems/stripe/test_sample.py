@@ -6,9 +6,9 @@ import cv2
 import numpy as np
 import pytest
 
-from runtime import datasets, images, planes
-from runtime.errors import RunError
-from training.systems.stripe.sample import DEFECTS, draw, sample
+from engineworks.runtime import datasets, images, planes
+from engineworks.runtime.errors import RunError
+from engineworks.training.systems.stripe.sample import DEFECTS, draw, sample
 
 
 class TestADrawnDataSet:

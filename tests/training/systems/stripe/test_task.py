@@ -14,16 +14,16 @@ import torch
 from accelerate.state import AcceleratorState
 from sklearn.metrics import average_precision_score
 
-from runtime import datasets, images, planes
-from runtime.errors import DatasetError
-from runtime.preprocess import PlanesSpec
-from runtime.systems.stripe import Params
-from training.backbones import read_weights
-from training.config import SystemConfig, load_config
-from training.run import Run
-from training.systems.stripe.sample import sample
-from training.systems.stripe.task import Task, build_model
-from training.train import train
+from engineworks.runtime import datasets, images, planes
+from engineworks.runtime.errors import DatasetError
+from engineworks.runtime.preprocess import PlanesSpec
+from engineworks.runtime.systems.stripe import Params
+from engineworks.training.backbones import read_weights
+from engineworks.training.config import SystemConfig, load_config
+from engineworks.training.run import Run
+from engineworks.training.systems.stripe.sample import sample
+from engineworks.training.systems.stripe.task import Task, build_model
+from engineworks.training.train import train
 
 pytestmark = pytest.mark.train
 
