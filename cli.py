@@ -455,7 +455,7 @@ def export(
             else:
                 floats = trace_backbone(wanted[0], target, size=wanted[1], exist_ok=exist_ok)
         if refs is not None:
-            from engineworks.runtime.systems.refdet import bring_references
+            from engineworks.runtime.systems import bring_references
 
             target = scratch / "prompted" if int8 or deployed else out
             floats = bring_references(floats, refs, target, exist_ok=exist_ok)
@@ -898,7 +898,7 @@ def add(
 ) -> None:
     """Extend the bank of bundle SOURCE with new normal images."""
     from engineworks.runtime.bundle import read
-    from engineworks.runtime.systems.noising.extend import extend
+    from engineworks.runtime.systems import extend
 
     with claim(out):  # before it is read: it may be the bundle that is extended
         count = extend(
@@ -996,8 +996,7 @@ class _Warnings(logging.Handler):
 
 def _show_warnings() -> None:
     handler = _Warnings()
-    for package in ("runtime", "calibration", "training", "export"):
-        logging.getLogger(package).handlers = [handler]
+    logging.getLogger("engineworks").handlers = [handler]
 
 
 class _Progress:

@@ -120,6 +120,32 @@ class Promptable(System, Protocol):
         ...
 
 
+@runtime_checkable
+class BringsReferences(Protocol):
+    """Of a class ``System``: its bundles bring pictures of what they look for unasked."""
+
+    def bring_references(
+        self, bundle: Bundle, pictures: Path, out: Path, *, exist_ok: bool = False
+    ) -> Bundle: ...
+
+
+@runtime_checkable
+class Extendable(Protocol):
+    """Of a class ``System``: what its bundles know can be extended by new images."""
+
+    def extend(
+        self,
+        bundle: Bundle,
+        folder: Path,
+        out: Path,
+        *,
+        max_rows: int,
+        backend: str = "auto",
+        threads: int | None = None,
+        exist_ok: bool = False,
+    ) -> int: ...
+
+
 def prompt(
     system: System, references: Path | None, *, conf: float | None = None, iou: float | None = None
 ) -> None:
@@ -148,6 +174,64 @@ def prompt(
         system.prompt(
             Prototypes.load(references) if is_file else system.encode(read_references(references))
         )
+
+
+def bring_references(
+    bundle: Bundle, pictures: Path, out: Path, *, exist_ok: bool = False
+) -> Bundle:
+    """Write a bundle that looks for other objects where nothing else is asked for.
+
+    Args:
+        pictures: see ``runtime.references.read_references``.
+
+    Raises:
+        UsageError: its system is not told what to look for.
+        InputError, ImageError: no references there, or a picture that cannot be read.
+        BundleError: ``out`` exists.
+    """
+    name = bundle.manifest.system
+    system = system_module(name).System
+    if not isinstance(system, BringsReferences):
+        raise UsageError(
+            f"the system '{name}' is not told what to look for", fix="leave --refs out"
+        )
+    return system.bring_references(bundle, pictures, out, exist_ok=exist_ok)
+
+
+def extend(
+    bundle: Bundle,
+    folder: Path,
+    out: Path,
+    *,
+    max_rows: int,
+    backend: str = "auto",
+    threads: int | None = None,
+    exist_ok: bool = False,
+) -> int:
+    """Write a bundle whose memory bank also knows new normal images.
+
+    Args:
+        folder: normal images, read recursively.
+        max_rows: at most so many rows are added.
+        backend, threads: of the graph that describes the images.
+
+    Returns:
+        Number of rows added.
+
+    Raises:
+        InputError: no pictures, or one that cannot be read.
+        BundleError: the system or this bundle of it has no such bank, or ``out`` exists.
+    """
+    name = bundle.manifest.system
+    system = system_module(name).System
+    if not isinstance(system, Extendable):
+        raise BundleError(
+            f"bundle {bundle.root} holds '{name}', a system without a memory bank",
+            fix="train again with the new images",
+        )
+    return system.extend(
+        bundle, folder, out, max_rows=max_rows, backend=backend, threads=threads, exist_ok=exist_ok
+    )
 
 
 def system_module(name: str) -> Any:

@@ -17,13 +17,13 @@ from pydantic import BaseModel, ConfigDict
 from engineworks.runtime import datasets
 from engineworks.runtime.bundle import Bundle, Manifest, Name
 from engineworks.runtime.contract import Contract, Signature
-from engineworks.runtime.engines import Engine
 from engineworks.runtime.errors import NotFiniteError
 from engineworks.runtime.evaluation import Evaluation
 from engineworks.runtime.metrics import leave_one_out
 from engineworks.runtime.preprocess import PreprocessSpec, apply
 from engineworks.runtime.results import Embedding
 from engineworks.runtime.sources import PICTURES
+from engineworks.runtime.systems.opened import OpenedSystem
 from engineworks.runtime.tensors import Array
 
 NAME = "backbone"
@@ -90,27 +90,15 @@ def _unit(rows_BF: Array) -> Array:
     return np.asarray(rows_BF / np.maximum(length_B1, np.finfo(np.float32).tiny))
 
 
-class System:
+class System(OpenedSystem):
     """An opened ``backbone`` bundle; see ``runtime.systems.System``."""
 
     reader = PICTURES
     labelled = staticmethod(datasets.class_labels)
 
-    def __init__(
-        self,
-        bundle: Bundle,
-        engines: Mapping[str, Engine],
-        *,
-        backend: str,
-        precision: str,
-        threads: int | None = None,
-    ) -> None:
-        self.params = bundle.params(Params)
-        self.bundle = bundle
-        self.engines = engines
-        self.backend = backend
-        self.precision = precision
-        self.spec = bundle.manifest.preprocess
+    def set_up(self) -> None:
+        self.params = self.bundle.params(Params)
+        self.spec = self.bundle.manifest.preprocess
 
     def infer(self, images: Sequence[Array]) -> list[Embedding]:
         """Describe images.
@@ -155,11 +143,6 @@ class System:
                 progress(start + len(part), len(samples))
         labels_N = np.array([sample.label for sample in samples])
         return leave_one_out(np.concatenate(vectors), labels_N)
-
-    def close(self) -> None:
-        """Release the engines; closing twice is allowed."""
-        for engine in self.engines.values():
-            engine.close()
 
     def _embed(self, images: Sequence[Array]) -> Array:
         vectors_BF = embed(self.engines[GRAPH].run({"images": apply(self.spec, images)}))

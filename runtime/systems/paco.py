@@ -8,7 +8,7 @@ Source: PaCo-2 (part contrast; nothing of it is left at inference).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +17,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from engineworks.runtime import datasets, draw
 from engineworks.runtime.bundle import Bundle
 from engineworks.runtime.contract import Contract, Signature
-from engineworks.runtime.engines import Engine
 from engineworks.runtime.errors import DatasetError, NotFiniteError
 from engineworks.runtime.evaluation import Evaluation
 from engineworks.runtime.metrics import ClassificationMetrics, log_softmax
 from engineworks.runtime.preprocess import PreprocessSpec, apply
 from engineworks.runtime.results import Classification
 from engineworks.runtime.sources import PICTURES
+from engineworks.runtime.systems.opened import OpenedSystem
 from engineworks.runtime.tensors import Array
 
 NAME = "paco"
@@ -54,27 +54,15 @@ def contract(bundle: Bundle) -> Contract:
     )
 
 
-class System:
+class System(OpenedSystem):
     """An opened ``paco`` bundle; see ``runtime.systems.System``."""
 
     reader = PICTURES
     labelled = staticmethod(datasets.class_labels)
 
-    def __init__(
-        self,
-        bundle: Bundle,
-        engines: Mapping[str, Engine],
-        *,
-        backend: str,
-        precision: str,
-        threads: int | None = None,
-    ) -> None:
-        manifest = bundle.manifest
-        self.params = bundle.params(Params)
-        self.bundle = bundle
-        self.engines = engines
-        self.backend = backend
-        self.precision = precision
+    def set_up(self) -> None:
+        manifest = self.bundle.manifest
+        self.params = self.bundle.params(Params)
         self.spec = manifest.preprocess
         self.labels = manifest.labels
 
@@ -134,11 +122,6 @@ class System:
             if progress:
                 progress(start + len(part), len(samples))
         return metrics.evaluation(self.labels)
-
-    def close(self) -> None:
-        """Release the engines; closing twice is allowed."""
-        for engine in self.engines.values():
-            engine.close()
 
     def _run(self, images: Sequence[Array]) -> tuple[Array, Array]:
         """Logits (B, C) and embedding (B, F), both float32."""

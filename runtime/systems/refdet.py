@@ -26,13 +26,11 @@ from engineworks.runtime import boxes, draw, files
 from engineworks.runtime.box_metrics import DetectionMetrics, st_iou
 from engineworks.runtime.bundle import Bundle, write
 from engineworks.runtime.contract import Contract, Signature
-from engineworks.runtime.engines import Engine
 from engineworks.runtime.errors import (
     DatasetError,
     EngineError,
     InputError,
     NotFiniteError,
-    UsageError,
 )
 from engineworks.runtime.evaluation import Evaluation
 from engineworks.runtime.frames import Frames
@@ -48,6 +46,7 @@ from engineworks.runtime.references import (
 )
 from engineworks.runtime.results import Detection, Detections
 from engineworks.runtime.sources import PICTURES
+from engineworks.runtime.systems.opened import OpenedSystem
 from engineworks.runtime.tensors import Array
 
 NAME = "refdet"
@@ -323,15 +322,10 @@ def bring_references(
         pictures: see ``runtime.references.read_references``.
 
     Raises:
-        UsageError: a bundle of another system.
         InputError, ImageError: no references there, or a picture that cannot be read.
         BundleError: ``out`` exists.
     """
     manifest = bundle.manifest
-    if manifest.system != NAME:
-        raise UsageError(
-            f"the system '{manifest.system}' is not told what to look for", fix="leave --refs out"
-        )
     references = read_references(pictures)
     name = manifest.assets["references"]
     with files.scratch(out.parent) as scratch:
@@ -341,27 +335,16 @@ def bring_references(
         return write(out, manifest, content, replace=exist_ok)
 
 
-class System:
+class System(OpenedSystem):
     """An opened ``refdet`` bundle; see ``runtime.systems.System`` and ``Promptable``."""
 
     reader = PICTURES
     labelled = staticmethod(object_labels)
+    bring_references = staticmethod(bring_references)
 
-    def __init__(
-        self,
-        bundle: Bundle,
-        engines: Mapping[str, Engine],
-        *,
-        backend: str,
-        precision: str,
-        threads: int | None = None,
-    ) -> None:
-        manifest, params = bundle.manifest, bundle.params(Params)
+    def set_up(self) -> None:
+        manifest, params = self.bundle.manifest, self.bundle.params(Params)
         assert isinstance(manifest.preprocess, PreprocessSpec)
-        self.bundle = bundle
-        self.engines = engines
-        self.backend = backend
-        self.precision = precision
         self.spec = manifest.preprocess
         self.reference_spec = params.reference_preprocess
         self.widths = params.widths
@@ -530,11 +513,6 @@ class System:
                 labels=self.labels,
                 progress=progress,
             )
-
-    def close(self) -> None:
-        """Release the engines; closing twice is allowed."""
-        for engine in self.engines.values():
-            engine.close()
 
     def _run(self, images_BCHW: Array, prototypes_NP: Array) -> tuple[Array, Array, Array]:
         answer = self.engines["detect"].run({"images": images_BCHW, "prototypes": prototypes_NP})

@@ -14,7 +14,7 @@ Source: Background_Removal_Net (three-channel input, tiles, double detection, ra
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Self
@@ -27,12 +27,12 @@ from engineworks.runtime import datasets, draw, masks, planes, tiling
 from engineworks.runtime.bundle import Bundle, Threshold
 from engineworks.runtime.contract import Contract, Signature
 from engineworks.runtime.datasets import StripeSample
-from engineworks.runtime.engines import Engine
 from engineworks.runtime.errors import ImageError, InputError, NotFiniteError
 from engineworks.runtime.evaluation import Evaluation
 from engineworks.runtime.metrics import AnomalyMetrics, CandidateMetrics, false_reject_threshold
 from engineworks.runtime.preprocess import PlanesSpec, apply
 from engineworks.runtime.results import Candidate, DefectMap
+from engineworks.runtime.systems.opened import OpenedSystem
 from engineworks.runtime.tensors import Array
 
 NAME = "stripe"
@@ -319,28 +319,16 @@ def _readable(
 # --- the system ---------------------------------------------------------------------------------
 
 
-class System:
+class System(OpenedSystem):
     """An opened ``stripe`` bundle; see ``runtime.systems.System``."""
 
     reader = planes.PLANES
     labelled = staticmethod(datasets.strip_labels)
 
-    def __init__(
-        self,
-        bundle: Bundle,
-        engines: Mapping[str, Engine],
-        *,
-        backend: str,
-        precision: str,
-        threads: int | None = None,
-    ) -> None:
-        manifest = bundle.manifest
-        self.params = bundle.params(Params)
+    def set_up(self) -> None:
+        manifest = self.bundle.manifest
+        self.params = self.bundle.params(Params)
         assert isinstance(manifest.preprocess, PlanesSpec)
-        self.bundle = bundle
-        self.engines = engines
-        self.backend = backend
-        self.precision = precision
         self.spec = manifest.preprocess
         self.threshold = manifest.thresholds["candidate"].value
 
@@ -413,11 +401,6 @@ class System:
             threshold=self.threshold,
             progress=progress,
         )
-
-    def close(self) -> None:
-        """Release the engines; closing twice is allowed."""
-        for engine in self.engines.values():
-            engine.close()
 
     def _run(self, planes_BCHW: Array) -> Array:
         return self.engines["segment"].run({"planes": planes_BCHW})["logits"]

@@ -27,7 +27,7 @@ Source: "Propose Noising" (patch influence and noise proposal), with PatchCore's
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +36,6 @@ from engineworks.runtime import datasets, draw, images, masks, npy
 from engineworks.runtime.bank import Bank
 from engineworks.runtime.bundle import Bundle
 from engineworks.runtime.contract import Contract, Signature
-from engineworks.runtime.engines import Engine
 from engineworks.runtime.errors import BundleError, InputError, NotFiniteError
 from engineworks.runtime.evaluation import Evaluation
 from engineworks.runtime.metrics import AnomalyMetrics
@@ -44,11 +43,13 @@ from engineworks.runtime.preprocess import PreprocessSpec, apply, check_image, p
 from engineworks.runtime.results import AnomalyMap
 from engineworks.runtime.search import FastSearch
 from engineworks.runtime.sources import PICTURES
+from engineworks.runtime.systems.noising.extend import extend
 from engineworks.runtime.systems.noising.foreground import Foreground
 from engineworks.runtime.systems.noising.layers import LayerBank, Layers, LayerSearch
 from engineworks.runtime.systems.noising.params import DiscriminatorParams, Params
 from engineworks.runtime.systems.noising.signals import image_score
 from engineworks.runtime.systems.noising.tiles import Layout, Tiles, picture_map
+from engineworks.runtime.systems.opened import OpenedSystem
 from engineworks.runtime.tensors import Array
 
 NAME = "noising"
@@ -171,7 +172,7 @@ class _DiscriminatorJudge:
         pass
 
 
-class System:
+class System(OpenedSystem):
     """An opened ``noising`` bundle; see ``runtime.systems.System``.
 
     Attributes:
@@ -180,27 +181,16 @@ class System:
 
     reader = PICTURES
     labelled = staticmethod(datasets.mvtec_labels)
+    extend = staticmethod(extend)
 
-    def __init__(
-        self,
-        bundle: Bundle,
-        engines: Mapping[str, Engine],
-        *,
-        backend: str,
-        precision: str,
-        threads: int | None = None,
-    ) -> None:
-        manifest = bundle.manifest
-        self.bundle = bundle
-        self.engines = engines
-        self.backend = backend
-        self.precision = precision
+    def set_up(self) -> None:
+        manifest = self.bundle.manifest
         assert isinstance(manifest.preprocess, PreprocessSpec)
         self.spec = manifest.preprocess
         self.judge = (
-            _DiscriminatorJudge(bundle)
+            _DiscriminatorJudge(self.bundle)
             if DISCRIMINATE in manifest.graphs
-            else _BankJudge(bundle, backend=backend, threads=threads)
+            else _BankJudge(self.bundle, backend=self.backend, threads=self.threads)
         )
         self.params = self.judge.params
 
@@ -328,8 +318,7 @@ class System:
     def close(self) -> None:
         """Release the engines; closing twice is allowed."""
         self.judge.close()
-        for engine in self.engines.values():
-            engine.close()
+        super().close()
 
 
 def target_mask(

@@ -14,7 +14,6 @@ from engineworks.runtime.errors import BundleError, InputError
 from engineworks.runtime.preprocess import apply
 from engineworks.runtime.sources import open_source
 from engineworks.runtime.systems import choose, open_engines
-from engineworks.runtime.systems.noising import DISCRIMINATE, NAME
 from engineworks.runtime.systems.noising.params import Params
 from engineworks.runtime.systems.noising.tiles import Layout
 
@@ -43,11 +42,9 @@ def extend(
 
     Raises:
         InputError: no pictures, or one that cannot be read.
-        BundleError: another system's bundle, one without a bank, or ``out`` exists.
+        BundleError: a bundle without a bank, or with one per place, or ``out`` exists.
     """
-    if bundle.manifest.system != NAME:
-        raise BundleError(f"bundle {bundle.root} holds '{bundle.manifest.system}', not '{NAME}'")
-    if DISCRIMINATE in bundle.manifest.graphs:
+    if "bank" not in bundle.manifest.assets:
         raise BundleError(
             f"bundle {bundle.root} has no bank: a discriminator judges",
             fix="train again with the new images, or with --set judge=bank",

@@ -22,10 +22,9 @@ from engineworks.runtime.bank import Bank
 from engineworks.runtime.bundle import Bundle
 from engineworks.runtime.datasets import MvtecSample, mvtec
 from engineworks.runtime.errors import BankError, BundleError, DatasetError, EngineError, InputError
-from engineworks.runtime.systems import noising, open_system
+from engineworks.runtime.systems import extend, noising, open_system
 from engineworks.runtime.systems.noising import signals as mathematics
 from engineworks.runtime.systems.noising.ablation import Labelled, ablation
-from engineworks.runtime.systems.noising.extend import extend
 from engineworks.runtime.systems.noising.fit import FitConfig, Fitted, calibrate, fit, hold_out
 from engineworks.runtime.systems.noising.signals import (
     SIGNALS,

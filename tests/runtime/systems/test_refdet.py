@@ -27,13 +27,18 @@ from engineworks.runtime.errors import (
 from engineworks.runtime.preprocess import PreprocessSpec
 from engineworks.runtime.references import Prototypes, average
 from engineworks.runtime.results import Detections
-from engineworks.runtime.systems import Promptable, open_engines, open_system, prompt
+from engineworks.runtime.systems import (
+    Promptable,
+    bring_references,
+    open_engines,
+    open_system,
+    prompt,
+)
 from engineworks.runtime.systems.refdet import (
     NAME,
     InferenceConfig,
     Params,
     System,
-    bring_references,
     contract,
     evaluate,
 )
