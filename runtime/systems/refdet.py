@@ -23,7 +23,6 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from engineworks.runtime import boxes, draw, files
-from engineworks.runtime.box_metrics import DetectionMetrics, st_iou
 from engineworks.runtime.bundle import Bundle, write
 from engineworks.runtime.contract import Contract, Signature
 from engineworks.runtime.errors import (
@@ -34,6 +33,7 @@ from engineworks.runtime.errors import (
 )
 from engineworks.runtime.evaluation import Evaluation
 from engineworks.runtime.frames import Frames
+from engineworks.runtime.metrics import DetectionMetrics, st_iou
 from engineworks.runtime.objects import Frame, LabelledFrame, object_labels, read_objects
 from engineworks.runtime.preprocess import PreprocessSpec, apply
 from engineworks.runtime.references import (
@@ -215,10 +215,10 @@ def evaluate(
         progress: called with (frames done, frames in all).
 
     Returns:
-        map50 and map50_95, see ``runtime.box_metrics.DetectionMetrics``; map50_swapped, the same as
+        map50 and map50_95, see ``runtime.metrics.DetectionMetrics``; map50_swapped, the same as
         map50 with the other prototype, where there are at least two objects; map50_base and
         map50_95_base, of the base classes, where a frame shows one; and, where frames are of
-        videos, st_iou: the mean of ``runtime.box_metrics.st_iou`` over the objects of the videos,
+        videos, st_iou: the mean of ``runtime.metrics.st_iou`` over the objects of the videos,
         at ``config.conf``. Decisions: objects missed and boxes false, at ``config.conf``.
     """
     names = sorted(prototypes)

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engineworks.runtime.box_metrics import DetectionMetrics
 from engineworks.runtime.boxes import iou
 from engineworks.runtime.errors import BackendError, InputError
+from engineworks.runtime.metrics import DetectionMetrics
 
 
 def plain_hits(

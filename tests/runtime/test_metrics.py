@@ -484,7 +484,7 @@ class TestLeaveOneOut:
     ) -> None:
         vectors, labels = rng.normal(size=(50, 4)), rng.integers(5, size=50)
         whole = leave_one_out(vectors, labels).metrics
-        monkeypatch.setattr("engineworks.runtime.metrics._ROWS_AT_ONCE", 7)
+        monkeypatch.setattr("engineworks.runtime.metrics.vectors._ROWS_AT_ONCE", 7)
         assert leave_one_out(vectors, labels).metrics == whole
 
 

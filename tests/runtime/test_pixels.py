@@ -46,7 +46,7 @@ def test_measures_do_not_depend_on_what_is_kept_in_memory(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pixels, "_AT_ONCE", 50)
         patch.setattr(curves, "_POSITIVES_AT_ONCE", 7)
-        patch.setattr("engineworks.runtime.metrics.Pixels", lambda: Pixels(in_memory=100))
+        patch.setattr("engineworks.runtime.metrics.anomalies.Pixels", lambda: Pixels(in_memory=100))
         parted = measured(images)
     assert parted == pytest.approx(whole, abs=1e-12)
 
@@ -84,7 +84,9 @@ def test_memory_does_not_grow_with_the_number_of_images(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(pixels, "_AT_ONCE", 1 << 16)
-    monkeypatch.setattr("engineworks.runtime.metrics.Pixels", lambda: Pixels(in_memory=1 << 18))
+    monkeypatch.setattr(
+        "engineworks.runtime.metrics.anomalies.Pixels", lambda: Pixels(in_memory=1 << 18)
+    )
     rng = np.random.default_rng(0)
     mask = np.zeros((256, 256), bool)
     mask[3:9, 3:9] = True

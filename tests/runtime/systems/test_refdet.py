@@ -14,7 +14,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engineworks.runtime.box_metrics import st_iou
 from engineworks.runtime.boxes import iou
 from engineworks.runtime.bundle import Bundle, FileEntry, GraphEntry, Manifest, read
 from engineworks.runtime.errors import (
@@ -24,6 +23,7 @@ from engineworks.runtime.errors import (
     InputError,
     UsageError,
 )
+from engineworks.runtime.metrics import st_iou
 from engineworks.runtime.preprocess import PreprocessSpec
 from engineworks.runtime.references import Prototypes, average
 from engineworks.runtime.results import Detections
