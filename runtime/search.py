@@ -26,8 +26,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
+from engineworks.runtime import overflow
 from engineworks.runtime.bank import Bank, gpu_is_usable
-from engineworks.runtime.engines import BACKENDS, Engine, open_engine
+from engineworks.runtime.engines import BACKENDS, Engine, open_engine, products_overflow
 from engineworks.runtime.tensors import Array
 from engineworks.runtime.threads import available_threads, in_parts
 
@@ -78,11 +79,12 @@ class FastSearch:
         equaliser = np.sqrt(np.maximum(largest_D, largest_D.max() * 1e-6) + 1e-30)
         rows = centred * equaliser
         query_step = np.float32((largest_D / equaliser).max() / 127)
-        row_steps = np.maximum(np.abs(rows).max(axis=1) / 127, 1e-12).astype(np.float32)
+        levels = overflow.LIMIT if products_overflow(backend) else 127
+        row_steps = np.maximum(np.abs(rows).max(axis=1) / levels, 1e-12).astype(np.float32)
         rng = np.random.default_rng(0)
         dither = query_step * rng.uniform(-0.5, 0.5, bank.width).astype(np.float32)
         whole = np.floor(rows / row_steps[:, None] + rng.random(rows.shape, np.float32))
-        whole = np.minimum(whole, 127)
+        whole = np.minimum(whole, levels)
 
         # a query up to this length has its error inside the bounds; a longer one adds to them, so
         # the few longest rows need not widen the bounds of all queries

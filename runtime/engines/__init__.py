@@ -9,18 +9,22 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import os
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from pydantic import ValidationError
 
-from engineworks.runtime import gpu
+from engineworks.runtime import gpu, overflow
 from engineworks.runtime.errors import BackendError, EngineError, UsageError
 from engineworks.runtime.tensors import Array, Feeds, TensorSpec
+
+_log = logging.getLogger(__name__)
 
 
 class Engine(Protocol):
@@ -206,15 +210,13 @@ def open_engine(
             f"backend '{backend}' does not run precision '{precision}'",
             fix=f"choose one of {', '.join(row.variants)}, or another backend",
         )
-    try:
-        entry = getattr(importlib.import_module(row.module), row.entry)
-    except ImportError as error:  # the package is there, a library that it loads is not
-        raise BackendError(f"backend '{backend}' cannot be loaded: {error}", fix=row.install) from (
-            error
-        )
+    entry = _entry(backend)
     options = {"host_code": True} if host_code else {}
+    narrow = precision.startswith("int8") and products_overflow(backend)
 
     def opened(source: Path | bytes) -> Engine:
+        if narrow:
+            source = _narrowed(source)
         try:
             engine: Engine = entry(source, precision=precision, threads=threads, **options)
         except ValidationError as error:
@@ -226,6 +228,54 @@ def open_engine(
         return engine
 
     return _PerProcess(opened(model), lambda: opened(model if again is None else again()))
+
+
+def _entry(backend: str) -> Any:
+    """The function that opens a graph with a backend."""
+    row = BACKENDS[backend]
+    try:
+        return getattr(importlib.import_module(row.module), row.entry)
+    except ImportError as error:  # the package is there, a library that it loads is not
+        raise BackendError(f"backend '{backend}' cannot be loaded: {error}", fix=row.install) from (
+            error
+        )
+
+
+@cache
+def products_overflow(backend: str) -> bool:
+    """Whether a backend's INT8 products overflow on this processor; see ``runtime.overflow``.
+
+    Found out by a product. ``open_engine`` looks after it; who multiplies by other means than a
+    Q/DQ graph's layers keeps weights within ``overflow.LIMIT``.
+
+    Raises:
+        BackendError: the backend cannot be loaded.
+    """
+    if BACKENDS[backend].needs_gpu:
+        return False
+    engine = _entry(backend)(overflow.probe(), precision="int8", threads=1)
+    _probes.append(engine)
+    return bool((engine.run({"x": overflow.PROBED})["y"] != overflow.ANSWER).any())
+
+
+# never closed: a forked process could not open an OpenVINO engine with as many threads any more
+_probes: list[Engine] = []
+
+
+def _narrowed(model: Path | bytes) -> bytes:
+    content, rounded = overflow.narrow(model if isinstance(model, bytes) else model.read_bytes())
+    if rounded:
+        _say_narrowed()
+    return content
+
+
+@cache
+def _say_narrowed() -> None:
+    """Once in a process."""
+    _log.warning(
+        "this processor has no VNNI: where INT8 sums could overflow, weights are rounded to 7 bits "
+        "(`export --int8` on this machine judges that)"
+    )
 
 
 # what a parent has opened: to release it here would mean to wait for its threads

@@ -11,6 +11,7 @@ from hypothesis.extra.numpy import arrays
 
 from engineworks.runtime import search as search_module
 from engineworks.runtime.bank import Bank
+from engineworks.runtime.engines import products_overflow
 from engineworks.runtime.errors import BankError, EngineError
 from engineworks.runtime.search import FastSearch, _highest, _similar_rows_together
 from engineworks.runtime.tensors import Array
@@ -304,7 +305,9 @@ class TestTheCounters:
         bank = Bank(rows_of(sparse, 2000, 0))
         with closing(FastSearch(bank, K, backend=backend, threads=1)) as search:
             search.search(rows_of(sparse, 300, 1))
-            assert search.repeated < 0.2 * search.searched
+            # rows of 7 bits, without VNNI, have wider bounds
+            share = 0.6 if products_overflow(backend) else 0.2
+            assert search.repeated < share * search.searched
 
 
 class TestWithABackendOnTheGpu:
