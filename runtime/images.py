@@ -54,7 +54,7 @@ else:
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
 
-def read(path: Path) -> Array:
+def read(path: str | Path) -> Array:
     """Decode a picture.
 
     EXIF orientation is applied, grey becomes three equal channels, alpha is dropped, 16-bit values
@@ -71,7 +71,7 @@ def read(path: Path) -> Array:
             allows. A changed byte in a format without
             checksums (JPEG, BMP, TIFF, WebP) is noticed only where decoding trips over it.
     """
-    return decode(content(path), str(path))
+    return decode(content(Path(path)), str(path))
 
 
 def decode(data: bytes, name: str) -> Array:

@@ -81,7 +81,7 @@ def is_reference(path: Path) -> bool:
     return path.parent.name in REFERENCES and path.parent.with_name(TARGET).is_dir()
 
 
-def read(path: Path) -> Array:
+def read(path: str | Path) -> Array:
     """Read the image that ``path`` names, from one file or from its three.
 
     Returns:
@@ -91,6 +91,7 @@ def read(path: Path) -> Array:
         ImageError: a file is missing, corrupt, of another layout or dtype, or the captures do not
             fit each other.
     """
+    path = Path(path)
     found = files(path)
     if len(found) == 1:
         planes_HWC = _read_file(path)

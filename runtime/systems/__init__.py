@@ -6,9 +6,9 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, Self, TypeVar, overload, runtime_checkable
 
-from engineworks.runtime.bundle import Bundle
+from engineworks.runtime.bundle import Bundle, read
 from engineworks.runtime.contract import CheckedEngine
 from engineworks.runtime.engines import BACKENDS, Engine, check_backend, open_engine
 from engineworks.runtime.errors import BackendError, BundleError, UsageError
@@ -18,6 +18,7 @@ from engineworks.runtime.labels import Labelled
 from engineworks.runtime.plans import PLAN_VARIANTS, check_origin
 from engineworks.runtime.references import SUFFIX, Prototypes, References, read_references
 from engineworks.runtime.results import Detections
+from engineworks.runtime.signing import check_signature
 from engineworks.runtime.sources import Reader
 from engineworks.runtime.tensors import Array
 from engineworks.runtime.threads import available_threads, bound_pools
@@ -45,7 +46,7 @@ class Result(Protocol):
 
 
 class System(Protocol):
-    """An opened bundle.
+    """An opened bundle; as a context it closes itself.
 
     Attributes:
         bundle: what it was opened from.
@@ -86,7 +87,16 @@ class System(Protocol):
         """
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Release engines, devices and memory; closing twice is allowed."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+AnySystem = TypeVar("AnySystem", bound=System)
 
 
 @runtime_checkable
@@ -390,3 +400,80 @@ def open_system(
     )
     bound_pools(threads or available_threads())
     return system
+
+
+@overload
+def open_bundle(
+    path: str | Path,
+    kind: type[AnySystem],
+    *,
+    backend: str = "auto",
+    precision: str = "auto",
+    threads: int | None = None,
+    signers: Sequence[Path] = (),
+    host_code: bool = False,
+) -> AnySystem: ...
+
+
+@overload
+def open_bundle(
+    path: str | Path,
+    kind: None = None,
+    *,
+    backend: str = "auto",
+    precision: str = "auto",
+    threads: int | None = None,
+    signers: Sequence[Path] = (),
+    host_code: bool = False,
+) -> System: ...
+
+
+def open_bundle(
+    path: str | Path,
+    kind: type[System] | None = None,
+    *,
+    backend: str = "auto",
+    precision: str = "auto",
+    threads: int | None = None,
+    signers: Sequence[Path] = (),
+    host_code: bool = False,
+) -> System:
+    """Verify a bundle and open it for inference.
+
+    Args:
+        path: the bundle's folder.
+        kind: the class of the system that it must hold, which is then the type of what is
+            returned, e.g. ``NoisingSystem``; None takes any.
+        backend: ``auto`` takes the first that is installed; otherwise ``openvino``, ``ort``,
+            ``tensorrt``, ``ort-cuda`` or ``ort-tensorrt``.
+        precision: ``auto`` takes what the bundle's verdict ships; otherwise ``float``, ``int8``,
+            ``int8-bf16``, ``bf16`` or ``fp16``.
+        threads: CPU threads; None takes all cores that this process may use.
+        signers: public keys; one of them must have signed the bundle where any is given.
+        host_code: let TensorRT plans bring program code of their own, as version-compatible ones
+            do: only plans that you built yourself.
+
+    Raises:
+        BundleError: no bundle there, a changed or broken one, another system than ``kind``, not
+            signed by ``signers``, or nothing in it for this backend and precision.
+        UsageError: a backend or precision of an unknown name.
+        BackendError: the backend asked for cannot be used, or none can.
+        EngineError: a graph cannot be loaded.
+    """
+    bundle = read(Path(path))
+    if signers:
+        check_signature(bundle, signers)
+    name = bundle.manifest.system
+    if kind is not None and name in SYSTEMS and system_module(name).System is not kind:
+        raise BundleError(
+            f"bundle {bundle.root} holds the system '{name}', not '{_name_of(kind)}'",
+            fix=f"open it with the class of '{name}', or with none",
+        )
+    return open_system(
+        bundle, backend=backend, precision=precision, threads=threads, host_code=host_code
+    )
+
+
+def _name_of(kind: type[System]) -> str:
+    known = [name for name, module in SYSTEMS.items() if module == kind.__module__]
+    return known[0] if known else kind.__qualname__

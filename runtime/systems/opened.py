@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Self
 
 from engineworks.runtime.bundle import Bundle
 from engineworks.runtime.engines import Engine
@@ -30,6 +31,12 @@ class OpenedSystem:
         self.precision = precision
         self.threads = threads
         self.set_up()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def set_up(self) -> None:
         """Read from the bundle what the system needs; its engines are there already."""

@@ -19,8 +19,9 @@ FACE = ROOT / "engineworks"
 MODULES = [FACE / "__init__.py", ROOT / "cli.py"]
 MODULES += sorted(p for name in PACKAGES for p in (ROOT / name).rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
-SHIPPED = [*MODULES, *PAGES, ROOT / "Makefile", ROOT / "setup.cfg", ROOT / ".ci" / "run"]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+SHIPPED = [*MODULES, *EXAMPLES, *PAGES, ROOT / "Makefile", ROOT / "setup.cfg", ROOT / ".ci" / "run"]
 
 
 def name_of(path: Path) -> str:
@@ -41,6 +42,15 @@ def calls(path: Path) -> Iterator[ast.Call]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Call):
             yield node
+
+
+def imported_by_call(path: Path) -> Iterator[str]:
+    """Every module that a file names in a call of ``import_module``."""
+    for call in calls(path):
+        if ast.unparse(call.func).endswith("import_module") and call.args:
+            name = call.args[0]
+            if isinstance(name, ast.Constant) and isinstance(name.value, str):
+                yield name.value
 
 
 class TestTheLayers:
@@ -80,6 +90,13 @@ class TestNoFile:
     def test_imports_pickle_or_what_is_made_of_it(self, path: Path) -> None:
         banned = {"pickle", "cPickle", "_pickle", "dill", "joblib", "shelve", "marshal"}
         assert {name.split(".")[0] for name in imports(path)} & banned == set()
+
+    @pytest.mark.parametrize("path", [*MODULES, *TESTS, *EXAMPLES], ids=name_of)
+    def test_imports_a_package_beside_engineworks(self, path: Path) -> None:
+        """Imported as ``runtime`` from a clone, a module would be there twice, and fail a match."""
+        own = {*PACKAGES, "cli"}
+        named = [*imports(path), *imported_by_call(path)]
+        assert [name for name in named if name.split(".")[0] in own] == []
 
     def test_loads_foreign_weights_without_weights_only(self) -> None:
         for path in MODULES:

@@ -1,1 +1,1 @@
-"""Measurements behind docs/benchmarks.md and docs/journal.md beside the rows of ``cli.py bench``."""
+"""Measurements behind docs/benchmarks.md and docs/journal.md beside ``cli.py bench``."""
