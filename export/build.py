@@ -30,7 +30,6 @@ from engineworks.export.sensitivity import NodeCost, sensitivity
 from engineworks.runtime import bench
 from engineworks.runtime.bundle import Bundle, Manifest, check_out, read, write
 from engineworks.runtime.engines import BACKENDS, Engine, open_engine
-from engineworks.runtime.engines.ort import OrtEngine
 from engineworks.runtime.errors import ExportError, GateError, UsageError
 from engineworks.runtime.evaluation import Evaluation
 from engineworks.runtime.files import scratch
@@ -260,7 +259,8 @@ def _choose_table(
             means = table.means(name)
             graph = quantize(before_choice(model), table.amax(name), keep[name], means=means)
             model_bytes = to_unsigned(graph).SerializeToString()
-            with closing(OrtEngine(model_bytes, threads=config.threads)) as engine:
+            engine = open_engine(model_bytes, "ort", precision="int8", threads=config.threads)
+            with closing(engine):
                 found = compare(outputs(engine, feeds[name]), want[name])
             worst = max(worst, *(1 - parity.cosine_worst1pct for parity in found.values()))
         errors[label] = worst

@@ -11,7 +11,7 @@ import onnx
 
 from engineworks.export.parity import compare
 from engineworks.export.quantize import NOTHING, KeepFloat, quantizable, quantize, to_unsigned
-from engineworks.runtime.engines.ort import OrtEngine
+from engineworks.runtime.engines import open_engine
 from engineworks.runtime.errors import QuantizationError
 from engineworks.runtime.tensors import Array
 
@@ -122,6 +122,7 @@ def measure(want: Sequence[Array], got: Sequence[Array]) -> OutputError:
 def _run(
     model: onnx.ModelProto, feeds: Sequence[Mapping[str, Array]], threads: int | None
 ) -> dict[str, list[Array]]:
-    with closing(OrtEngine(model.SerializeToString(), threads=threads)) as engine:
+    content = model.SerializeToString()
+    with closing(open_engine(content, "ort", precision="int8", threads=threads)) as engine:
         results = [engine.run(feed) for feed in feeds]
         return {name: [result[name] for result in results] for name in engine.outputs}

@@ -13,6 +13,8 @@ ONNX Runtime's ``reduce_range`` and NNCF's ``overflow_fix`` are the same cure, a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
@@ -22,7 +24,11 @@ from engineworks.runtime.tensors import Array
 LIMIT = 64  # largest magnitude of a weight with which no pair of products saturates
 
 _WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-_SAME_VALUES = ("MaxPool", "Reshape", "Flatten", "Transpose")
+# what passes on values that it read; backends quantize behind it what is quantized before it
+_PASSES_ON = (
+    *("Concat", "Flatten", "MaxPool", "Reshape", "Resize", "Slice", "Split", "Squeeze"),
+    *("Transpose", "Unsqueeze"),
+)
 _WIDTH = 64  # of the probe
 
 
@@ -68,16 +74,14 @@ def narrow(model: bytes) -> tuple[bytes, int]:
     graph = proto.graph
     constants = {value.name: value for value in graph.initializer}
     producers = {name: node for node in graph.node for name in node.output}
-    rounded = set()
+    rounded: set[str] = set()
     for node in graph.node:
-        if node.op_type not in _WEIGHTED:
+        fixed = producers.get(node.input[1]) if node.op_type in _WEIGHTED else None
+        if fixed is None or fixed.op_type != "DequantizeLinear" or fixed.output[0] in rounded:
             continue
-        live, fixed = (producers.get(name) for name in node.input[:2])
-        if live is None or fixed is None or live.op_type != "DequantizeLinear":
-            continue
-        if fixed.op_type != "DequantizeLinear" or fixed.input[0] not in constants:
-            continue
-        if fixed.output[0] in rounded or _is_within_7_bits(live, producers, constants):
+        live = _sources(node.input[0], producers)
+        wide = [n for n in live if not _is_within_7_bits(n, producers, constants)]
+        if not wide or fixed.input[0] not in constants:
             continue
         weights = numpy_helper.to_array(constants[fixed.input[0]])
         if weights.dtype != np.int8 or np.abs(weights.astype(np.int16)).max(initial=0) <= LIMIT:
@@ -96,10 +100,23 @@ def narrow(model: bytes) -> tuple[bytes, int]:
     return bytes(proto.SerializeToString()), len(rounded)
 
 
+def _sources(name: str, producers: Mapping[str, onnx.NodeProto]) -> list[onnx.NodeProto]:
+    """The DequantizeLinear nodes whose values a tensor holds."""
+    node = producers.get(name)
+    if node is None:
+        return []
+    if node.op_type == "DequantizeLinear":
+        return [node]
+    if node.op_type not in _PASSES_ON:
+        return []
+    read = node.input if node.op_type == "Concat" else node.input[:1]
+    return [source for each in read for source in _sources(each, producers)]
+
+
 def _is_within_7_bits(
     dequantize: onnx.NodeProto,
-    producers: dict[str, onnx.NodeProto],
-    constants: dict[str, onnx.TensorProto],
+    producers: Mapping[str, onnx.NodeProto],
+    constants: Mapping[str, onnx.TensorProto],
 ) -> bool:
     """Whether what a layer reads is unsigned and 127 at most."""
     zero = constants.get(dequantize.input[2]) if len(dequantize.input) > 2 else None
@@ -108,7 +125,7 @@ def _is_within_7_bits(
     if numpy_helper.to_array(zero).any():
         return False
     node = producers.get(dequantize.input[0])
-    while node is not None and node.op_type in _SAME_VALUES:
+    while node is not None and node.op_type == "MaxPool":
         node = producers.get(node.input[0])
     if node is None or node.op_type != "Clip" or len(node.input) < 3:
         return False

@@ -12,10 +12,10 @@ from onnx import numpy_helper
 from engineworks.export import passes
 from engineworks.export.openvino import WIDEST, quantize_for_openvino
 from engineworks.export.quantize import KeepFloat, activations, quantize
-from engineworks.runtime.engines import open_engine
+from engineworks.runtime.engines import open_engine, products_overflow
 from engineworks.runtime.errors import QuantizationError
 from engineworks.runtime.tensors import Array
-from tests.export.residual_net import measured, run
+from tests.export.residual_net import deployed, measured, run
 
 ADDS = KeepFloat(op_types=frozenset({"Add"}))
 
@@ -144,10 +144,11 @@ class TestWhatIsJoined:
             open_engine(graph.SerializeToString(), backend, precision="int8", threads=1)
         ) as engine:
             got = engine.run(feeds())["y"]
-        # a step is 1 / 127 of a range of some 4 deviations, so a rounding adds 1 %; up to five do
-        assert lost(want, got) < 0.05
+        # a step is 1 / 127 of a range of some 4 deviations, so a rounding adds 1 %; up to five do.
+        # Steps of weights of 7 bits, without VNNI, are twice as large
+        assert lost(want, got) < (0.1 if products_overflow(backend) else 0.05)
         # and both backends read the same graph
-        assert lost(run(graph, feeds())["y"], got) < 0.01
+        assert lost(run(deployed(graph), feeds())["y"], got) < 0.01
 
     @given(seed=st.integers(0, 2**32 - 1), model=st.sampled_from([RELU, LEAKY]))
     @settings(max_examples=20, deadline=None)

@@ -23,7 +23,7 @@ from engineworks.export.quantize import (
 )
 from engineworks.runtime.engines.openvino import OpenVinoEngine
 from engineworks.runtime.errors import QuantizationError
-from tests.export.residual_net import FUSED, LITERAL, images, measured, residual_net, run
+from tests.export.residual_net import FUSED, LITERAL, deployed, images, measured, residual_net, run
 
 
 def parse(text: str, **constants: np.ndarray) -> onnx.ModelProto:
@@ -403,7 +403,7 @@ class TestTheUnsignedDialect:
 
         literal, fused = (
             run(m, feeds, level)["MaxPool_0:0.dequantized"]
-            for m, level in ((first, LITERAL), (to_unsigned(first), FUSED))
+            for m, level in ((deployed(to_unsigned(first)), LITERAL), (to_unsigned(first), FUSED))
         )
 
         steps = np.abs(literal - fused) / (ranges["MaxPool_0:0"] / 127)
@@ -414,7 +414,8 @@ class TestTheUnsignedDialect:
         self, net: onnx.ModelProto, canonical: onnx.ModelProto, feeds: dict[str, np.ndarray]
     ) -> None:
         want = run(net, feeds)
-        signed, unsigned = run(canonical, feeds), run(to_unsigned(canonical), feeds, FUSED)
+        signed = run(deployed(canonical), feeds)
+        unsigned = run(to_unsigned(canonical), feeds, FUSED)
 
         for name in want:
             # the same error up to the flipped steps, which are as random as the rest of it
@@ -447,10 +448,10 @@ class TestOpenVino:
             )
             feeds = {"x": draw(1, 8, 16, 16, seed=1)}
         canonical = quantize(net, measured(net, feeds))
-        unsigned = to_unsigned(canonical).SerializeToString()
-        engine = OpenVinoEngine(unsigned, precision="int8", threads=1)
+        unsigned = deployed(to_unsigned(canonical))
+        engine = OpenVinoEngine(unsigned.SerializeToString(), precision="int8", threads=1)
 
-        want, literal, got = run(net, feeds), run(canonical, feeds), engine.run(feeds)
+        want, literal, got = run(net, feeds), run(unsigned, feeds), engine.run(feeds)
 
         for name in want:
             # as above: its integer kernels flip steps too

@@ -5,10 +5,10 @@ import onnx
 import pytest
 
 from engineworks.export import passes
-from engineworks.export.quantize import KeepFloat, quantizable, quantize
+from engineworks.export.quantize import KeepFloat, quantizable, quantize, to_unsigned
 from engineworks.export.sensitivity import measure, sensitivity
 from engineworks.runtime.errors import QuantizationError
-from tests.export.residual_net import LITERAL, images, measured, residual_net, run
+from tests.export.residual_net import LITERAL, deployed, images, measured, residual_net, run
 
 FEEDS = {"image": images(num=2)}
 
@@ -60,7 +60,7 @@ class TestSensitivity:
     ) -> None:
         names = quantizable(net)
         only = KeepFloat(nodes=frozenset(set(names) - {"fc"}))
-        got = run(quantize(net, ranges, only), FEEDS, LITERAL)["logits"]
+        got = run(deployed(to_unsigned(quantize(net, ranges, only))), FEEDS, LITERAL)["logits"]
         want = run(net, FEEDS, LITERAL)["logits"]
 
         cost = {c.node: c for c in sensitivity(net, ranges, [FEEDS], threads=1)}["fc"]

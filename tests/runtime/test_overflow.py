@@ -98,6 +98,26 @@ class TestNarrow:
         # a clip from another zero point does not bound what is added up
         assert overflow.narrow(layer(weights(127), np.uint8(1), top=top))[1] == 1
 
+    @pytest.mark.parametrize(("zero", "rounded"), [(np.uint8(128), 1), (np.uint8(0), 0)])
+    def test_looks_through_what_only_passes_on(self, zero: np.generic, rounded: int) -> None:
+        """A convolution behind a join of maps runs in integers, too."""
+        model = onnx.load_from_string(layer(weights(127), zero, top=127))
+        conv = model.graph.node.pop()
+        half = helper.make_node("Split", ["dq"], ["left", "right"], axis=1, num_outputs=2)
+        joined = helper.make_node("Concat", ["right", "left"], ["joined"], axis=1)
+        conv.input[0] = "joined"
+        model.graph.node.extend([half, joined, conv])
+        onnx.checker.check_model(model)
+        assert overflow.narrow(model.SerializeToString())[1] == rounded
+
+    def test_behind_a_float_layer_weights_stay(self) -> None:
+        model = onnx.load_from_string(layer(weights(127), np.uint8(128)))
+        conv = model.graph.node.pop()
+        gate = helper.make_node("Sigmoid", ["dq"], ["gate"])
+        conv.input[0] = "gate"
+        model.graph.node.extend([gate, conv])
+        assert overflow.narrow(model.SerializeToString())[1] == 0
+
     def test_weights_of_7_bits_stay(self) -> None:
         assert overflow.narrow(layer(weights(64), np.uint8(128)))[1] == 0
 

@@ -29,6 +29,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 
@@ -55,6 +56,9 @@ from engineworks.runtime.tensors import Array
 NAME = "noising"
 FEATURES = "features"  # the graph of a bundle with a bank
 DISCRIMINATE = "discriminate"  # the graph of a bundle without one
+
+# of each patch of an image, (N,): score, and influence where it counts, in standard deviations
+Judged: TypeAlias = tuple[Array, Array | None]
 
 _EVALUATION_BATCH = 8
 _TILED_PIXELS = 1 << 19  # of the tiles that the network sees at once
@@ -123,15 +127,34 @@ class _BankJudge:
         self._foreground = _foreground(bundle, self.params, self.bank.width)
         self._threads = threads
 
-    def scores(self, features_ND: Array) -> tuple[Array, Array | None]:
-        """Of each patch, (N,): score, and influence where it counts, in standard deviations."""
+    def scores(self, features_BND: Array) -> list[Judged]:
+        """Of each image; the patches of all images are searched together where places do not count.
+
+        Args:
+            features_BND: (B, N, D) float32.
+        """
+        batch, patches, width = features_BND.shape
+        together = isinstance(self.search, FastSearch)
+        parts = features_BND.reshape(1 if together else batch, -1, width)
+        judged = [
+            (
+                scores_N[start : start + patches],
+                None if influence_N is None else influence_N[start : start + patches],
+            )
+            for scores_N, influence_N in map(self._of_patches, parts)
+            for start in range(0, len(scores_N), patches)
+        ]
+        if self._foreground is None:
+            return judged
+        grid = self.params.grid
+        return [
+            (self._foreground.judge(scores_N, features_ND, grid), influence_N)
+            for (scores_N, influence_N), features_ND in zip(judged, features_BND, strict=True)
+        ]
+
+    def _of_patches(self, features_ND: Array) -> Judged:
         found = self.search.search(features_ND)
-        scores_N, influence_N = self.params.judge(
-            self.bank, features_ND, *found, threads=self._threads
-        )
-        if self._foreground is not None:
-            scores_N = self._foreground.judge(scores_N, features_ND, self.params.grid)
-        return scores_N, influence_N
+        return self.params.judge(self.bank, features_ND, *found, threads=self._threads)
 
     def close(self) -> None:
         self.search.close()
@@ -164,9 +187,9 @@ class _DiscriminatorJudge:
     def __init__(self, bundle: Bundle) -> None:
         self.params = bundle.params(DiscriminatorParams)
 
-    def scores(self, scores_N: Array) -> tuple[Array, Array | None]:
-        """Of each patch, (N,): score in standard deviations; there is no influence."""
-        return self.params.standardise(scores_N), None
+    def scores(self, scores_BN: Array) -> list[Judged]:
+        """Of each image; there is no influence."""
+        return [(self.params.standardise(scores_N), None) for scores_N in scores_BN]
 
     def close(self) -> None:
         pass
@@ -212,7 +235,7 @@ class System(OpenedSystem):
             return []
         if self.judge.tiles is not None:
             return [self._in_tiles(image, self.judge.tiles) for image in images]
-        return [self.score(answer) for answer in self._answers(images)]
+        return [self._result([each], None) for each in self._judged(self._answers(images))]
 
     def score(self, answer: Array) -> AnomalyMap:
         """Score what the graph says of one image: features (N, D), or scores (N,), float32.
@@ -220,7 +243,7 @@ class System(OpenedSystem):
         Raises:
             NotFiniteError: values that are not finite.
         """
-        return self._result([self._judged(answer)], None)
+        return self._result(self._judged(answer[None]), None)
 
     def _in_tiles(self, image: Array, tiles: Tiles) -> AnomalyMap:
         """One image at its own resolution, a few tiles at a time."""
@@ -229,9 +252,9 @@ class System(OpenedSystem):
         layout = Layout.of((image.shape[0], image.shape[1]), (height, width), tiles)
         pieces, at_once = layout.cut(image), max(1, _TILED_PIXELS // (height * width))
         judged = [
-            self._judged(answer)
+            each
             for start in range(0, len(pieces), at_once)
-            for answer in self._answers(pieces[start : start + at_once])
+            for each in self._judged(self._answers(pieces[start : start + at_once]))
         ]
         return self._result(judged, layout)
 
@@ -240,18 +263,16 @@ class System(OpenedSystem):
         feeds = {"images": apply(self.spec, images)}
         return self.engines[self.judge.graph].run(feeds)[self.judge.output]
 
-    def _judged(self, answer: Array) -> tuple[Array, Array | None]:
-        """Of each patch of an image, (N,): score, and influence where it counts."""
-        if not np.isfinite(answer).all():  # no comparison with a threshold would notice
+    def _judged(self, answers: Array) -> list[Judged]:
+        """Of each image, from what the graph says of them."""
+        if not np.isfinite(answers).all():  # no comparison with a threshold would notice
             raise NotFiniteError(
                 f"the '{self.judge.graph}' graph gave values that are not finite",
                 fix="run with --precision float, or export again",
             )
-        return self.judge.scores(answer)
+        return self.judge.scores(answers)
 
-    def _result(
-        self, judged: Sequence[tuple[Array, Array | None]], layout: Layout | None
-    ) -> AnomalyMap:
+    def _result(self, judged: Sequence[Judged], layout: Layout | None) -> AnomalyMap:
         """One picture's result from the patches of its tiles, or of the one image that it is."""
         params, size = self.params, self.spec.size
         thresholds = self.bundle.manifest.thresholds
