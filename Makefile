@@ -8,7 +8,7 @@ SYSTEMS := noising paco refdet stripe
 # Weights of the backbone: none (random, so that no download is needed) | hub | FILE.safetensors
 WEIGHTS ?= none
 
-.PHONY: help demo test test-training test-commands test-export test-runtime campaign lint bench test-gpu
+.PHONY: help demo test test-training test-commands test-export test-runtime campaign lint docs bench test-gpu
 .DEFAULT_GOAL := help
 
 help:
@@ -16,12 +16,13 @@ help:
 	@echo "make test      all tests"
 	@echo "make campaign  hostile files, kills and full disks, many times over [CAMPAIGN=10]"
 	@echo "make lint      ruff, mypy, import borders"
+	@echo "make docs      the documentation as a site, in build/docs"
 	@echo "make bench     the commands behind docs/benchmarks.md [DATA=DIR WEIGHTS=hub BACKBONE=NAME]"
 	@echo "make test-gpu  the tests that need a CUDA device; a skip is a failure"
 
 # --- set-up --------------------------------------------------------------------------------------
 
-$(VENV)/.installed: EXTRAS := cpu,refdet,train,dev
+$(VENV)/.installed: EXTRAS := cpu,refdet,train,docs,dev
 $(GPU_VENV)/.installed: EXTRAS := gpu,refdet,train,dev
 %/.installed: setup.cfg pyproject.toml
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("engineworks needs Python 3.11 or newer")'
@@ -102,6 +103,10 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
+
+# every warning is an error
+docs: $(VENV)/.installed
+	$(VENV)/bin/python -m sphinx --quiet --fail-on-warning --keep-going docs build/docs
 
 # --- benchmarks ----------------------------------------------------------------------------------
 

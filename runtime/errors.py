@@ -1,4 +1,4 @@
-"""Every error that engineworks raises on purpose.
+"""Every error that engineworks raises on purpose::
 
     EngineworksError
     ├── UsageError            exit 2: the command line or a configuration is wrong
