@@ -87,6 +87,29 @@ class TestThePublicFace:
         assert [name for name in engineworks.__all__ if f"`{name}`" not in page] == []
 
 
+@pytest.mark.slow
+class TestTheTypes:
+    def test_are_those_of_each_system(self, tmp_path: Path) -> None:
+        """Told by mypy strict: every system is a ``System``, and its results are its own."""
+        results = {"Noising": "is_anomalous", "Paco": "label", "Stripe": "defects"}
+        results |= {"Refdet": "objects", "Backbone": "vector_F"}
+        code = "from engineworks import *\n\ndef take(system: System) -> None: ...\n\n"
+        for name, attribute in results.items():
+            code += f"with open_bundle('b', {name}System) as {name}:\n"
+            code += f"    take({name})\n    {name}.infer([])[0].{attribute}\n"
+            code += f"    {name}.infer([])[0].none_such\n"
+        (tmp_path / "user.py").write_text(code, encoding="utf-8")
+        done = subprocess.run(
+            [sys.executable, "-m", "mypy", "--config-file", "setup.cfg", tmp_path / "user.py"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.stdout.count('has no attribute "none_such"') == len(results), done.stdout
+        assert f"Found {len(results)} errors" in done.stdout
+
+
 class TestOpeningABundle:
     def test_gives_the_system_that_was_asked_for(
         self, tmp_path: Path, rng: np.random.Generator

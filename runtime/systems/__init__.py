@@ -53,15 +53,18 @@ class System(Protocol):
         engines: graph name -> engine; replaced by tests and by calibration's ``Tap``.
         backend, precision: what really runs, never ``auto``.
         reader: of the class: how files become its images.
-        labelled: of the class: folder -> all that its data set says.
     """
 
     reader: ClassVar[Reader]
-    labelled: ClassVar[Callable[[Path], Labelled]]
     bundle: Bundle
     engines: Mapping[str, Engine]
     backend: str
     precision: str
+
+    @staticmethod
+    def labelled(root: Path, /) -> Labelled:
+        """All that the data set in a folder says, and what is wrong with it."""
+        ...
 
     def infer(self, images: Sequence[Array]) -> Sequence[Result]:
         """One result per image; images are (H, W, 3) of any size, as ``reader`` gives them.

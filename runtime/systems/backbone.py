@@ -19,6 +19,7 @@ from engineworks.runtime.bundle import Bundle, Manifest, Name
 from engineworks.runtime.contract import Contract, Signature
 from engineworks.runtime.errors import NotFiniteError
 from engineworks.runtime.evaluation import Evaluation
+from engineworks.runtime.labels import Labelled
 from engineworks.runtime.metrics import leave_one_out
 from engineworks.runtime.preprocess import PreprocessSpec, apply
 from engineworks.runtime.results import Embedding
@@ -94,7 +95,10 @@ class System(OpenedSystem):
     """An opened ``backbone`` bundle; see ``runtime.systems.System``."""
 
     reader = PICTURES
-    labelled = staticmethod(datasets.class_labels)
+
+    @staticmethod
+    def labelled(root: Path) -> Labelled:
+        return datasets.class_labels(root)
 
     def set_up(self) -> None:
         self.params = self.bundle.params(Params)

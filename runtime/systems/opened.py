@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Self
+from typing import ClassVar, Self
 
 from engineworks.runtime.bundle import Bundle
 from engineworks.runtime.engines import Engine
+from engineworks.runtime.sources import Reader
 
 
 class OpenedSystem:
@@ -15,6 +16,8 @@ class OpenedSystem:
     Attributes:
         threads: CPU threads; None takes all cores that this process may use.
     """
+
+    reader: ClassVar[Reader]
 
     def __init__(
         self,

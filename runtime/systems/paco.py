@@ -19,6 +19,7 @@ from engineworks.runtime.bundle import Bundle
 from engineworks.runtime.contract import Contract, Signature
 from engineworks.runtime.errors import DatasetError, NotFiniteError
 from engineworks.runtime.evaluation import Evaluation
+from engineworks.runtime.labels import Labelled
 from engineworks.runtime.metrics import ClassificationMetrics, log_softmax
 from engineworks.runtime.preprocess import PreprocessSpec, apply
 from engineworks.runtime.results import Classification
@@ -58,7 +59,10 @@ class System(OpenedSystem):
     """An opened ``paco`` bundle; see ``runtime.systems.System``."""
 
     reader = PICTURES
-    labelled = staticmethod(datasets.class_labels)
+
+    @staticmethod
+    def labelled(root: Path) -> Labelled:
+        return datasets.class_labels(root)
 
     def set_up(self) -> None:
         manifest = self.bundle.manifest

@@ -33,6 +33,7 @@ from engineworks.runtime.errors import (
 )
 from engineworks.runtime.evaluation import Evaluation
 from engineworks.runtime.frames import Frames
+from engineworks.runtime.labels import Labelled
 from engineworks.runtime.metrics import DetectionMetrics, st_iou
 from engineworks.runtime.objects import Frame, LabelledFrame, object_labels, read_objects
 from engineworks.runtime.preprocess import PreprocessSpec, apply
@@ -339,7 +340,11 @@ class System(OpenedSystem):
     """An opened ``refdet`` bundle; see ``runtime.systems.System`` and ``Promptable``."""
 
     reader = PICTURES
-    labelled = staticmethod(object_labels)
+
+    @staticmethod
+    def labelled(root: Path) -> Labelled:
+        return object_labels(root)
+
     bring_references = staticmethod(bring_references)
 
     def set_up(self) -> None:

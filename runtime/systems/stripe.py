@@ -29,6 +29,7 @@ from engineworks.runtime.contract import Contract, Signature
 from engineworks.runtime.datasets import StripeSample
 from engineworks.runtime.errors import ImageError, InputError, NotFiniteError
 from engineworks.runtime.evaluation import Evaluation
+from engineworks.runtime.labels import Labelled
 from engineworks.runtime.metrics import AnomalyMetrics, CandidateMetrics, false_reject_threshold
 from engineworks.runtime.preprocess import PlanesSpec, apply
 from engineworks.runtime.results import Candidate, DefectMap
@@ -323,7 +324,10 @@ class System(OpenedSystem):
     """An opened ``stripe`` bundle; see ``runtime.systems.System``."""
 
     reader = planes.PLANES
-    labelled = staticmethod(datasets.strip_labels)
+
+    @staticmethod
+    def labelled(root: Path) -> Labelled:
+        return datasets.strip_labels(root)
 
     def set_up(self) -> None:
         manifest = self.bundle.manifest

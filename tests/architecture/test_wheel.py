@@ -32,6 +32,11 @@ def run(*command: object, cwd: Path) -> str:
     return done.stdout
 
 
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # a copy, because a build leaves its folders behind
@@ -54,7 +59,15 @@ def elsewhere(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     """Folder of a fresh environment with the wheel in it; deleted again, it is large."""
     folder = tmp_path_factory.mktemp("environment")
     run(sys.executable, "-m", "venv", "venv", cwd=folder)
-    run(folder / "venv/bin/python", "-m", "pip", "install", "-q", f"{wheel}[cpu]", cwd=folder)
+    # a package of somebody else's, whose top-level name is that of a folder here
+    write(folder / "other/runtime/__init__.py", 'WHOSE = "somebody else\'s"\n')
+    write(folder / "other/setup.cfg", "[metadata]\nname = other\n[options]\npackages = runtime\n")
+    write(folder / "other/pyproject.toml", (ROOT / "pyproject.toml").read_text())
+    build = (sys.executable, "-m", "build", "--wheel", "--no-isolation")
+    run(*build, "--outdir", folder, folder / "other", cwd=folder)
+    (other,) = folder.glob("other-*.whl")
+    install = ("-m", "pip", "install", "-q", other, f"{wheel}[cpu]")
+    run(folder / "venv/bin/python", *install, cwd=folder)
     yield folder
     shutil.rmtree(folder)
 
@@ -76,10 +89,10 @@ class TestTheWheel:
 
     def test_runs_a_bundle_where_there_is_no_torch(self, elsewhere: Path, tmp_path: Path) -> None:
         python = elsewhere / "venv/bin/python"
-        probe = "import importlib.util as u; print(u.find_spec('torch'), u.find_spec('runtime'), "
+        probe = "import importlib.util as u; print(u.find_spec('torch'), "
         probe += "u.find_spec('engineworks').origin)"
-        torch, runtime, origin = run(python, "-c", probe, cwd=tmp_path).split()
-        assert torch == runtime == "None"
+        torch, origin = run(python, "-c", probe, cwd=tmp_path).split()
+        assert torch == "None"
         assert Path(origin).is_relative_to(elsewhere)
         write_tiny_noising_bundle(tmp_path / "bundle", int8=True)
         write_parts(tmp_path / "data")
@@ -93,3 +106,18 @@ class TestTheWheel:
         assert len((tmp_path / "out" / "results.jsonl").read_text().splitlines()) == 8
         assert "image_auroc" in run(command, "eval", "bundle", "--data", "data", cwd=tmp_path)
         assert "engineworks" in run(command, "--version", cwd=tmp_path)
+
+    def test_works_beside_another_package_that_ships_a_runtime(
+        self, elsewhere: Path, tmp_path: Path
+    ) -> None:
+        write_tiny_noising_bundle(tmp_path / "bundle")
+        write_parts(tmp_path / "data")
+        code = (
+            "import runtime\n"
+            "from engineworks import NoisingSystem, open_bundle, read_image\n"
+            "with open_bundle('bundle', NoisingSystem) as system:\n"
+            "    (result,) = system.infer([read_image('data/test/scratch/000.png')])\n"
+            "print(result.is_anomalous, runtime.WHOSE)\n"
+        )
+        said = run(elsewhere / "venv/bin/python", "-c", code, cwd=tmp_path)
+        assert said == "True somebody else's\n"

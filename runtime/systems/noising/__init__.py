@@ -39,6 +39,7 @@ from engineworks.runtime.bundle import Bundle
 from engineworks.runtime.contract import Contract, Signature
 from engineworks.runtime.errors import BundleError, InputError, NotFiniteError
 from engineworks.runtime.evaluation import Evaluation
+from engineworks.runtime.labels import Labelled
 from engineworks.runtime.metrics import AnomalyMetrics
 from engineworks.runtime.preprocess import PreprocessSpec, apply, check_image, place, restore
 from engineworks.runtime.results import AnomalyMap
@@ -203,7 +204,11 @@ class System(OpenedSystem):
     """
 
     reader = PICTURES
-    labelled = staticmethod(datasets.mvtec_labels)
+
+    @staticmethod
+    def labelled(root: Path) -> Labelled:
+        return datasets.mvtec_labels(root)
+
     extend = staticmethod(extend)
 
     def set_up(self) -> None:
