@@ -1,4 +1,4 @@
-r"""``noising`` beside anomalib's PatchCore with the same net, rows and pictures: accuracy, then time.
+r"""``noising`` beside anomalib's PatchCore with the same net, rows and pictures: accuracy and time.
 
     python -m tests.benchmarks.noising_rivals BUNDLE --data DIR --weights FILE [--threads 2]
 
@@ -35,21 +35,24 @@ from engineworks.training.backbones import load_weights, read_weights
 Answer = Callable[[Array], tuple[float, Array]]  # picture -> score, map
 
 BATCH = 8
+SAMPLED = 50_000  # patches that rows are chosen among, as here by default
 CALIBRATED = 64  # as many as the bundle was calibrated with
 
 
 def fitted(normal: Sequence[Array], spec: PreprocessSpec, weights: Path, rows: int) -> Any:
-    """Anomalib's model with as many rows, chosen by its own coreset from all patches."""
+    """Anomalib's model with as many rows, chosen by its own coreset among as many patches."""
     model = PatchcoreModel(["layer2", "layer3"], "resnet18", pre_trained=False)
     net = model.feature_extractor.feature_extractor
     load_weights(net, read_weights(weights), source=str(weights))
     model.train()
     model.feature_extractor.eval()
     torch.manual_seed(0)
-    patches = 0
     for start in range(0, len(normal), BATCH):
-        patches += len(model(torch.from_numpy(apply(spec, normal[start : start + BATCH]))))
-    model.subsample_embedding(rows / patches)
+        model(torch.from_numpy(apply(spec, normal[start : start + BATCH])))
+    patches = torch.vstack(model.embedding_store)
+    patches = patches[torch.randperm(len(patches))[:SAMPLED]]
+    model.embedding_store = [patches]
+    model.subsample_embedding(rows / len(patches))
     return model.eval()
 
 
