@@ -67,6 +67,8 @@ class TrainConfig(Config):
         device: ``auto`` takes CUDA where there is one and the run records what it was.
         precision: arithmetic of the forward pass; ``fp16`` scales the loss.
         batch_size: images per process and step.
+        patience: training ends where so many epochs have gone by since the best one; null trains
+            all. Needs data that choose the best epoch.
         accumulate: batches per optimizer step.
         workers: loader processes; 0 loads in the training process.
         prefetch: batches that each of these has ready, or in the making.
@@ -81,6 +83,7 @@ class TrainConfig(Config):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     epochs: int = Field(default=1, ge=1)
+    patience: int | None = Field(default=None, ge=1)
     batch_size: int = Field(default=8, ge=1)
     accumulate: int = Field(default=1, ge=1)
     workers: int = Field(default=0, ge=0)

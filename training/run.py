@@ -11,14 +11,16 @@ weights/{best,last}.safetensors   the model alone
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
@@ -31,6 +33,9 @@ from engineworks.training.config import SystemConfig, dump, parse, read_text, sc
 
 CONFIG_NAME = "config.yaml"
 INFO_NAME = "run.json"
+Weights: TypeAlias = Literal["best", "last"]
+# what --resume may change: it says when a run ends, not how it is trained
+_ENDS = ("epochs", "patience")
 # of every run; what a system adds, its task says
 _WRITTEN = (
     CONFIG_NAME,
@@ -46,7 +51,9 @@ class RunInfo(BaseModel):
     """The record of a run.
 
     Attributes:
-        status: ``finished`` only after the task's last step.
+        status: ``finished`` only after the task's last step; ``stopped``: by a signal, before its
+            last epoch, but with all that an export needs of the epochs that are done.
+        weights: those that an export takes, and that ``results`` are about.
         data: what it was trained on: folder's name, counts, hash.
         provenance: where the starting weights came from.
         epoch, step: epochs and optimizer steps done.
@@ -56,7 +63,8 @@ class RunInfo(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     system: str
-    status: Literal["running", "finished"] = "running"
+    status: Literal["running", "stopped", "finished"] = "running"
+    weights: Weights = "best"
     seed: int
     device: str
     precision: str
@@ -76,12 +84,16 @@ class Run:
     config: SystemConfig
     info: RunInfo
 
-    def weights(self, which: Literal["best", "last"] = "best") -> Path:
+    def weights(self, which: Weights | None = None) -> Path:
         """The model's weights after the best epoch, or after the last one.
+
+        Args:
+            which: None takes those that the record names.
 
         Raises:
             RunError: the run has not written them yet.
         """
+        which = which or self.info.weights
         path = self.root / "weights" / f"{which}.safetensors"
         if not path.is_file():
             raise RunError(f"run {self.root} has no {path.name}", fix="train on with --resume")
@@ -98,6 +110,16 @@ class Run:
         files.write(self.root / CONFIG_NAME, dump(self.config))
         content = json.dumps(self.info.model_dump(mode="json"), indent=2, allow_nan=False)
         files.write(self.root / INFO_NAME, content + "\n")
+
+
+def write_history(root: Path, history: Sequence[Mapping[str, float]]) -> None:
+    """metrics.csv of a run: its epochs, and all that any of them tells."""
+    names = ["epoch", *sorted({name for row in history for name in row} - {"epoch"})]
+    text = io.StringIO()
+    table = csv.DictWriter(text, names, lineterminator="\n")
+    table.writeheader()
+    table.writerows(dict(row) | {"epoch": int(row["epoch"])} for row in history)
+    files.write(root / "metrics.csv", text.getvalue())
 
 
 def judged(split: str, evaluation: Evaluation) -> dict[str, JsonValue]:
@@ -148,6 +170,59 @@ def read_json(run: Path, name: str) -> Any:
         raise RunError(
             f"{path} cannot be read ({error})", fix="copy the run again, or train anew"
         ) from error
+
+
+def to_go_on(run: Run, config: SystemConfig) -> Run:
+    """The run as --resume takes it up, with this configuration; nothing is written.
+
+    Raises:
+        RunError: the configuration is another one in more than when training ends, or it ends
+            before what is done.
+    """
+    ends = {name: getattr(config.train, name) for name in _ENDS}
+    train = run.config.train.model_copy(update=ends)
+    if run.config.model_copy(update={"train": train}) != config:
+        raise RunError(
+            f"run {run.root} was started with another configuration",
+            fix=f"change no more than {' and '.join(f'train.{name}' for name in _ENDS)} with "
+            "--resume, or train into a new folder",
+        )
+    if config.train.epochs < run.info.epoch:
+        raise RunError(
+            f"run {run.root} has done {run.info.epoch} epochs, more than train.epochs = "
+            f"{config.train.epochs}",
+            fix=f"set train.epochs to {run.info.epoch} to end there, or to more",
+        )
+    info = run.info.model_copy(update={"status": "running", "weights": "best", "results": {}})
+    return Run(run.root, config, info)
+
+
+def check_place(root: Path, config: SystemConfig, *, exist_ok: bool) -> None:
+    """Refuse to begin a run in a folder that may not be touched.
+
+    Raises:
+        RunError: there is a run already, or something else.
+    """
+    if is_run(root) and not exist_ok:
+        raise RunError(
+            f"run {root} already exists",
+            fix="choose another --out, go on with --resume, or replace it with --exist-ok",
+        )
+    if not is_run(root) and not _is_beginning(root, config):
+        raise RunError(
+            f"{root} holds files that are not a training run's", fix="choose another --out"
+        )
+
+
+def _is_beginning(root: Path, config: SystemConfig) -> bool:
+    """Whether a folder is empty, or what a run leaves that is killed before it has a record."""
+    for path in root.iterdir():
+        if path.name == CONFIG_NAME and path.is_file():
+            if read_text(path) != dump(config):
+                return False
+        elif path.name != "weights" or not path.is_dir() or any(path.iterdir()):
+            return False
+    return True
 
 
 @contextmanager

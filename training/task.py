@@ -16,6 +16,9 @@ from engineworks.training.run import Run
 # (what is being done, so many done, of so many)
 Progress: TypeAlias = Callable[[str, int, int], None]
 
+# a column of metrics.csv, and whether more of it is better
+Criterion: TypeAlias = tuple[str, Literal["max", "min"]]
+
 
 @dataclass(frozen=True)
 class Position:
@@ -41,7 +44,8 @@ class Task(Protocol):
 
     Attributes:
         model: everything that learns or is saved; prototypes and the like are its buffers.
-        best: metric that chooses weights/best and whether more is better; None takes the last.
+        best: what chooses weights/best: the first criterion, where epochs are equal in it the next
+            one, and of epochs that are equal in all the later. Empty takes the last epoch.
         dataset: all that the data say, see ``runtime.labels``.
         data_summary: folder's name, counts and hash, for the record.
         provenance: where the starting weights came from.
@@ -52,7 +56,7 @@ class Task(Protocol):
     written: ClassVar[tuple[str, ...]]
     working: ClassVar[tuple[str, ...]]
     model: nn.Module
-    best: tuple[str, Literal["max", "min"]] | None
+    best: tuple[Criterion, ...]
     dataset: Labelled
     data_summary: dict[str, JsonValue]
     provenance: dict[str, JsonValue]
@@ -77,7 +81,11 @@ class Task(Protocol):
     def finish(self, run: Run, model: nn.Module, progress: Progress) -> dict[str, JsonValue]:
         """What is computed once after the last epoch; returns what the record should keep.
 
-        Must be repeatable: a run that was interrupted here comes back here.
+        Must be repeatable: a run that was interrupted here comes back here, and one that was
+        stopped or gets more epochs comes again.
+
+        Args:
+            model: with the weights that ``run.weights()`` names, in eval mode.
         """
         ...
 

@@ -1,55 +1,57 @@
 """The one training loop: a configuration and a folder of data become a run.
 
-Read ``train`` and ``_train`` from top to bottom: they are in the order in which things happen.
+Read ``train``, ``_train`` and ``_Loop`` from top to bottom: they are in the order in which things
+happen. What moves the parameters is in ``training.learner``, what a checkpoint keeps in
+``training.state``.
 """
 
 from __future__ import annotations
 
-import csv
 import importlib
-import io
 import logging
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, set_seed
 from pydantic import JsonValue
 from safetensors.torch import save as to_bytes
-from torch import Tensor, nn
-from torch.optim import SGD, AdamW, Optimizer
-from torch.optim.lr_scheduler import LambdaLR
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from engineworks.runtime import files, labels
 from engineworks.runtime.errors import BackendError, ConfigError, RunError
 from engineworks.runtime.folders import Tally
 from engineworks.runtime.labels import Labelled
+from engineworks.runtime.signals import Stopped, stoppable, unbroken
 from engineworks.runtime.survey import survey
 from engineworks.training import checkpoint
 from engineworks.training.allocator import keep_freed_memory
-from engineworks.training.config import OptimizerConfig, SystemConfig, TrainConfig, dump, read_text
-from engineworks.training.data import iterate, labels_fingerprint
+from engineworks.training.backbones import read_weights
+from engineworks.training.config import SystemConfig, TrainConfig
+from engineworks.training.data import labels_fingerprint
+from engineworks.training.learner import Learner
 from engineworks.training.profiler import Profiler, section
 from engineworks.training.run import (
-    CONFIG_NAME,
     Run,
     RunInfo,
+    Weights,
+    check_place,
     clear,
-    is_run,
     open_run,
     remove,
     reserve,
+    to_go_on,
+    write_history,
 )
+from engineworks.training.state import State
 from engineworks.training.systems import system_package
-from engineworks.training.task import Paced, Position, Progress, Task
+from engineworks.training.task import Progress, Task
 
 _log = logging.getLogger(__name__)
 _PACKAGES = ("engineworks", "torch", "timm", "accelerate", "numpy")
@@ -67,11 +69,17 @@ def train(
 ) -> Run:
     """Train a system.
 
+    A signal to end (Ctrl-C, SIGTERM, SIGHUP) waits for the end of a step and keeps the run: a
+    checkpoint is written and, where an epoch is done, all that an export needs. A second Ctrl-C
+    leaves out the latter. What is logged at INFO is a line per epoch.
+
     Args:
         data: folder in the system's layout.
         out: run folder; None takes the next free ``runs/<system>/trainN``.
-        resume: go on where the run in ``out`` stopped, to exactly what it would have become; a
-            finished run is returned as it is.
+        resume: go on where the run in ``out`` stopped, to exactly what it would have become. Its
+            ``train.epochs`` and ``train.patience`` may be others; the learning rate follows the
+            schedule of the new number from there on. A run that has nothing left to do is
+            returned as it is.
         exist_ok: replace a run that is already in ``out``.
         profile: add to the results what each section of a step costs; see ``training.profiler``.
         progress: called with (what, done, of).
@@ -80,28 +88,60 @@ def train(
         RunError: ``out`` is in the way, cannot be resumed, or the loss is not a number any more.
         InUseError: another process trains there.
         DatasetError, WeightsError: from the task.
+        ConfigError: ``train.patience`` without data that choose the best epoch.
         BackendError: the device asked for is not there.
+        Stopped: by a signal; a ``KeyboardInterrupt``.
     """
     if resume and out is not None:
         open_run(out)  # refuses a wrong path before a folder is made there
     accelerator = _accelerator(config.train)
-    with ExitStack() as stack:
+    with stoppable(), ExitStack() as stack:
         chosen: list[Path | None] = [None]
         if accelerator.is_main_process:
             chosen = [stack.enter_context(reserve(out, config.system))]
         (root,) = broadcast_object_list(chosen)
         assert root is not None
-        before = _before(root, config, resume=resume, exist_ok=exist_ok)
-        if before is None or before.info.status != "finished":
-            return _train(config, data, root, before, accelerator, profile, progress)
-        _log.warning("run %s is already finished: nothing to resume", root)
-        remove(root, _task(config).working)
-        return before
+        before = None
+        if not resume:
+            check_place(root, config, exist_ok=exist_ok)
+        elif (before := open_run(root)).info.status == "finished" and before.config == config:
+            _log.warning("run %s is already finished: nothing to resume", root)
+            remove(root, _task(config).working)
+            return before
+        else:
+            before = to_go_on(before, config)
+        return _train(config, data, root, before, accelerator, profile, progress or _silent)
 
 
-def _task(config: SystemConfig) -> Any:
-    """The class of a system's task."""
-    return importlib.import_module(f"{system_package(config.system)}.task").Task
+def conclude(
+    root: Path, data: Path, weights: Weights = "best", *, progress: Progress | None = None
+) -> Run:
+    """Make what an export needs of a run as it is, with its best or its last weights.
+
+    For a run that was killed, or where other weights are wanted than those that training
+    concluded with; the record then names these.
+
+    Args:
+        data: what the run was trained on.
+        progress: called with (what, done, of).
+
+    Raises:
+        RunError: no run, none of these data, or one that has not done an epoch.
+        InUseError: another process trains there.
+    """
+    before = open_run(root)
+    before.weights(weights)
+    accelerator = _accelerator(before.config.train)
+    with stoppable(), reserve(root, before.config.system):
+        task: Task = _task(before.config)(before.config, data, root, weights=False)
+        _check_same_data(before, data, _summary(task))
+        task.model.to(accelerator.device)
+        status: Literal["stopped", "finished"] = (
+            "finished" if before.info.status == "finished" else "stopped"
+        )
+        # what is killed on the way must not look like what it was before
+        begun = before.updated(status="running", results={})
+        return _conclude(begun, task, progress or _silent, status=status, weights=weights)
 
 
 def _train(
@@ -111,193 +151,239 @@ def _train(
     before: Run | None,
     accelerator: Accelerator,
     profile: bool,
-    progress: Progress | None,
+    progress: Progress,
 ) -> Run:
     """Train in a folder that belongs to this process, on from ``before`` or from the beginning."""
-    report: Progress = progress or (lambda what, done, of: None)
-    settings = config.train
-    state = _state(root) if before is not None else None
+    saved = None if before is None else checkpoint.latest(root)
+    content = None if saved is None else checkpoint.load(saved)
     keep_freed_memory()
-    set_seed(settings.seed)
-    main = accelerator.is_main_process
+    set_seed(config.train.seed)
     # built first: a wrong path or weights file must leave no folder, and a replaced run whole
-    task: Task = _task(config)(config, data, root, weights=state is None)
+    task: Task = _task(config)(config, data, root, weights=content is None)
     _check_labels(task.dataset, data)
-    if before is None and main:
-        clear(root, (*task.written, *task.working))
-        (root / "weights").mkdir()
-    accelerator.wait_for_everyone()
-    summary = {**task.data_summary, "labels_sha256": labels_fingerprint(task.dataset)}
-    if before is None:
-        run = Run(root, config, _record(config, task, accelerator, summary))
-        if main:
-            run.save()
-    else:
-        run = before
-        if unlike := _unlike(run.info.data, summary):
-            raise RunError(
-                f"the data in {data} are not those that run {root} was trained on: "
-                f"{', '.join(unlike)}",
-                fix="give the same data to --resume, or train into a new folder",
-            )
-
-    parameters = [p for p in task.model.parameters() if p.requires_grad]
-    model, loader = accelerator.prepare(task.model, task.loader())
-    steps_per_epoch = math.ceil(len(loader) / settings.accumulate)
-    optimizer = scheduler = ema = None
-    if parameters:
-        paced = task if isinstance(task, Paced) else None
-        groups = paced.groups() if paced else [(parameters, 1.0)]
-        optimizer = accelerator.prepare(_optimizer(groups, settings.optimizer))
-        scheduler = _scheduler(optimizer.optimizer, settings, steps_per_epoch, paced)
-        if settings.ema_decay is not None:
-            average = get_ema_multi_avg_fn(settings.ema_decay)  # type: ignore[no-untyped-call]
-            ema = AveragedModel(task.model, multi_avg_fn=average, use_buffers=True)
-    parts: dict[str, Any] = {
-        "model": task.model,
-        "optimizer": optimizer,
-        "scheduler": scheduler,
-        "ema": ema,
-        "scaler": accelerator.scaler,
-    }
-    parts = {name: part for name, part in parts.items() if part is not None}
-
-    position, history, totals = Position(), list[dict[str, float]](), dict[str, Tensor]()
-    best: float | None = None
-    if state is not None:
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        position = Position(**state["position"])
-        history, totals, best = state["history"], state["totals"], state["best"]
-        totals = {name: value.to(accelerator.device) for name, value in totals.items()}
-        checkpoint.set_rng_state(state["rng"])
-
-    def save_checkpoint() -> None:
-        content = {name: part.state_dict() for name, part in parts.items()}
-        content |= {"position": vars(position), "history": history, "totals": totals}
-        content |= {"best": best, "rng": checkpoint.rng_state()}
-        with section("checkpoint"):
-            checkpoint.save(root / checkpoint.NAME, content)
-
-    clip_norm = settings.optimizer.clip_norm
-    profiler = Profiler() if profile else None
+    _check_patience(config.train, task)
+    run = _open_record(config, data, root, before, task, accelerator)
+    learner = Learner(task, config.train, accelerator)
+    state = State(learner.parts, task.best)
+    if content is not None:
+        state.restore(content, accelerator.device)
+        learner.follow_schedule()
+    loop = _Loop(run, task, learner, state, accelerator, progress)
     with ExitStack() as stack:
-        if profiler is not None:
-            stack.enter_context(profiler)
-        writer = SummaryWriter(str(root), purge_step=position.epoch or None) if main else None
-        if writer is not None:  # its thread ends with it, also where training fails
-            stack.callback(writer.close)
-        for epoch in range(position.epoch, settings.epochs):
-            model.train(optimizer is not None)
-            batches = (
-                accelerator.skip_first_batches(loader, position.batch) if position.batch else loader
-            )
-            batches.set_epoch(epoch)
-            for batch in _timed(batches):
-                with accelerator.accumulate(model), torch.set_grad_enabled(optimizer is not None):
-                    losses = task.step(model, batch, position)
-                    if optimizer is not None and scheduler is not None:
-                        with section("backward"):
-                            accelerator.backward(losses["loss"])
-                        with section("optimizer"):
-                            if accelerator.sync_gradients and clip_norm is not None:
-                                accelerator.clip_grad_norm_(parameters, clip_norm)
-                            optimizer.step()
-                            optimizer.zero_grad()
-                for name, loss in losses.items():
-                    totals[name] = totals.get(name, 0) + loss.detach().double()
-                position = replace(position, batch=position.batch + 1)
-                if accelerator.sync_gradients:
-                    position = replace(position, step=position.step + 1)
-                    if scheduler is not None and not accelerator.optimizer_step_was_skipped:
-                        scheduler.step()
-                    if ema is not None:
-                        ema.update_parameters(task.model)
-                    every = settings.checkpoint_steps
-                    if every is not None and position.step % every == 0 and main:
-                        save_checkpoint()
-                report(f"epoch {epoch + 1}/{settings.epochs}", position.batch, len(loader))
-
-            row = _means(totals, position.batch, accelerator) | {"epoch": epoch + 1.0}
-            if scheduler is not None:
-                row["lr"] = float(scheduler.get_last_lr()[0])
-            model.eval()
-            position, totals = Position(epoch=epoch + 1, step=position.step), {}
-            if main and writer is not None:
-                kept: nn.Module = task.model if ema is None else ema.module
-                with torch.no_grad(), section("evaluation"):
-                    row |= task.evaluate(kept.eval())
-                history.append(row)
-                files.write(root / "metrics.csv", _table(history))
-                for name, value in row.items():
-                    writer.add_scalar(name, value, epoch + 1)
-                weights = to_bytes({k: v.cpu().contiguous() for k, v in kept.state_dict().items()})
-                files.write(root / "weights" / "last.safetensors", weights)
-                if task.best is None or _better(row[task.best[0]], best, task.best[1]):
-                    best = row[task.best[0]] if task.best else None
-                    files.write(root / "weights" / "best.safetensors", weights)
-                save_checkpoint()
-                run = run.updated(epoch=position.epoch, step=position.step)
-            accelerator.wait_for_everyone()
-
-    if main:
-        with torch.no_grad():
-            results = task.finish(run, task.model.eval(), report)
-        if profiler is not None:
-            results |= {"profile": cast(JsonValue, profiler.shares())}
-        run = run.updated(status="finished", results=results)
+        profiler = stack.enter_context(Profiler()) if profile else None
+        loop.log_to(stack)
+        try:
+            while not loop.is_done():
+                loop.epoch()
+        except Stopped:
+            loop.keep()
+            raise
+    run = loop.run
+    if accelerator.is_main_process:
+        extra = {} if profiler is None else {"profile": cast(JsonValue, profiler.shares())}
+        run = _conclude(run, task, progress, status="finished", extra=extra)
         remove(root, task.working)
     accelerator.wait_for_everyone()
     return run
 
 
-def _timed(batches: Iterable[Any]) -> Iterator[Any]:
-    """The batches, with the time that they take to come under ``data``."""
-    iterator = iterate(batches)
-    while True:
-        with section("data"):
-            batch = next(iterator, None)
-        if batch is None:
+class _Loop:
+    """The epochs of a run.
+
+    Attributes:
+        run: its record, as far as it got.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        task: Task,
+        learner: Learner,
+        state: State,
+        accelerator: Accelerator,
+        progress: Progress,
+    ) -> None:
+        self.run = run
+        self._task = task
+        self._learner = learner
+        self._state = state
+        self._accelerator = accelerator
+        self._progress = progress
+        self._settings = run.config.train
+        self._writer: SummaryWriter | None = None  # of the main process
+
+    def log_to(self, stack: ExitStack) -> None:
+        """Open TensorBoard's log; its thread ends with the stack, also where training fails."""
+        if self._accelerator.is_main_process:
+            purge = self._state.position.epoch or None
+            self._writer = SummaryWriter(str(self.run.root), purge_step=purge)
+            stack.callback(self._writer.close)
+
+    def is_done(self) -> bool:
+        """Whether all epochs are done, or ``patience`` is used up: the same in every process."""
+        position, patience = self._state.position, self._settings.patience
+        stale = self._state.is_stale(patience)
+        done = position.epoch >= self._settings.epochs
+        if stale and not done:
+            _log.info("no epoch was better than %d: patience is used up", self._state.best)
+        (over,) = broadcast_object_list([done or stale])
+        return bool(over)
+
+    def epoch(self) -> None:
+        """What an epoch still has to do; a signal to end waits for the end of a step."""
+        learner, state, started = self._learner, self._state, time.monotonic()
+        name = f"epoch {state.position.epoch + 1}/{self._settings.epochs}"
+        with ExitStack() as step:
+            for batch in learner.batches(state.position):
+                step.enter_context(unbroken())
+                losses = learner.learn(batch, state.position)
+                state.add(losses, stepped=learner.stepped)
+                if learner.stepped:
+                    self._save_between()
+                    step.close()
+                self._progress(name, state.position.batch, learner.num_batches)
+        row = {**state.means(self._accelerator), "epoch": state.position.epoch + 1.0}
+        if learner.rate is not None:
+            row["lr"] = learner.rate
+        judged = learner.judged()
+        if self._accelerator.is_main_process:
+            with torch.no_grad(), section("evaluation"):
+                row |= self._task.evaluate(judged)
+            with unbroken():
+                state.close_epoch(row)
+                self._write_epoch(judged)
+            seconds = time.monotonic() - started
+            _log.info("%s, %.0f s: %s", name, seconds, _told(row, best=state.is_best))
+        else:
+            state.close_epoch()
+        self._accelerator.wait_for_everyone()
+
+    def keep(self) -> None:
+        """After a signal to end: what it takes to go on, and what an export needs."""
+        if not self._accelerator.is_main_process:
             return
-        yield batch
-
-
-def _before(root: Path, config: SystemConfig, *, resume: bool, exist_ok: bool) -> Run | None:
-    """The run to go on with, or None to begin; refuses what may not be touched."""
-    if resume:
-        run = open_run(root)
-        if run.config != config:
-            raise RunError(
-                f"run {root} was started with another configuration",
-                fix="resume without --config and --set, or train into a new folder",
-            )
-        return run
-    if is_run(root) and not exist_ok:
-        raise RunError(
-            f"run {root} already exists",
-            fix="choose another --out, go on with --resume, or replace it with --exist-ok",
+        done, root = self._state.position.epoch, self.run.root
+        with unbroken():
+            self._save()
+        if not done:
+            _log.warning("no epoch is done: run %s can be resumed, not exported", root)
+            return
+        _log.warning(
+            "%d of %d epochs are done: preparing their export; Ctrl-C again leaves that out",
+            done,
+            self._settings.epochs,
         )
-    if not is_run(root) and not _is_beginning(root, config):
+        self.run = _conclude(self.run, self._task, self._progress, status="stopped")
+        _log.warning("run %s can be exported, and resumed", root)
+
+    def _save_between(self) -> None:
+        every = self._settings.checkpoint_steps
+        if every and self._state.position.step % every == 0 and self._accelerator.is_main_process:
+            self._state.save(self.run.root / checkpoint.NAME)
+
+    def _save(self) -> None:
+        """Checkpoint and record."""
+        position = self._state.position
+        self._state.save(self.run.root / checkpoint.NAME)
+        self.run = self.run.updated(epoch=position.epoch, step=position.step)
+
+    def _write_epoch(self, judged: nn.Module) -> None:
+        """The row of the last epoch, its weights, and all that it takes to go on from here."""
+        state, root = self._state, self.run.root
+        write_history(root, state.history)
+        assert self._writer is not None
+        for name, value in state.history[-1].items():
+            self._writer.add_scalar(name, value, state.position.epoch)
+        weights = to_bytes({k: v.cpu().contiguous() for k, v in judged.state_dict().items()})
+        files.write(root / "weights" / "last.safetensors", weights)
+        if state.is_best:
+            files.write(root / "weights" / "best.safetensors", weights)
+        self._save()
+
+
+def _conclude(
+    run: Run,
+    task: Task,
+    progress: Progress,
+    *,
+    status: Literal["stopped", "finished"],
+    weights: Weights = "best",
+    extra: Mapping[str, JsonValue] | None = None,
+) -> Run:
+    """The task's last step, with the weights that are chosen, and the record of it."""
+    run = Run(run.root, run.config, run.info.model_copy(update={"weights": weights}))
+    task.model.load_state_dict(read_weights(run.weights()))
+    with torch.no_grad():
+        results = task.finish(run, task.model.eval(), progress)
+    return run.updated(status=status, results={**results, **(extra or {})})
+
+
+def _open_record(
+    config: SystemConfig,
+    data: Path,
+    root: Path,
+    before: Run | None,
+    task: Task,
+    accelerator: Accelerator,
+) -> Run:
+    """The record of a run that goes on with the same data, or begins in an empty folder."""
+    summary = _summary(task)
+    if before is not None:
+        _check_same_data(before, data, summary)
+        run = before
+    else:
+        run = Run(root, config, _described(config, task, accelerator, summary))
+    if accelerator.is_main_process:
+        if before is None:
+            clear(root, (*task.written, *task.working))
+            (root / "weights").mkdir()
+        run.save()
+    accelerator.wait_for_everyone()
+    return run
+
+
+def _task(config: SystemConfig) -> Any:
+    """The class of a system's task."""
+    return importlib.import_module(f"{system_package(config.system)}.task").Task
+
+
+def _summary(task: Task) -> dict[str, JsonValue]:
+    """What a record says of the data."""
+    return {**task.data_summary, "labels_sha256": labels_fingerprint(task.dataset)}
+
+
+def _check_same_data(run: Run, data: Path, summary: Mapping[str, JsonValue]) -> None:
+    """Their place may change; older runs recorded less.
+
+    Raises:
+        RunError: it is not what the run was trained on.
+    """
+    before = run.info.data
+    unlike = [key for key in before if key != "folder" and before[key] != summary.get(key)]
+    if unlike:
         raise RunError(
-            f"{root} holds files that are not a training run's", fix="choose another --out"
+            f"the data in {data} are not those that run {run.root} was trained on: "
+            f"{', '.join(unlike)}",
+            fix="give the same data again, or train into a new folder",
         )
-    return None
 
 
-def _is_beginning(root: Path, config: SystemConfig) -> bool:
-    """Whether a folder is empty, or what a run leaves that is killed before it has a record."""
-    for path in root.iterdir():
-        if path.name == CONFIG_NAME and path.is_file():
-            if read_text(path) != dump(config):
-                return False
-        elif path.name != "weights" or not path.is_dir() or any(path.iterdir()):
-            return False
-    return True
+def _check_patience(settings: TrainConfig, task: Task) -> None:
+    if settings.patience is not None and not task.best:
+        raise ConfigError(
+            "train.patience waits for a better epoch, and these data do not say which is better",
+            fix="add the split that chooses the best epoch (see docs/data.md), or set it to null",
+        )
 
 
-def _state(root: Path) -> dict[str, Any] | None:
-    path = checkpoint.latest(root)
-    return None if path is None else checkpoint.load(path)
+def _told(row: Mapping[str, float], *, best: bool) -> str:
+    """A line on an epoch."""
+    told = [f"{name} {value:.4g}" for name, value in row.items() if name != "epoch"]
+    return ", ".join([*told, *(["best"] if best else [])])
+
+
+def _silent(_what: str, _done: int, _of: int) -> None:
+    """No progress is asked for."""
 
 
 def _accelerator(settings: TrainConfig) -> Accelerator:
@@ -339,12 +425,7 @@ def _check_labels(labelled: Labelled, data: Path) -> None:
     found.faults.check(data)
 
 
-def _unlike(before: Mapping[str, JsonValue], now: Mapping[str, JsonValue]) -> list[str]:
-    """What of the data has changed; their place may, and older runs recorded less."""
-    return [key for key in before if key != "folder" and before[key] != now.get(key)]
-
-
-def _record(
+def _described(
     config: SystemConfig, task: Task, accelerator: Accelerator, data: dict[str, JsonValue]
 ) -> RunInfo:
     return RunInfo(
@@ -356,65 +437,3 @@ def _record(
         data=data,
         provenance=task.provenance,
     )
-
-
-def _optimizer(
-    groups: Sequence[tuple[Sequence[nn.Parameter], float]], settings: OptimizerConfig
-) -> Optimizer:
-    """Of groups of parameters, each with its factor of the learning rate."""
-    rated = [{"params": list(group), "lr": settings.lr * factor} for group, factor in groups]
-    if settings.name == "adamw":
-        return AdamW(rated, weight_decay=settings.weight_decay)
-    return SGD(
-        rated,
-        weight_decay=settings.weight_decay,
-        momentum=settings.momentum,
-        nesterov=settings.momentum > 0,
-    )
-
-
-def _scheduler(
-    optimizer: Optimizer, settings: TrainConfig, steps_per_epoch: int, paced: Paced | None
-) -> LambdaLR:
-    """Linear warm-up, then constant or half a cosine down to zero, times the task's pace."""
-    total = steps_per_epoch * settings.epochs
-    warmup = settings.optimizer.warmup_epochs * steps_per_epoch
-
-    def factor(step: int) -> float:
-        pace = paced.pace(step // steps_per_epoch) if paced else 1.0
-        if step < warmup:
-            return pace * (step + 1) / (warmup + 1)
-        if settings.optimizer.schedule == "constant":
-            return pace
-        return pace * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
-
-    return LambdaLR(optimizer, factor)
-
-
-def _means(totals: Mapping[str, Tensor], count: int, accelerator: Accelerator) -> dict[str, float]:
-    """Mean losses of an epoch over its batches and all processes.
-
-    Raises:
-        RunError: one is not finite.
-    """
-    means = {n: float(accelerator.reduce(t / count, "mean")) for n, t in totals.items()}
-    for name, mean in means.items():
-        if not math.isfinite(mean):
-            raise RunError(
-                f"the training loss '{name}' is {mean}",
-                fix="lower train.optimizer.lr, set train.optimizer.clip_norm, or use fp32",
-            )
-    return means
-
-
-def _better(value: float, best: float | None, mode: str) -> bool:
-    return best is None or (value > best if mode == "max" else value < best)
-
-
-def _table(history: list[dict[str, float]]) -> str:
-    names = ["epoch", *sorted({name for row in history for name in row} - {"epoch"})]
-    text = io.StringIO()
-    table = csv.DictWriter(text, names, lineterminator="\n")
-    table.writeheader()
-    table.writerows(row | {"epoch": int(row["epoch"])} for row in history)
-    return text.getvalue()

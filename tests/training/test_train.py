@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import re
+import signal
 import sys
 import threading
+from collections.abc import Sequence
 from functools import partial
 from importlib import metadata
+from itertools import count
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,12 +25,14 @@ from torch import Tensor, nn
 
 from engineworks.runtime.errors import BackendError, ConfigError, InUseError, RunError
 from engineworks.runtime.labels import Item, Labelled
+from engineworks.runtime.signals import Stopped
 from engineworks.training import checkpoint
 from engineworks.training.config import SystemConfig, TrainConfig, dump, validate
 from engineworks.training.data import loader
 from engineworks.training.run import open_run, reserve
 from engineworks.training.systems import TASKS
-from engineworks.training.train import train
+from engineworks.training.task import Criterion
+from engineworks.training.train import conclude, train
 from tests.campaign.faults import other_process
 
 pytestmark = pytest.mark.train
@@ -52,7 +59,7 @@ class ToyTask:
 
     written = ("left.json",)
     working = ("*.work",)
-    best: tuple[str, Literal["max", "min"]] | None = ("error", "min")
+    best: tuple[Criterion, ...] = (("error", "min"), ("loss", "min"))
     stop_at: int | None = None
     bad_from: int | None = None
 
@@ -186,7 +193,7 @@ class TestAResumedRun:
     def test_is_refused_with_another_configuration(self, tmp_path: Path) -> None:
         train(config(), tmp_path, tmp_path / "run")
         with pytest.raises(RunError, match="another configuration"):
-            train(config(epochs=4), tmp_path, tmp_path / "run", resume=True)
+            train(config(epochs=4, batch_size=2), tmp_path, tmp_path / "run", resume=True)
 
     def test_is_refused_with_other_labels_but_not_in_another_place(
         self, tmp_path: Path, toy: type[ToyTask]
@@ -219,6 +226,249 @@ class TestAResumedRun:
     def test_needs_a_run(self, tmp_path: Path) -> None:
         with pytest.raises(RunError, match=r"no training run"):
             train(config(), tmp_path, tmp_path / "nothing", resume=True)
+
+    def test_of_an_older_version_knows_its_best_epoch(
+        self, tmp_path: Path, toy: type[ToyTask], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        errors = iter([3.0, 1.0, 1.0, 2.0])
+        monkeypatch.setattr(toy, "evaluate", lambda self, model: {"error": next(errors)})
+        monkeypatch.setattr(toy, "best", (("error", "min"),))
+        root = tmp_path / "run"
+        train(config(epochs=3, **CONSTANT), tmp_path, root)
+        path = root / checkpoint.NAME
+        content = checkpoint.load(path)
+        assert content.pop("best_epoch") == 3
+        checkpoint.save(path, content | {"best": 1.0})  # that of the first of equal ones
+        train(config(epochs=4, patience=2, **CONSTANT), tmp_path, root, resume=True)
+        assert checkpoint.load(path)["best_epoch"] == 2
+
+
+CONSTANT = {"optimizer": {"lr": 0.05, "schedule": "constant"}}
+
+
+class TestARunThatGetsMoreEpochs:
+    @pytest.mark.parametrize("ema_decay", [None, 0.9])
+    def test_becomes_what_it_would_have_become_with_them(
+        self, tmp_path: Path, ema_decay: float | None
+    ) -> None:
+        more = config(epochs=4, ema_decay=ema_decay, **CONSTANT)
+        whole = train(more, tmp_path, tmp_path / "whole")
+        root = tmp_path / "run"
+        train(config(epochs=2, ema_decay=ema_decay, **CONSTANT), tmp_path, root)
+        raised = train(more, tmp_path, root, resume=True)
+        assert open_run(root) == raised
+        assert raised.info == whole.info
+        assert raised.config.train.epochs == 4
+        assert rows(root) == rows(whole.root)
+        for which in ("best", "last"):
+            assert raised.weights(which).read_bytes() == whole.weights(which).read_bytes()  # type: ignore[arg-type]
+
+    def test_follows_the_schedule_of_the_new_number(self, tmp_path: Path) -> None:
+        whole = train(config(epochs=4), tmp_path, tmp_path / "whole")
+        train(config(epochs=2), tmp_path, tmp_path / "run")
+        train(config(epochs=4), tmp_path, tmp_path / "run", resume=True)
+        want, got = ([row["lr"] for row in rows(tmp_path / n)] for n in ("whole", "run"))
+        assert got[2:] == want[2:]
+        assert float(got[1]) == 0.0
+        content = checkpoint.load(whole.root / checkpoint.NAME)
+        assert content["scheduler"]["last_epoch"] == 4 * 6
+
+    def test_may_end_where_it_is(self, tmp_path: Path, toy: type[ToyTask]) -> None:
+        toy.stop_at = 8
+        with pytest.raises(KeyboardInterrupt):
+            train(config(epochs=9), tmp_path, tmp_path / "run")
+        with pytest.raises(RunError, match=r"done 1 epochs, more than train\.epochs = 0"):
+            short = config(epochs=1).train.model_copy(update={"epochs": 0})
+            train(ToyConfig(train=short), tmp_path, tmp_path / "run", resume=True)
+        run = train(config(epochs=1), tmp_path, tmp_path / "run", resume=True)
+        assert (run.info.status, run.info.epoch) == ("finished", 1)
+
+
+class TestASignalToEnd:
+    @pytest.fixture
+    def stopped_in(self, monkeypatch: pytest.MonkeyPatch, toy: type[ToyTask]) -> Any:
+        """Has a signal come while a method works for the n-th time; see how a run takes it."""
+
+        def arrange(method: str, at: int, owner: Any = toy) -> None:
+            calls = count(1)
+            work = getattr(owner, method)
+
+            def interrupted(*arguments: Any, **options: Any) -> Any:
+                done = work(*arguments, **options)
+                if next(calls) == at:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                return done
+
+            monkeypatch.setattr(owner, method, interrupted)
+
+        return arrange
+
+    @pytest.mark.parametrize("accumulate", [1, 4])
+    @pytest.mark.parametrize(
+        ("where", "at"), [("step", 8), ("get", 34), ("evaluate", 2), ("finish", 1)]
+    )
+    def test_keeps_the_run_to_be_exported_and_resumed(
+        self,
+        where: str,
+        at: int,
+        accumulate: int,
+        tmp_path: Path,
+        stopped_in: Any,
+        monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        chosen = config(accumulate=accumulate)
+        whole = train(chosen, tmp_path, tmp_path / "whole")
+        with monkeypatch.context():
+            stopped_in(where, at, *([Points] if where == "get" else []))
+            with pytest.raises(Stopped):
+                train(chosen, tmp_path, tmp_path / "cut")
+        cut = open_run(tmp_path / "cut")
+        if where == "finish":
+            assert cut.info.status == "running"
+        else:
+            assert (cut.info.status, cut.info.epoch) == ("stopped", 1)
+            assert cut.info.results
+            assert "can be exported, and resumed" in caplog.text
+            assert cut.weights().read_bytes() == cut.weights("last").read_bytes()
+            position = checkpoint.load(cut.root / checkpoint.NAME)["position"]
+            # at once between steps, with the next batch being loaded; else at the step's end
+            want = {1: {"step": 2, "get": 1}, 4: {"step": 4, "get": 4}}[accumulate]
+            assert position["batch"] == (want | {"evaluate": 6})[where]
+        torch.manual_seed(999)
+        cut = train(chosen, tmp_path, cut.root, resume=True)
+        assert cut.info == whole.info
+        assert rows(cut.root) == rows(whole.root)
+        for which in ("best", "last"):
+            assert cut.weights(which).read_bytes() == whole.weights(which).read_bytes()  # type: ignore[arg-type]
+
+    def test_in_the_first_epoch_leaves_a_run_to_resume(
+        self, tmp_path: Path, stopped_in: Any, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        stopped_in("step", 2)
+        with pytest.raises(Stopped):
+            train(config(), tmp_path, tmp_path / "run")
+        assert "no epoch is done" in caplog.text
+        assert open_run(tmp_path / "run").info.status == "running"
+        assert checkpoint.load(tmp_path / "run" / checkpoint.NAME)["position"]["batch"] == 2
+
+    def test_that_comes_twice_leaves_out_what_an_export_needs(
+        self, tmp_path: Path, stopped_in: Any, monkeypatch: pytest.MonkeyPatch, toy: type[ToyTask]
+    ) -> None:
+        stopped_in("step", 8)
+        finish = toy.finish
+
+        def impatient(*arguments: Any) -> dict[str, Any]:
+            os.kill(os.getpid(), signal.SIGINT)
+            return finish(*arguments)
+
+        monkeypatch.setattr(toy, "finish", impatient)
+        with pytest.raises(Stopped):
+            train(config(), tmp_path, tmp_path / "run")
+        assert open_run(tmp_path / "run").info.status == "running"
+        assert checkpoint.load(tmp_path / "run" / checkpoint.NAME)["position"]["batch"] == 2
+
+    def test_keeps_what_is_worked_with(self, tmp_path: Path, stopped_in: Any) -> None:
+        stopped_in("step", 8)
+        with pytest.raises(Stopped):
+            train(config(), tmp_path, tmp_path / "run")
+        assert (tmp_path / "run" / "rows.work").exists()
+
+
+class TestTheBestEpoch:
+    @pytest.fixture
+    def errors(self, monkeypatch: pytest.MonkeyPatch, toy: type[ToyTask]) -> Any:
+        """Lets the metrics of the epochs be what a test says."""
+
+        def arrange(*values: float, **others: Sequence[float]) -> None:
+            told = [
+                dict(zip(("error", *others), row, strict=True))
+                for row in zip(values, *others.values(), strict=True)
+            ]
+            each = iter(told)
+            monkeypatch.setattr(toy, "evaluate", lambda self, model: next(each))
+
+        return arrange
+
+    @pytest.mark.parametrize(
+        ("error", "nll", "best"),
+        [
+            ([2, 1, 3], [0, 0, 0], 2),
+            ([1, 1, 1], [5, 4, 6], 2),  # a tie goes to the lower loss
+            ([1, 1, 2], [4, 4, 3], 2),  # then to the later epoch
+            ([1, 1, 1], [4, 4, 4], 3),
+            ([2, 2, 1], [0, 0, 9], 3),
+        ],
+    )
+    def test_is_chosen_by_one_criterion_after_the_other(
+        self,
+        error: list[float],
+        nll: list[float],
+        best: int,
+        tmp_path: Path,
+        errors: Any,
+        monkeypatch: pytest.MonkeyPatch,
+        toy: type[ToyTask],
+    ) -> None:
+        monkeypatch.setattr(toy, "best", (("error", "min"), ("nll", "min")))
+        errors(*error, nll=nll)
+        run = train(config(), tmp_path, tmp_path / "run")
+        assert checkpoint.load(run.root / checkpoint.NAME)["best_epoch"] == best
+        is_last = run.weights("best").read_bytes() == run.weights("last").read_bytes()
+        assert is_last == (best == 3)
+
+    def test_is_the_last_where_nothing_chooses(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, toy: type[ToyTask]
+    ) -> None:
+        monkeypatch.setattr(toy, "best", ())
+        run = train(config(), tmp_path, tmp_path / "run")
+        assert run.weights("best").read_bytes() == run.weights("last").read_bytes()
+
+    def test_ends_a_run_that_waited_for_a_better_one_long_enough(
+        self, tmp_path: Path, errors: Any, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level("INFO")
+        errors(3.0, 1.0, 2.0, 2.0, 9.0, 9.0)
+        run = train(config(epochs=9, patience=2), tmp_path, tmp_path / "run")
+        assert (run.info.status, run.info.epoch) == ("finished", 4)
+        assert "no epoch was better than 2" in caplog.text
+        more = train(config(epochs=9, patience=3), tmp_path, tmp_path / "run", resume=True)
+        assert (more.info.status, more.info.epoch) == ("finished", 5)
+
+    def test_is_needed_by_patience(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, toy: type[ToyTask]
+    ) -> None:
+        monkeypatch.setattr(toy, "best", ())
+        with pytest.raises(ConfigError, match=r"train\.patience"):
+            train(config(patience=2), tmp_path, tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
+    def test_can_give_way_to_the_last(self, tmp_path: Path, errors: Any) -> None:
+        errors(3.0, 1.0, 2.0)
+        run = train(config(), tmp_path, tmp_path / "run")
+        last = conclude(run.root, tmp_path, "last")
+        assert open_run(run.root) == last
+        assert (last.info.status, last.info.weights) == ("finished", "last")
+        assert last.weights() == last.weights("last") != run.weights()
+        assert last.info.results != run.info.results
+        assert conclude(run.root, tmp_path, "best").info == run.info
+
+    def test_is_made_ready_for_export_after_a_kill(
+        self, tmp_path: Path, toy: type[ToyTask]
+    ) -> None:
+        toy.stop_at = 4
+        with pytest.raises(KeyboardInterrupt):
+            train(config(), tmp_path, tmp_path / "run")
+        with pytest.raises(RunError, match="has no best"):
+            conclude(tmp_path / "run", tmp_path)
+        toy.stop_at = 8
+        with pytest.raises(KeyboardInterrupt):
+            train(config(), tmp_path, tmp_path / "run", resume=True)
+        toy.stop_at = None
+        assert conclude(tmp_path / "run", tmp_path).info.status == "stopped"
+        (tmp_path / "labels.txt").write_text("another")
+        with pytest.raises(RunError, match="labels_sha256"):
+            conclude(tmp_path / "run", tmp_path)
 
 
 class TestARun:
@@ -258,6 +508,16 @@ class TestARun:
         with pytest.raises(RunError, match="'loss' is nan"):
             train(config(), tmp_path, tmp_path / "run")
         assert len(rows(tmp_path / "run")) == 1
+
+    def test_tells_of_each_epoch_in_a_line(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        caplog.set_level("INFO", "engineworks.training")
+        train(config(), tmp_path, tmp_path / "run")
+        told = [record.getMessage() for record in caplog.records]
+        assert len(told) == 3
+        for epoch, line in enumerate(told, 1):
+            assert re.match(rf"epoch {epoch}/3, \d+ s: loss [\d.e+-]+, bias .*, error ", line)
 
     def test_reports_its_progress(self, tmp_path: Path) -> None:
         seen: list[tuple[str, int, int]] = []

@@ -245,7 +245,7 @@ def contenders(
         raise RunError(f"{run} is a run of '{opened.info.system}', the bundle is of 'noising'")
     plain = opened.config.model_copy(update={"backbone": opened.config.backbone.plain()})
     model, _ = build_model(plain, weights=False)
-    model.load_state_dict(load_file(opened.weights("best")))
+    model.load_state_dict(load_file(opened.weights()))
     network: nn.Module = model
     around: type[EagerNoising] = EagerLayers if opened.config.fit.layers else EagerBank
     if isinstance(model, DiscriminatorTraining):

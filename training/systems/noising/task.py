@@ -42,7 +42,7 @@ from engineworks.training.systems.noising.discriminator import (
     DiscriminatorTraining,
 )
 from engineworks.training.systems.noising.model import PatchFeatures
-from engineworks.training.task import Position, Progress
+from engineworks.training.task import Criterion, Position, Progress
 
 _FEATURES_NAME = "features.float32"
 
@@ -78,7 +78,7 @@ class Task:
 
     written = ("bank.faiss", "params.json", "thresholds.json")
     working = (f"{Path(_FEATURES_NAME).stem}.*",)
-    best: tuple[str, Literal["max", "min"]] | None = None
+    best: tuple[Criterion, ...] = ()
 
     def __init__(self, config: TaskConfig, data: Path, root: Path, *, weights: bool = True) -> None:
         self.config = config

@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from engineworks.training.run import Run, judged, open_run, read_json
 from engineworks.training.systems.paco.config import TaskConfig
 from engineworks.training.systems.paco.data import Pictures, Views
 from engineworks.training.systems.paco.model import Paco, PacoTraining
-from engineworks.training.task import Position, Progress
+from engineworks.training.task import Criterion, Position, Progress
 
 _NET = "net."  # within what trains it
 # strongest part first
@@ -131,8 +131,8 @@ class Task:
         self.judged = (
             None if self.judged_by is None else datasets.class_folder(data, self.judged_by)
         )
-        self.best: tuple[str, Literal["max", "min"]] | None = (
-            ("top1", "max") if self.judged_by == "val" else None
+        self.best: tuple[Criterion, ...] = (
+            (("top1", "max"), ("nll", "min")) if self.judged_by == "val" else ()
         )
         self.dataset = datasets.class_labels(data)
         self.data_summary: dict[str, JsonValue] = {
@@ -199,7 +199,6 @@ class Task:
         files.write(run.root / "labels.json", json.dumps(self.labels, indent=2) + "\n")
         if self.judged is None:
             return {}
-        model.load_state_dict(backbones.read_weights(run.weights()))
         metrics = self._judge(model)
         confusion = draw.confusion_matrix(metrics.confusion, self.labels)
         images.write(run.root / "confusion.png", confusion)

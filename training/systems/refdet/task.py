@@ -19,7 +19,7 @@ from engineworks.runtime.objects import ObjectData, object_labels, object_splits
 from engineworks.runtime.preprocess import apply
 from engineworks.runtime.systems import refdet
 from engineworks.runtime.tensors import Array
-from engineworks.training.backbones import feature_cache, read_weights
+from engineworks.training.backbones import feature_cache
 from engineworks.training.data import fingerprint, loader
 from engineworks.training.profiler import section
 from engineworks.training.run import Run, judged
@@ -27,7 +27,7 @@ from engineworks.training.systems.refdet.config import StageConfig, TaskConfig, 
 from engineworks.training.systems.refdet.data import Episodes
 from engineworks.training.systems.refdet.loss import Losses
 from engineworks.training.systems.refdet.model import Detect, RefDet
-from engineworks.training.task import Position, Progress
+from engineworks.training.task import Criterion, Position, Progress
 
 _CONTRASTIVE = ("prototype", "supervised", "proposals", "triplet")
 _ENCODED = 16  # references at once, where nothing is learnt
@@ -115,8 +115,8 @@ class Task:
             if self.judged_by is None
             else read_objects(data, self.judged_by, hold_out=config.hold_out)
         )
-        self.best: tuple[str, Literal["max", "min"]] | None = (
-            ("map50", "max") if self.judged_by == "val" else None
+        self.best: tuple[Criterion, ...] = (
+            (("map50", "max"), ("loss", "min")) if self.judged_by == "val" else ()
         )
         self.labels = sorted(self.training.references) if config.base else []
         self.dataset = object_labels(data)
@@ -178,7 +178,6 @@ class Task:
             },
         }
         if self.judged is not None:
-            model.load_state_dict(read_weights(run.weights()))
             found = self._judge(model.net, self.judged, progress)
             results |= judged(str(self.judged_by), found)
         return results

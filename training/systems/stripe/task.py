@@ -19,7 +19,6 @@ from engineworks.runtime.evaluation import Evaluation
 from engineworks.runtime.preprocess import PlanesSpec
 from engineworks.runtime.systems import stripe
 from engineworks.runtime.tensors import Array
-from engineworks.training.backbones import read_weights
 from engineworks.training.data import fingerprint, loader
 from engineworks.training.profiler import section
 from engineworks.training.run import Run, judged
@@ -27,7 +26,7 @@ from engineworks.training.systems.stripe.config import TaskConfig
 from engineworks.training.systems.stripe.data import Tiles, pack
 from engineworks.training.systems.stripe.loss import focal
 from engineworks.training.systems.stripe.model import Segment, build, multiply_adds
-from engineworks.training.task import Position, Progress
+from engineworks.training.task import Criterion, Position, Progress
 
 _NUM_PAINTED = 32  # tiles for calibration
 _COUNTED = 128  # side in pixels of the tile that multiply-adds are counted on
@@ -65,8 +64,8 @@ class Task:
         self.judged = [] if self.judged_by is None else datasets.strips(data, self.judged_by)
         defective = [sample for sample in self.judged if sample.label]
         can_choose = self.judged_by == "valid" and all(s.mask_path for s in defective)
-        self.best: tuple[str, Literal["max", "min"]] | None = (
-            ("pixel_ap", "max") if defective and can_choose else None
+        self.best: tuple[Criterion, ...] = (
+            (("pixel_ap", "max"), ("loss", "min")) if defective and can_choose else ()
         )
         self.dataset = datasets.strip_labels(data)
         self.data_summary: dict[str, JsonValue] = {
@@ -100,7 +99,6 @@ class Task:
         ``painted/`` holds tiles as they were trained on: INT8 ranges that are measured on good
         strips alone would cut off just what a defect excites.
         """
-        model.load_state_dict(read_weights(run.weights()))
         tiles = self._tiles()
         strips = tiles.strips
         threshold = self._threshold(model, tiles, progress)

@@ -119,9 +119,9 @@ def test_with_a_test_folder_alone_the_last_epoch_is_kept(drawn: Path, tmp_path: 
     shutil.copytree(drawn, data)
     shutil.rmtree(data / "val")
     task = Task(config(), data, tmp_path)  # type: ignore[arg-type]
-    assert task.best is None
+    assert task.best == ()
     assert task.judged_by == "test"
-    assert Task(config(), drawn, tmp_path).best == ("top1", "max")  # type: ignore[arg-type]
+    assert Task(config(), drawn, tmp_path).best == (("top1", "max"), ("nll", "min"))  # type: ignore[arg-type]
 
 
 def test_lambda_and_eta_grow_over_the_warm_up(drawn: Path, tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ class TestARun:
         (folder / "annotations_test.json").rename(folder / "annotations_val.json")
         task = Task(config(), folder, tmp_path / "run")
         assert task.judged_by == "val"
-        assert task.best == ("map50", "max")
+        assert task.best == (("map50", "max"), ("loss", "min"))
 
     def test_never_sees_what_is_held_out_and_is_judged_by_it(
         self, drawn: Path, tmp_path: Path

@@ -153,14 +153,14 @@ def test_a_validation_set_chooses_the_epoch_and_the_threshold(
     validated: Path, tmp_path: Path
 ) -> None:
     task = Task(config(), validated, tmp_path / "none")  # type: ignore[arg-type]
-    assert task.best == ("pixel_ap", "max")
+    assert task.best == (("pixel_ap", "max"), ("loss", "min"))
     made = train(config("train.epochs=1"), validated, tmp_path / "run")
     source = json.loads((made.root / "thresholds.json").read_text())["candidate"]["source"]
     assert "3 normal images" in source
 
 
 def test_a_test_set_chooses_nothing(drawn: Path, tmp_path: Path) -> None:
-    assert Task(config(), drawn, tmp_path / "none").best is None  # type: ignore[arg-type]
+    assert Task(config(), drawn, tmp_path / "none").best == ()  # type: ignore[arg-type]
 
 
 def test_good_strips_alone_are_enough(drawn: Path, tmp_path: Path) -> None:
