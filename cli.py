@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import partial, wraps
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     OpenBundle = Callable[[Path], closing[System]]
     Prepare = Callable[[System], None]
 
+LINE_EVERY_S = 60.0  # of what takes longer, where stderr is no terminal
 PATH = click.Path(path_type=Path)
 FOLDER = click.Path(path_type=Path, exists=True, file_okay=False)
 OUT = click.option("--out", type=PATH, required=True, help="Folder to write.")
@@ -248,7 +250,7 @@ class Cli(click.Group):
 def main(context: click.Context, quiet: bool) -> None:
     """Train small-data vision systems, export INT8 bundles, run them without PyTorch."""
     context.obj = {"quiet": quiet}
-    _show_warnings()
+    _show_messages(quiet=quiet)
 
 
 @main.command()
@@ -328,13 +330,17 @@ def train(
     profile: bool,
     exist_ok: bool,
 ) -> None:
-    """Train SYSTEM on a folder of data."""
+    """Train SYSTEM on a folder of data.
+
+    Ctrl-C keeps the run: what is done can be exported, and --resume goes on. With --resume, --set
+    may change train.epochs and train.patience.
+    """
     _need("torch", "train")
-    from engineworks.training.config import load_config
+    from engineworks.training.config import changed, load_config
     from engineworks.training.run import open_run
 
-    if resume and out is not None and not config and not overrides:
-        merged = open_run(out).config
+    if resume and out is not None and not config:
+        merged = changed(open_run(out).config, overrides)
         if merged.system != system:
             raise UsageError(
                 f"{out} is a run of '{merged.system}', not of '{system}'",
@@ -980,34 +986,40 @@ def _say(context: click.Context) -> Callable[[str], None]:
     return (lambda _text: None) if quiet else (lambda text: _echo(text, err=True))
 
 
-class _Warnings(logging.Handler):
-    """Shows what the packages warn of on stderr, each message once, also with --quiet."""
+class _Messages(logging.Handler):
+    """Shows on stderr what packages log: news; warnings, each once and also with --quiet."""
 
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
+    def __init__(self, *, quiet: bool) -> None:
+        super().__init__(logging.WARNING if quiet else logging.INFO)
         self._shown: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
         message = record.getMessage()
-        if message not in self._shown:
+        if record.levelno < logging.WARNING:
+            _echo(message, err=True)
+        elif message not in self._shown:
             self._shown.add(message)
             _echo(message, fg="yellow", err=True)
 
 
-def _show_warnings() -> None:
-    handler = _Warnings()
-    logging.getLogger("engineworks").handlers = [handler]
+def _show_messages(*, quiet: bool) -> None:
+    logger = logging.getLogger("engineworks")
+    logger.handlers = [handler := _Messages(quiet=quiet)]
+    logger.setLevel(handler.level)
 
 
 class _Progress:
-    """Progress bars on stderr; none where stderr is no terminal or with --quiet."""
+    """Progress on stderr: bars; where it is no terminal, a line a minute; with --quiet nothing."""
 
     def __init__(self, context: click.Context) -> None:
-        self._show = sys.stderr.isatty() and not context.find_root().obj["quiet"]
+        self._quiet = context.find_root().obj["quiet"]
+        self._show = sys.stderr.isatty() and not self._quiet
 
     def __enter__(self) -> Callable[[str, int, int], None]:
-        if not self._show:
+        if self._quiet:
             return lambda _label, _done, _total: None
+        if not self._show:
+            return self._lines()
         from rich.console import Console
         from rich.progress import Progress, TaskID
 
@@ -1025,6 +1037,18 @@ class _Progress:
     def __exit__(self, *_error: object) -> None:
         if self._show:
             self._bar.stop()
+
+    @staticmethod
+    def _lines() -> Callable[[str, int, int], None]:
+        told = time.monotonic()
+
+        def show(label: str, done: int, total: int) -> None:
+            nonlocal told
+            if (now := time.monotonic()) - told >= LINE_EVERY_S:
+                told = now
+                _echo(f"{label}: {done}{f' of {total}' if total else ''}", err=True)
+
+        return show
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

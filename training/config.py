@@ -247,16 +247,38 @@ def load_config(
     merged = _parse(default, f"default.yaml of '{system}'")
     if file is not None:
         merged = _merge(merged, _parse(_read_over(package, file), str(file)), whole)
-    for override in overrides:
-        key, tree = _parse_override(override)
-        inside = any(key.startswith(f"{name}.") for name in whole)
-        merged = _merge(merged, tree, () if inside else whole)
+    merged = _override(merged, overrides, whole)
     if merged["system"] != system:
         raise ConfigError(
             f"the configuration is of system '{merged['system']}', not '{system}'",
             fix=f"give a configuration of '{system}', or train '{merged['system']}'",
         )
     return validate(schema, merged)
+
+
+def changed(config: AnyConfig, overrides: Sequence[str]) -> AnyConfig:
+    """A configuration with settings of its own, whatever today's defaults are.
+
+    Args:
+        overrides: see ``load_config``.
+
+    Raises:
+        ConfigError: an unknown key, a value of another type.
+    """
+    schema = type(config)
+    tree = _override(config.model_dump(mode="json"), overrides, _free_form(schema))
+    return validate(schema, tree)
+
+
+def _override(
+    tree: dict[str, Any], overrides: Sequence[str], whole: Collection[str]
+) -> dict[str, Any]:
+    """``key=value`` texts over a tree; ``whole`` as of ``_merge``."""
+    for override in overrides:
+        key, change = _parse_override(override)
+        inside = any(key.startswith(f"{name}.") for name in whole)
+        tree = _merge(tree, change, () if inside else whole)
+    return tree
 
 
 def _read_over(package: str, file: Path) -> str:

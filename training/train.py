@@ -164,7 +164,7 @@ def _train(
     _check_patience(config.train, task)
     run = _open_record(config, data, root, before, task, accelerator)
     learner = Learner(task, config.train, accelerator)
-    state = State(learner.parts, task.best)
+    state = State(learner.parts, task.best or ())
     if content is not None:
         state.restore(content, accelerator.device)
         learner.follow_schedule()

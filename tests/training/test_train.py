@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import re
 import signal
 import sys
@@ -296,7 +295,7 @@ class TestASignalToEnd:
             def interrupted(*arguments: Any, **options: Any) -> Any:
                 done = work(*arguments, **options)
                 if next(calls) == at:
-                    os.kill(os.getpid(), signal.SIGTERM)
+                    signal.raise_signal(signal.SIGTERM)
                 return done
 
             monkeypatch.setattr(owner, method, interrupted)
@@ -314,15 +313,13 @@ class TestASignalToEnd:
         accumulate: int,
         tmp_path: Path,
         stopped_in: Any,
-        monkeypatch: pytest.MonkeyPatch,
         caplog: pytest.LogCaptureFixture,
     ) -> None:
         chosen = config(accumulate=accumulate)
         whole = train(chosen, tmp_path, tmp_path / "whole")
-        with monkeypatch.context():
-            stopped_in(where, at, *([Points] if where == "get" else []))
-            with pytest.raises(Stopped):
-                train(chosen, tmp_path, tmp_path / "cut")
+        stopped_in(where, at, *([Points] if where == "get" else []))
+        with pytest.raises(Stopped):
+            train(chosen, tmp_path, tmp_path / "cut")
         cut = open_run(tmp_path / "cut")
         if where == "finish":
             assert cut.info.status == "running"
@@ -359,7 +356,7 @@ class TestASignalToEnd:
         finish = toy.finish
 
         def impatient(*arguments: Any) -> dict[str, Any]:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
             return finish(*arguments)
 
         monkeypatch.setattr(toy, "finish", impatient)
