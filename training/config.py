@@ -38,6 +38,11 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
+    @classmethod
+    def settled(cls, tree: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A tree of values with defaults that depend on others in it, before it is checked."""
+        return tree
+
 
 class OptimizerConfig(Config):
     """How parameters move.
@@ -335,7 +340,7 @@ def validate(schema: type[AnyConfig], tree: Mapping[str, Any]) -> AnyConfig:
     """
     try:
         # by way of JSON, where a list may become a tuple although everything else is strict
-        return schema.model_validate_json(json.dumps(tree))
+        return schema.model_validate_json(json.dumps(schema.settled(tree)))
     except (TypeError, ValueError) as error:
         if not isinstance(error, ValidationError):
             raise ConfigError(

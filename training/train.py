@@ -252,8 +252,8 @@ class _Loop:
             with unbroken():
                 state.close_epoch(row)
                 self._write_epoch(judged)
-            seconds = time.monotonic() - started
-            _log.info("%s, %.0f s: %s", name, seconds, _told(row, best=state.is_best))
+            told = _told(row, best=bool(state.criteria) and state.is_best)
+            _log.info("%s, %.0f s%s", name, time.monotonic() - started, told)
         else:
             state.close_epoch()
         self._accelerator.wait_for_everyone()
@@ -377,9 +377,9 @@ def _check_patience(settings: TrainConfig, task: Task) -> None:
 
 
 def _told(row: Mapping[str, float], *, best: bool) -> str:
-    """A line on an epoch."""
+    """What a line on an epoch says of it, if anything."""
     told = [f"{name} {value:.4g}" for name, value in row.items() if name != "epoch"]
-    return ", ".join([*told, *(["best"] if best else [])])
+    return f": {', '.join([*told, *(['the best so far'] if best else [])])}" if told else ""
 
 
 def _silent(_what: str, _done: int, _of: int) -> None:

@@ -15,6 +15,7 @@ from engineworks.training.config import (
     Config,
     OptimizerConfig,
     TrainConfig,
+    changed,
     dump,
     keys,
     load_config,
@@ -69,6 +70,23 @@ class TestOfPaco:
         assert config.backbone.stages == (2,)  # type: ignore[attr-defined]
         with pytest.raises(ConfigError, match=r"backbone.*one map"):
             load_config("paco", overrides=["backbone.stages=[1,2]"])
+
+    @pytest.mark.parametrize(
+        ("overrides", "rate"),
+        [
+            ([], 3e-4),
+            (["frozen=true"], 3e-3),
+            (["frozen=true", "train.optimizer.lr=1e-4"], 1e-4),
+            (["frozen=true", "train.optimizer.name=sgd"], 3e-3),
+        ],
+    )
+    def test_has_a_rate_that_fits_what_learns(self, overrides: list[str], rate: float) -> None:
+        assert load_config("paco", None, overrides).train.optimizer.lr == rate
+
+    @pytest.mark.parametrize("override", ["train=3", "train.optimizer=null", "frozen=1"])
+    def test_names_what_is_wrong_around_a_rate(self, override: str) -> None:
+        with pytest.raises(ConfigError, match=f"key '{override.partition('=')[0]}'"):
+            load_config("paco", None, [override])
 
 
 class TestOfNoising:
@@ -165,6 +183,16 @@ class TestOfNoising:
     def test_that_is_empty_changes_nothing(self, tmp_path: Path) -> None:
         (tmp_path / "empty.yaml").write_text("")
         assert load_config("noising", tmp_path / "empty.yaml") == load_config("noising")
+
+
+def test_what_a_run_had_is_changed_where_it_is_told_to_be() -> None:
+    before = load_config("noising", None, ["fit.k=5", "backbone.args={pad_type: same}"])
+    now = changed(before, ["train.epochs=7", "backbone.args.output_stride=16"])
+    assert now.train.epochs == 7
+    assert now.backbone.args == {"pad_type": "same", "output_stride": 16}  # type: ignore[attr-defined]
+    assert now.model_copy(update={"train": before.train, "backbone": before.backbone}) == before  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match=r"train\.epoch'"):
+        changed(before, ["train.epoch=7"])
 
 
 def test_an_unknown_system_is_a_usage_error() -> None:

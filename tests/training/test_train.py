@@ -515,6 +515,7 @@ class TestARun:
         assert len(told) == 3
         for epoch, line in enumerate(told, 1):
             assert re.match(rf"epoch {epoch}/3, \d+ s: loss [\d.e+-]+, bias .*, error ", line)
+        assert told[0].endswith(", the best so far")
 
     def test_reports_its_progress(self, tmp_path: Path) -> None:
         seen: list[tuple[str, int, int]] = []

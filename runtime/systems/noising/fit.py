@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeAlias
 
 import numpy as np
 from pydantic import Field, field_validator, model_validator
@@ -12,7 +12,7 @@ from pydantic import Field, field_validator, model_validator
 from engineworks.runtime.bank import Bank
 from engineworks.runtime.borders import HeldOut, border
 from engineworks.runtime.bundle import Threshold
-from engineworks.runtime.coreset import Progress, greedy_k_centre, projection
+from engineworks.runtime.coreset import greedy_k_centre, projection
 from engineworks.runtime.errors import InputError
 from engineworks.runtime.evaluation import Rate
 from engineworks.runtime.metrics import false_reject_threshold
@@ -30,6 +30,9 @@ from engineworks.runtime.systems.noising.signals import (
     patch_signals,
 )
 from engineworks.runtime.tensors import Array
+
+# (what is being done, so many done, of so many)
+Progress: TypeAlias = Callable[[str, int, int], None]
 
 
 class FitConfig(Part):
@@ -158,7 +161,7 @@ def fit(
             tile of it. A picture's score is the highest of its images'. None: each image is one.
         copies_I: (I,) bool: which images are of changed copies; they join the bank and are not
             scored. None: none is.
-        progress: called with (rows picked, rows wanted).
+        progress: called with (what, done, of) for rows of each bank and for the pictures held out.
 
     Raises:
         InputError: no images, or features that do not fit the grid.
@@ -172,7 +175,8 @@ def fit(
     pictures_I = np.arange(num_images) if pictures_I is None else np.asarray(pictures_I)
     layers = Layers(widths=tuple(widths), window=config.window) if config.layers else None
     shown = _Shown(pictures_I, np.zeros(num_images, bool) if copies_I is None else copies_I)
-    fitting = _Fitting(features_IND, shown, grid, image_size, config, layers, seed, progress)
+    report_to = progress or (lambda what, done, of: None)
+    fitting = _Fitting(features_IND, shown, grid, image_size, config, layers, seed, report_to)
     pictures = np.unique(pictures_I)
     judged = fitting.hold_out(pictures)
     ranked = _ranked(pictures, judged.scores_P2[:, 0])
@@ -261,7 +265,7 @@ class _Fitting:
         config: FitConfig,
         layers: Layers | None,
         seed: int,
-        progress: Progress | None,
+        progress: Progress,
     ) -> None:
         self.features_IND = features_IND
         self.shown = shown
@@ -314,6 +318,7 @@ class _Fitting:
         k = min(config.k, *(len(fold.bank) for fold in folds))
         params = self._statistics(folds, k, grid)
         scores_P2 = np.full((len(pictures), 2), -np.inf, np.float32)
+        done, total = 0, sum(len(fold.images) for fold in folds)
         for fold in folds:
             for i, picture in zip(fold.images, fold.pictures, strict=True):
                 features_ND = fold.features_IND[i]
@@ -324,6 +329,8 @@ class _Fitting:
                 highest = np.array(_highest(params, scores_N, grid, size), np.float32)
                 at = np.searchsorted(pictures, picture)
                 scores_P2[at] = np.maximum(scores_P2[at], highest)
+                done += 1
+                self.progress("held-out images", done, total)
         return _Judged(params, scores_P2)
 
     def _fold(self, pictures: Array, part: Array) -> _Fold:
@@ -485,7 +492,7 @@ def _coreset(
     config: FitConfig,
     rng: np.random.Generator,
     space: Array | None,
-    progress: Progress | None,
+    progress: Progress,
 ) -> tuple[Array, float]:
     """The rows of a bank of some images, (M, D), and their radius: how far the patches that they
     were chosen among lie from them at most.
@@ -500,7 +507,9 @@ def _coreset(
     def reduce(rows_ND: Array) -> tuple[Array, float]:
         first = int(rng.integers(len(rows_ND)))
         searched = rows_ND if space is None else rows_ND @ space
-        picks = greedy_k_centre(searched, num, first=first, progress=progress)
+        picks = greedy_k_centre(
+            searched, num, first=first, progress=lambda done, of: progress("coreset", done, of)
+        )
         return rows_ND[picks.indices], picks.radius
 
     def patches(part: Array) -> Array:

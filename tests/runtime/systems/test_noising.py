@@ -602,6 +602,14 @@ class TestFitting:
         # greedy is within twice the best radius; two rounds of it are within four times
         assert farthest <= 2 * whole.report["covering_radius"]
 
+    def test_tells_how_far_it_is_while_it_chooses_rows_and_while_it_scores(self) -> None:
+        told: list[tuple[str, int, int]] = []
+        features = np.random.default_rng(0).standard_normal((9, 64, 4)).astype(np.float32)
+        fit(features, (8, 8), (8, 8), FitConfig(), seed=0, progress=lambda *now: told.append(now))
+        assert {what for what, _, _ in told} == {"coreset", "held-out images"}
+        scored = [now[1:] for now in told if now[0] == "held-out images"]
+        assert scored == [(i + 1, 9) for i in range(9)]
+
 
 class TestABankOfManyPatches:
     features = np.random.default_rng(0).standard_normal((50, 64, 4)).astype(np.float32)

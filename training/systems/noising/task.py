@@ -178,7 +178,7 @@ class Task:
             widths=self.features.widths,
             pictures_I=self.images.pictures_I,
             copies_I=self.images.copies_I,
-            progress=lambda done, of: progress("coreset", done, of),
+            progress=progress,
         )
         fitted.bank.save(run.root / "bank.faiss")
         if fitted.foreground is not None:

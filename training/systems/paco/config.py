@@ -6,12 +6,17 @@ default.
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from collections.abc import Mapping
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from engineworks.runtime.preprocess import PreprocessSpec
 from engineworks.training.config import BackboneConfig, Config, SystemConfig
+
+# of train.optimizer.lr, where it is null
+RATE = 3e-4
+RATE_FROZEN = 3e-3
 
 
 class ViewsConfig(Config):
@@ -149,6 +154,8 @@ class TaskConfig(SystemConfig):
             a random classifier.
         views, parts, loss: see there; ``loss.pac = 0`` and ``loss.soc = 0`` leave two-view
             cross-entropy.
+        train: where ``optimizer.lr`` is null it becomes 3e-4, or 3e-3 for a classifier alone, which
+            the smaller rate would leave far from where it is going.
         num_overlays: pictures of the validation set on which the parts are drawn at the end.
     """
 
@@ -161,6 +168,16 @@ class TaskConfig(SystemConfig):
     parts: PartsConfig = PartsConfig()
     loss: LossConfig = LossConfig()
     num_overlays: int = Field(default=16, ge=0)
+
+    @classmethod
+    def settled(cls, tree: Mapping[str, Any]) -> Mapping[str, Any]:
+        """With a rate where it is null: the one that fits what learns."""
+        train = tree.get("train")
+        optimizer = train.get("optimizer") if isinstance(train, Mapping) else None
+        if not isinstance(optimizer, Mapping) or optimizer.get("lr", 0) is not None:
+            return tree  # it is set, or what is wrong with it is said by the check
+        rate = RATE_FROZEN if tree.get("frozen") is True else RATE
+        return {**tree, "train": {**train, "optimizer": {**optimizer, "lr": rate}}}
 
     @field_validator("backbone")
     @classmethod
