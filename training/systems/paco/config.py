@@ -172,12 +172,12 @@ class TaskConfig(SystemConfig):
     @classmethod
     def settled(cls, tree: Mapping[str, Any]) -> Mapping[str, Any]:
         """With a rate where it is null: the one that fits what learns."""
-        train = tree.get("train")
-        optimizer = train.get("optimizer") if isinstance(train, Mapping) else None
-        if not isinstance(optimizer, Mapping) or optimizer.get("lr", 0) is not None:
-            return tree  # it is set, or what is wrong with it is said by the check
-        rate = RATE_FROZEN if tree.get("frozen") is True else RATE
-        return {**tree, "train": {**train, "optimizer": {**optimizer, "lr": rate}}}
+        match tree:
+            case {"train": {"optimizer": {"lr": None}}}:
+                rate = RATE_FROZEN if tree.get("frozen") is True else RATE
+                optimizer = {**tree["train"]["optimizer"], "lr": rate}
+                return {**tree, "train": {**tree["train"], "optimizer": optimizer}}
+        return tree
 
     @field_validator("backbone")
     @classmethod
