@@ -21,13 +21,11 @@ html_theme = "furo"
 html_title = f"engineworks {version}"
 html_copy_source = False
 pygments_style = "default"
-smartquotes = False  # options begin with two dashes
 
 myst_heading_anchors = 4  # the anchors that links use where the repository is browsed
 myst_enable_extensions = ["fieldlist"]
 suppress_warnings = ["myst.header"]  # pages begin their levels as they do where they are browsed
 
-autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
 python_use_unqualified_type_names = True
@@ -56,8 +54,11 @@ def _included(app: Any, path: Path, page: str, source: list[str]) -> None:
 
 
 def _plain(app: Any, context: Any, lines: list[str]) -> None:
-    """``--help`` is no markup."""
-    lines[:] = [re.sub(r"(?<!\*)\*(?!\*)", r"\*", line) for line in lines]
+    """``--help`` is no markup: stars and dashes are what they are."""
+    for i, line in enumerate(lines):
+        if not line.startswith(".. "):
+            starred = re.sub(r"(?<!\*)\*(?!\*)", r"\*", line)
+            lines[i] = re.sub(r"(?<![`\w])--[a-z][\w-]*", r"``\g<0>``", starred)
 
 
 def setup(app: Any) -> None:
@@ -69,3 +70,4 @@ def setup(app: Any) -> None:
     app.connect("source-read", _moved)
     app.connect("include-read", _included)
     app.connect("sphinx-click-process-options", _plain)
+    app.connect("sphinx-click-process-description", _plain)

@@ -107,7 +107,8 @@ class Candidate:
     """A place where a defect may be.
 
     Attributes:
-        x, y: column and row of its peak in pixels of the image.
+        x: column of its peak in pixels of the image.
+        y: row of its peak.
         score: mean of the three highest pixels around the peak, in [0, 1].
     """
 

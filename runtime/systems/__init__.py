@@ -51,7 +51,8 @@ class System(Protocol):
     Attributes:
         bundle: what it was opened from.
         engines: graph name -> engine; replaced by tests and by calibration's ``Tap``.
-        backend, precision: what really runs, never ``auto``.
+        backend: what really runs, never ``auto``.
+        precision: likewise.
         reader: of the class: how files become its images.
     """
 
