@@ -6,19 +6,93 @@ the paired bootstrap says whether as many pictures can tell that from noise.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from engineworks.export.int8 import candidate as make
+from engineworks.export.int8 import has_own
+from engineworks.export.job import Job, Say
+from engineworks.export.quantize import KeepFloat
+from engineworks.export.sensitivity import NodeCost
 from engineworks.runtime.bundle import Bundle
 from engineworks.runtime.engines import BACKENDS
-from engineworks.runtime.errors import BackendError, DatasetError
+from engineworks.runtime.errors import BackendError, DatasetError, GateError
 from engineworks.runtime.evaluation import Evaluation
 from engineworks.runtime.evidence import Drop
 from engineworks.runtime.systems import open_system, variant_of
+from engineworks.runtime.verdict import lost
 
-Say = Callable[[str], None]
+_MAX_RELAXED = 16
+
+
+def hold(job: Job) -> None:
+    """Hold INT8 against float; while it fails, leave out what makes it fail.
+
+    First the graphs that one backend alone runs; then, where ``sensitivity`` measured them, the
+    most expensive nodes, which go back to float.
+
+    Raises:
+        DatasetError: the labelled data give none of the gate's metrics.
+    """
+    data, made, floats = job.config.evaluation, job.calibration, job.bundle
+    assert data is not None
+    threads = job.config.threads
+    before = evaluate(floats, int8_backends()[0], "float", data, threads=threads)
+
+    def judged(tried: Bundle) -> dict[str, Any]:
+        return judge(tried, before, data, threads=threads, say=job.say)
+
+    candidate, own = floats, True
+    gate = judged(candidate)
+    if not gate["passed"] and has_own(candidate):
+        job.say("gate failed: trying without the graphs that one backend alone runs")
+        shared = make(job, floats, job.room("shared"), own=False)
+        shared_gate = judged(shared)
+        if shared_gate["passed"]:
+            own, candidate, gate = False, shared, shared_gate
+    count = 1
+    while made.costs and not gate["passed"] and count <= _MAX_RELAXED:
+        made.keep, relaxed = _relax(made.keep, made.costs, count)
+        job.say(f"gate failed: back to float: {', '.join(relaxed)}")
+        candidate = make(job, floats, job.room(f"relaxed{count}"), own=own)
+        gate = judged(candidate)
+        count *= 2
+    job.take(candidate)
+    job.report(gate=gate)
+
+
+def _relax(
+    keep: Mapping[str, KeepFloat], costs: Mapping[str, Sequence[NodeCost]], count: int
+) -> tuple[dict[str, KeepFloat], list[str]]:
+    """The rule with the ``count`` most expensive nodes of each graph left float."""
+    worst = {name: [cost.node for cost in found[:count]] for name, found in costs.items()}
+    rules = {name: rule.plus(worst.get(name, ())) for name, rule in keep.items()}
+    return rules, [node for nodes in worst.values() for node in nodes]
+
+
+def check(gate: Mapping[str, Any], out: Path) -> None:
+    """Refuse a gate that failed, or that could not judge all that it was to judge.
+
+    Args:
+        gate: report of ``hold``.
+        out: the bundle, which ships what is left.
+
+    Raises:
+        GateError: either of them.
+    """
+    if not gate["passed"]:
+        raise GateError(
+            f"INT8 lost more than allowed: {lost(gate)}",
+            fix="try --sensitivity, another --method, more --samples, or ship float "
+            f"(the bundle {out} does)",
+        )
+    if gate["not_judged"]:
+        raise GateError(
+            f"the gate could not judge {', '.join(gate['not_judged'])}: the data do not give it",
+            fix="complete the labels, e.g. by masks of all defects, or leave --fail-on-drop out",
+        )
 
 
 def int8_backends() -> list[str]:

@@ -12,12 +12,14 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 
 import numpy as np
+import onnx
 from pydantic import BaseModel, ConfigDict
 
+from engineworks.export.passes import before_choice
 from engineworks.runtime.bundle import Bundle
-from engineworks.runtime.engines import Engine
+from engineworks.runtime.engines import Engine, open_engine
 from engineworks.runtime.errors import ParityError
-from engineworks.runtime.systems import open_engines, open_system
+from engineworks.runtime.systems import open_engines, open_system, variant_of
 from engineworks.runtime.tensors import Array, TensorSpec
 from engineworks.runtime.tensors import Feeds as EngineFeeds
 
@@ -179,3 +181,19 @@ def outputs(engine: Engine, feeds: Sequence[Mapping[str, Array]]) -> dict[str, A
     """Outputs over several feeds, joined along the batch."""
     answers = [engine.run(feed) for feed in feeds]
     return {name: np.concatenate([answer[name] for answer in answers]) for name in engine.outputs}
+
+
+def answers(
+    bundle: Bundle, backend: str, precision: str, feeds: Feeds, *, threads: int | None = None
+) -> dict[str, dict[str, Array]]:
+    """Per graph, what can be compared of its outputs; see ``passes.before_choice``."""
+    found = {}
+    for name, graph in bundle.manifest.graphs.items():
+        variant = variant_of(graph.variants, backend, precision)
+        assert variant is not None  # float is in every bundle, INT8 was just written
+        model = before_choice(onnx.load(bundle.path(graph.variants[variant])))
+        with closing(
+            open_engine(model.SerializeToString(), backend, precision=precision, threads=threads)
+        ) as engine:
+            found[name] = outputs(engine, feeds[name])
+    return found

@@ -5,8 +5,9 @@ The only call of ``torch.onnx`` in the project. What leaves here has been compar
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,13 @@ import torch
 
 from engineworks.export import passes
 from engineworks.export.parity import Parity, check, check_shapes
-from engineworks.export.systems import Source, backbone, recipe
+from engineworks.export.systems import Source, recipe
 from engineworks.runtime import bundle
 from engineworks.runtime.bundle import Bundle, GraphEntry, Manifest
 from engineworks.runtime.engines import open_engine
-from engineworks.runtime.errors import ExportError, RunError
+from engineworks.runtime.errors import ExportError, RunError, UsageError
 from engineworks.runtime.files import scratch
 from engineworks.runtime.tensors import Array, TensorSpec
-from engineworks.training.config import BackboneConfig
 from engineworks.training.run import open_run
 from engineworks.training.task import Progress
 
@@ -58,28 +58,53 @@ def trace(
     return _write(info.system, run, out, record, progress=progress, exist_ok=exist_ok)
 
 
-def trace_backbone(
-    config: BackboneConfig,
+def trace_prepared(
+    system: str,
+    prepare: Callable[[Path], Mapping[str, Any]],
     out: Path,
     *,
-    size: tuple[int, int] | None = None,
     progress: Progress | None = None,
     exist_ok: bool = False,
 ) -> Bundle:
-    """Export a net alone, for ``backbone.engine`` and for embeddings.
+    """Export a system that has no run.
 
     Args:
-        size: (height, width) of its images in pixels; None: what it was trained with.
+        prepare: leaves in a folder what a run would hold; gives where that comes from.
         out, progress, exist_ok: as of ``trace``.
 
     Raises:
-        ConfigError, WeightsError: see ``training.backbones.create``.
         ExportError, ParityError, BundleError: as ``trace``.
     """
     with scratch(out.parent) as folder:
-        record = {"backbone": backbone.prepare(folder, config, size)}
-        name = backbone.NAME
-        return _write(name, folder, out, record, progress=progress, exist_ok=exist_ok)
+        record = {system: prepare(folder)}
+        return _write(system, folder, out, record, progress=progress, exist_ok=exist_ok)
+
+
+def trace_named(
+    system: str,
+    name: str,
+    options: Mapping[str, str],
+    out: Path,
+    *,
+    progress: Progress | None = None,
+    exist_ok: bool = False,
+) -> Bundle:
+    """Export SYSTEM:NAME, e.g. a net of timm alone.
+
+    Args:
+        name, options: as the recipe's ``prepare`` takes them.
+        out, progress, exist_ok: as of ``trace``.
+
+    Raises:
+        UsageError: options that cannot be read, or a system that is exported from a run.
+        ConfigError, WeightsError: what is named is not there.
+        ExportError, ParityError, BundleError: as ``trace``.
+    """
+    rules = recipe(system)
+    if rules.prepare is None:
+        raise UsageError(f"'{system}' is exported from a run", fix="give the folder of its run")
+    prepare = partial(rules.prepare, name=name, options=options)
+    return trace_prepared(system, prepare, out, progress=progress, exist_ok=exist_ok)
 
 
 def _write(

@@ -13,7 +13,7 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from io import StringIO
@@ -381,13 +381,19 @@ def to_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
     ]
 
 
-def render(rows: Sequence[Row]) -> str:
-    """The rows as text tables, one per kind; speed-ups are against the first row of each."""
+def render(rows: Sequence[Row], metrics: Collection[str] = ()) -> str:
+    """The rows as text tables, one per kind; speed-ups are against the first row of each.
+
+    Args:
+        metrics: of accuracy, to be shown, such as those of the bundle's gate; none: the first that
+            each evaluation names.
+    """
     times = ("p50 ms", *(f"p{q}" for q in _PERCENTILES[1:]))
-    metrics = list(dict.fromkeys(key for row in rows for key in row.accuracy))
+    found = dict.fromkeys(key for row in rows for key in row.accuracy)
+    leading = dict.fromkeys(key for row in rows for key in list(row.accuracy)[:1])
+    shown = [name for name in metrics if name in found] or list(leading)
     rates = list(dict.fromkeys(key for row in rows for key in row.decided))
     energy = any(row.joules_per_image is not None for row in rows)
-    shown = [name for name in metrics if name.endswith(("auroc", "aupro", "top1", "map50"))]
     out = StringIO()
     console = Console(file=out, width=170)
     for group in _groups(rows):

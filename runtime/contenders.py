@@ -1,4 +1,4 @@
-"""What a benchmark compares: one bundle on every backend and precision, and eager PyTorch.
+"""What a benchmark compares: one bundle on every backend and precision, and its rivals.
 
 Each contender is timed twice: its network alone, and the whole path from decoded images to results.
 On a GPU both include the copies to it and back, because that is what a caller waits for; its
@@ -8,7 +8,6 @@ All contenders of a batch size take turns in one run, so a slow spell of the mac
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -173,7 +172,7 @@ def measure(
     bundle: Bundle,
     samples: Sequence[Array],
     *,
-    run: Path | None,
+    eager: Sequence[Contender] = (),
     backend: str,
     batches: Sequence[int],
     threads: int,
@@ -187,25 +186,15 @@ def measure(
 
     Args:
         samples: images to cycle through.
-        run: training run of the bundle; adds eager PyTorch.
+        eager: rivals of the bundle that stand before it, see ``training.eager.of_run``.
         seconds: spent on each row, warm-up not counted.
         evaluation: labelled folder; adds accuracy to each row that offers it.
         prepare, host_code: see ``of_bundle``.
 
     Returns:
         Rows by batch size and what the clock covers, in the order of the contenders.
-
-    Raises:
-        UsageError: ``run``, and the bundle's system is not trained.
     """
-    found: list[Contender] = []
-    if run is not None:
-        package = importlib.import_module("engineworks.training.systems").system_package(
-            bundle.manifest.system
-        )
-        eager = importlib.import_module(f"{package}.eager")
-        found += eager.contenders(run, bundle, threads=threads, say=say)
-    found += of_bundle(bundle, backend, threads, prepare, host_code=host_code)
+    found = [*eager, *of_bundle(bundle, backend, threads, prepare, host_code=host_code)]
     with ExitStack() as stack:
         for contender in found:
             stack.callback(contender.close)

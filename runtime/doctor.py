@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import platform
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Literal
 from engineworks import __version__
 from engineworks.runtime import gpu
 from engineworks.runtime.engines import BACKENDS
+from engineworks.runtime.errors import BackendError
 from engineworks.runtime.threads import available_threads
 
 # pairs of packages that install the same files over each other
@@ -56,6 +58,19 @@ def installed(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def need(package: str, extra: str) -> None:
+    """Refuse to go on without a package.
+
+    Raises:
+        BackendError: it is not installed.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise BackendError(
+            f"this command needs '{package}', which is not installed",
+            fix=f'pip install "engineworks[{extra}]"',
+        )
 
 
 def examine() -> Iterator[Finding]:

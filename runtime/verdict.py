@@ -20,7 +20,7 @@ def decide(
 
     Args:
         gate: report of ``export.gate``; empty where nothing was judged.
-        speed: report of ``export.build``, per backend.
+        speed: report of ``export.verdict``, per backend.
         unjudged: INT8 ships without a gate.
     """
     decisive = next(iter(speed))

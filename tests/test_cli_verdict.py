@@ -86,7 +86,7 @@ class TestShow:
         self, tiny: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         judged = reported(tiny, tmp_path / "b", verdict=decide({}, SPEED))
-        for name in ("onnxruntime", "openvino", "faiss", "export", "engineworks.export.build"):
+        for name in ("onnxruntime", "openvino", "faiss", "engineworks.export"):
             monkeypatch.setitem(sys.modules, name, None)
 
         done = run("bundle", "show", judged.root)

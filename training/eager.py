@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from engineworks.runtime.bundle import Bundle
 from engineworks.runtime.contenders import Contender
 from engineworks.runtime.tensors import Array
+from engineworks.training.systems import system_package
 
 # images (B, 3, H, W) -> whatever the system's module returns
 Network: TypeAlias = Callable[[Tensor], Any]
@@ -27,6 +31,20 @@ class EagerSystem(Protocol):
     def infer(self, images: Sequence[Array]) -> object:
         """See ``runtime.systems.System.infer``."""
         ...
+
+
+def of_run(
+    run: Path, bundle: Bundle, *, threads: int, say: Callable[[str], None]
+) -> list[Contender]:
+    """The system of a bundle in eager PyTorch, with the weights of its training run.
+
+    Raises:
+        UsageError: the bundle's system is not trained.
+        RunError: no run, or one that is not finished.
+    """
+    module = importlib.import_module(f"{system_package(bundle.manifest.system)}.eager")
+    found: list[Contender] = module.contenders(run, bundle, threads=threads, say=say)
+    return found
 
 
 def contenders(

@@ -10,7 +10,7 @@ import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from engineworks.export.quantize import NOTHING, KeepFloat
 from engineworks.runtime.bundle import Threshold
@@ -77,16 +77,25 @@ class Contents:
     labels: tuple[str, ...] = ()
 
 
+class Prepare(Protocol):
+    """Leaves in a folder what a run would hold; gives where it comes from, for the record."""
+
+    def __call__(
+        self, folder: Path, *, name: str, options: Mapping[str, str]
+    ) -> Mapping[str, Any]: ...
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How a system is exported.
 
     Attributes:
-        graphs: run folder (of ``backbone``: what it prepared) -> graph name -> source.
+        graphs: run folder (or what was prepared) -> graph name -> source.
         contents: the same folder -> the rest of the bundle.
         gate: metric -> by how much INT8 may be worse than float.
         keep_float: what INT8 leaves alone in every graph.
         tolerance: largest relative error of ONNX against torch, both in float32.
+        prepare: of a system that is exported by NAME and has no run.
     """
 
     graphs: Callable[[Path], Mapping[str, Source]]
@@ -94,6 +103,7 @@ class Recipe:
     gate: Mapping[str, float]
     keep_float: KeepFloat = NOTHING
     tolerance: float = 1e-4
+    prepare: Prepare | None = None
 
 
 def recipe(system: str) -> Recipe:

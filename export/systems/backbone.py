@@ -6,6 +6,8 @@ There is no run: ``prepare`` leaves in a folder what a run would hold.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from engineworks.export.systems import TRANSFORMER, Contents, Recipe, Source
+from engineworks.export.trace import trace_prepared
+from engineworks.runtime.bundle import Bundle
+from engineworks.runtime.errors import UsageError
 from engineworks.runtime.preprocess import PreprocessSpec
 from engineworks.runtime.systems import backbone
 from engineworks.training import backbones
 from engineworks.training.backbones import LastMap, read_weights
-from engineworks.training.config import BackboneConfig
+from engineworks.training.config import BackboneConfig, read_yaml, validate
 from engineworks.training.run import read_json
 
 NAME = backbone.NAME
@@ -53,7 +58,7 @@ def prepare(folder: Path, config: BackboneConfig, size: tuple[int, int] | None) 
     """Write weights and description of a net into a folder.
 
     Args:
-        size: see ``export.trace.trace_backbone``.
+        size: see ``trace_backbone``.
 
     Returns:
         Where its weights came from, for the record.
@@ -77,6 +82,51 @@ def prepare(folder: Path, config: BackboneConfig, size: tuple[int, int] | None) 
     }
     (folder / f"{_RECORD}.json").write_text(json.dumps(content), encoding="utf-8")
     return made.provenance
+
+
+def prepare_named(folder: Path, *, name: str, options: Mapping[str, str]) -> dict[str, str]:
+    """The same of what the command line says: backbone:NAME and its options.
+
+    Args:
+        name: timm's.
+        options: weights, stages, norm, size and args, as text; those that were given.
+
+    Raises:
+        UsageError: an option that cannot be read.
+        ConfigError, WeightsError: see ``training.backbones.create``.
+    """
+    tree: dict[str, Any] = {"name": name, **options}
+    size = None
+    try:
+        if "stages" in tree:
+            tree["stages"] = [int(stage) for stage in options["stages"].split(",")]
+        if text := tree.pop("size", None):
+            height, width = (int(side) for side in text.split(","))
+            size = height, width
+        if "args" in tree:
+            tree["args"] = read_yaml(options["args"], "--args")
+    except ValueError as error:
+        raise UsageError(
+            f"--stages, --size or --args of {name} cannot be read: {error}",
+            fix="write e.g. --stages 2,3 --size 256,256 --args '{pad_type: same}'",
+        ) from error
+    return prepare(folder, validate(BackboneConfig, tree), size)
+
+
+def trace_backbone(
+    config: BackboneConfig, out: Path, *, size: tuple[int, int] | None = None
+) -> Bundle:
+    """Export a net alone, for ``backbone.engine`` and for embeddings.
+
+    Args:
+        size: (height, width) of its images in pixels; None: what it was trained with.
+        out: the bundle to make.
+
+    Raises:
+        ConfigError, WeightsError: see ``training.backbones.create``.
+        ExportError, ParityError, BundleError: see ``export.trace.trace``.
+    """
+    return trace_prepared(NAME, partial(prepare, config=config, size=size), out)
 
 
 def _read(folder: Path) -> tuple[BackboneConfig, PreprocessSpec]:
@@ -125,4 +175,4 @@ def contents(folder: Path) -> Contents:
     )
 
 
-RECIPE = Recipe(graphs=graphs, contents=contents, gate={"top1": 0.01})
+RECIPE = Recipe(graphs=graphs, contents=contents, gate={"top1": 0.01}, prepare=prepare_named)

@@ -101,7 +101,7 @@ class TestWithoutTorch:
         assert done.returncode == 0, done.stderr
 
     def test_the_list_holds_what_a_machine_without_torch_must_do(self) -> None:
-        stages = ("build", "quantize", "legality", "passes", "parity", "sensitivity")
+        stages = ("pipeline", "int8", "quantize", "legality", "passes", "parity", "sensitivity")
         needed = {
             "engineworks.runtime.infer",
             "engineworks.calibration.calibrate",

@@ -18,8 +18,9 @@ import click
 import torch
 from torch import Tensor, nn
 
-from engineworks.export.build import BuildConfig, build
-from engineworks.export.trace import trace_backbone
+from engineworks.export.config import ExportConfig
+from engineworks.export.pipeline import export
+from engineworks.export.systems.backbone import trace_backbone
 from engineworks.runtime import bench
 from engineworks.runtime.bundle import Bundle
 from engineworks.runtime.testing import write_flowers
@@ -122,8 +123,10 @@ def main(weights: str, samples: Path | None, threads: int, seconds: float, steps
         engined = {}
         for config in (resnet, DINO):
             floats = trace_backbone(config, work / f"{config.name}-float", size=SIZE)
-            settings = BuildConfig(samples=shown, num_samples=24, method="mse", threads=threads)
-            bundle = build(floats, work / config.name, settings, say=lambda _: None)
+            settings = ExportConfig(
+                int8=True, samples=shown, num_samples=24, method="mse", threads=threads
+            )
+            bundle = export(floats, work / config.name, settings, say=lambda _: None)
             nets = rivals(config, bundle)
             x = torch.randn(BATCH, 3, *SIZE)
             title = f"{config.name}, {SIZE[0]} px, batch {BATCH}, {threads} threads"

@@ -184,7 +184,7 @@ def main() -> None:
     # what commands import, once
     import onnxruntime
 
-    import engineworks.export.build
+    import engineworks.export.pipeline
     import engineworks.runtime.systems.noising.extend
     import engineworks.training.systems.paco.task
     import engineworks.training.train

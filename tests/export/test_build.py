@@ -13,9 +13,11 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from engineworks.calibration.table import load
-from engineworks.export import build as build_module
-from engineworks.export.build import _OWN, BuildConfig, build
+from engineworks.export import int8, verdict
+from engineworks.export.config import ExportConfig
+from engineworks.export.int8 import OWN
 from engineworks.export.legality import check_legal
+from engineworks.export.pipeline import export as build
 from engineworks.export.quantize import activations, quantizable, quantize, to_unsigned
 from engineworks.runtime.bench import Timing, Turn
 from engineworks.runtime.bundle import Bundle, read, write
@@ -24,7 +26,6 @@ from engineworks.runtime.errors import (
     BundleError,
     CalibrationError,
     DatasetError,
-    ExportError,
     GateError,
     UsageError,
 )
@@ -55,7 +56,7 @@ def ran() -> Iterator[list[str]]:
         return {name: timing(MILLISECONDS[name]) for name in contenders}
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build_module.bench, "interleave", interleave)
+        patch.setattr(verdict.bench, "interleave", interleave)
         yield names
 
 
@@ -120,9 +121,15 @@ def spoilt(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return write_tiny_noising_bundle(folder, size=SIZE, graph=spoilt_by_one_node())
 
 
-def config(parts: Path, **changes: Any) -> BuildConfig:
-    options = {"samples": parts / "train", "num_samples": 6, "evaluation": parts, "threads": 1}
-    return BuildConfig(**{**options, **changes})
+def config(parts: Path, **changes: Any) -> ExportConfig:
+    options = {
+        "int8": True,
+        "samples": parts / "train",
+        "num_samples": 6,
+        "evaluation": parts,
+        "threads": 1,
+    }
+    return ExportConfig(**{**options, **changes})
 
 
 def silent(_line: str) -> None:
@@ -135,7 +142,6 @@ def judged_as(monkeypatch: pytest.MonkeyPatch, auroc: Callable[[Bundle, str, str
     def evaluate(bundle: Bundle, backend: str, precision: str, *_: object, **__: object) -> object:
         return Evaluation({"image_auroc": auroc(bundle, backend, precision)})
 
-    monkeypatch.setattr("engineworks.export.build.evaluate", evaluate)
     monkeypatch.setattr("engineworks.export.gate.evaluate", evaluate)
 
 
@@ -394,7 +400,7 @@ class TestTheGate:
     ) -> None:
         own = f"int8-{owner}"
         monkeypatch.setitem(
-            _OWN, own, lambda *arguments, **named: to_unsigned(quantize(*arguments, **named))
+            OWN, own, lambda *arguments, **named: to_unsigned(quantize(*arguments, **named))
         )
 
         def auroc(bundle: Bundle, backend: str, precision: str) -> float:
@@ -414,7 +420,7 @@ class TestTheGate:
         self, floats: Bundle, parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setitem(
-            _OWN, "int8-ort", lambda *arguments, **named: to_unsigned(quantize(*arguments, **named))
+            OWN, "int8-ort", lambda *arguments, **named: to_unsigned(quantize(*arguments, **named))
         )
         judged_as(
             monkeypatch, lambda _, _backend, precision: {"float": 0.9, "int8": 0.8}[precision]
@@ -525,7 +531,7 @@ class TestRanges:
 
 class TestWhatCannotBeBuilt:
     def refused(
-        self, floats: Bundle, out: Path, options: BuildConfig, error: type[Exception], match: str
+        self, floats: Bundle, out: Path, options: ExportConfig, error: type[Exception], match: str
     ) -> None:
         with pytest.raises(error, match=match):
             build(floats, out, options, say=silent)
@@ -533,7 +539,7 @@ class TestWhatCannotBeBuilt:
 
     def test_without_samples(self, floats: Bundle, parts: Path, tmp_path: Path) -> None:
         options = config(parts, samples=None)
-        self.refused(floats, tmp_path / "out", options, ExportError, "needs sample images")
+        self.refused(floats, tmp_path / "out", options, UsageError, "needs sample images")
 
     def test_from_an_empty_folder(self, floats: Bundle, parts: Path, tmp_path: Path) -> None:
         (tmp_path / "empty").mkdir()
@@ -566,7 +572,7 @@ class TestWhatCannotBeBuilt:
         def worked(*_args: object, **_options: object) -> None:
             pytest.fail("work was done before the destination was checked")
 
-        monkeypatch.setattr(build_module.calibrate, "measure", worked)
+        monkeypatch.setattr(int8.calibration, "measure", worked)
         with pytest.raises(BundleError, match="already exists") as error:
             build(floats, floats.root, config(parts), say=silent)
         assert "--exist-ok" in str(error.value.fix)

@@ -14,7 +14,9 @@ import pytest
 from onnx import numpy_helper
 
 from engineworks.export import deploy as stage
-from engineworks.export.deploy import DeployConfig, deploy, profiles_of
+from engineworks.export.config import ExportConfig
+from engineworks.export.deploy import profiles_of
+from engineworks.export.pipeline import export as deploy
 from engineworks.runtime import plans
 from engineworks.runtime.bundle import Bundle, GraphEntry, read, sha256_file, write
 from engineworks.runtime.errors import (
@@ -76,7 +78,7 @@ def tensorrt(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
 def made(tiny: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """With both 16-bit graphs; read-only."""
     out = tmp_path_factory.mktemp("half") / "bundle"
-    return deploy(tiny, out, DeployConfig(halves=("fp16", "bf16")), say=silent)
+    return deploy(tiny, out, ExportConfig(halves=("fp16", "bf16")), say=silent)
 
 
 class TestA16BitGraph:
@@ -118,9 +120,9 @@ class TestA16BitGraph:
 
     def test_is_checked_on_samples_where_there_are_any(self, tiny: Bundle, tmp_path: Path) -> None:
         data = write_parts(tmp_path / "data", size=(48, 64), num_train=10)
-        config = DeployConfig(halves=("fp16",), samples=data / "train")
+        config = ExportConfig(halves=("fp16",), samples=data / "train")
         made = deploy(tiny, tmp_path / "out", config, say=silent)
-        noise = deploy(tiny, tmp_path / "noise", DeployConfig(halves=("fp16",)), say=silent)
+        noise = deploy(tiny, tmp_path / "noise", ExportConfig(halves=("fp16",)), say=silent)
         assert made.manifest.reports["parity_half"] != noise.manifest.reports["parity_half"]
 
     def test_that_turns_an_output_away_is_refused(self, tiny: Bundle, tmp_path: Path) -> None:
@@ -144,7 +146,7 @@ class TestA16BitGraph:
         files["features.onnx"] = tmp_path / "features.onnx"
         write(tmp_path / "bad", tiny.manifest, files)
         with pytest.raises(ParityError, match="'features' in fp16 turns its outputs") as caught:
-            config = DeployConfig(halves=("fp16",))
+            config = ExportConfig(halves=("fp16",))
             deploy(read(tmp_path / "bad"), tmp_path / "out", config, say=silent)
         assert "at least 0.999" in caught.value.message
         assert "float" in str(caught.value.fix)
@@ -156,7 +158,7 @@ class TestAPlan:
         self, tiny: Bundle, tensorrt: Any, tmp_path: Path
     ) -> None:
         tensorrt()
-        config = DeployConfig(plans=("float", "fp16", "int8"), plan=PlanConfig(workspace_mib=128))
+        config = ExportConfig(plans=("float", "fp16", "int8"), plan=PlanConfig(workspace_mib=128))
         made = deploy(tiny, tmp_path / "out", config, say=silent)
         variants = made.manifest.graphs["features"].variants
         assert {"float-plan", "fp16", "fp16-plan", "int8-plan"} <= set(variants)
@@ -176,10 +178,10 @@ class TestAPlan:
         self, tiny: Bundle, tensorrt: Any, tmp_path: Path
     ) -> None:
         tensorrt()
-        first = deploy(tiny, tmp_path / "a", DeployConfig(plans=("float",)), say=silent)
+        first = deploy(tiny, tmp_path / "a", ExportConfig(plans=("float",)), say=silent)
         # in place, as the rebuild command does it
         both = deploy(
-            first, tmp_path / "a", DeployConfig(plans=("int8",)), exist_ok=True, say=silent
+            first, tmp_path / "a", ExportConfig(plans=("int8",)), exist_ok=True, say=silent
         )
         assert set(both.manifest.provenance["plans"]["features"]) == {"float-plan", "int8-plan"}
         assert both.manifest.provenance["made_by"] == tiny.manifest.provenance["made_by"]
@@ -188,7 +190,7 @@ class TestAPlan:
         self, tiny: Bundle, tensorrt: Any, tmp_path: Path
     ) -> None:
         fake = tensorrt()
-        config = DeployConfig(
+        config = ExportConfig(
             plans=("float",), plan=PlanConfig(profiles=({"batch": (1, 1, 1)}, {"batch": (2, 4, 8)}))
         )
         deploy(tiny, tmp_path / "out", config, say=silent)
@@ -199,7 +201,7 @@ class TestAPlan:
         self, tiny: Bundle, tensorrt: Any, tmp_path: Path
     ) -> None:
         tensorrt()
-        config = DeployConfig(plans=("float",), timing_cache=tmp_path / "timings")
+        config = ExportConfig(plans=("float",), timing_cache=tmp_path / "timings")
         deploy(tiny, tmp_path / "out", config, say=silent)
         assert [path.name for path in (tmp_path / "timings").iterdir()] == [
             "timing-11.4.0.106-NVIDIA_H200-9.0-13.0.cache"
@@ -214,7 +216,7 @@ class TestAPlan:
         deploy(
             tiny,
             tmp_path / "out",
-            DeployConfig(plans=("float",)),
+            ExportConfig(plans=("float",)),
             say=lines.append,
             progress=lambda *step: seen.append(step),
         )
@@ -226,7 +228,7 @@ class TestAPlan:
     ) -> None:
         tensorrt(parse_errors=[("Conv", "conv1", "no")])
         with pytest.raises(ExportError, match="Conv 'conv1': no"):
-            deploy(tiny, tmp_path / "out", DeployConfig(plans=("float",)), say=silent)
+            deploy(tiny, tmp_path / "out", ExportConfig(plans=("float",)), say=silent)
         assert list(tmp_path.iterdir()) == []
 
     def test_needs_tensorrt(
@@ -237,21 +239,21 @@ class TestAPlan:
             importlib.util, "find_spec", lambda name: None if name == "tensorrt" else find(name)
         )
         with pytest.raises(BackendError, match="'tensorrt' is not installed") as caught:
-            deploy(tiny, tmp_path / "out", DeployConfig(plans=("float",)), say=silent)
+            deploy(tiny, tmp_path / "out", ExportConfig(plans=("float",)), say=silent)
         assert "pip install" in str(caught.value.fix)
 
     def test_of_int8_needs_int8_graphs(self, tensorrt: Any, tmp_path: Path) -> None:
         tensorrt()
         bundle = write_tiny_noising_bundle(tmp_path / "float")
         with pytest.raises(BundleError, match="no INT8 graphs") as caught:
-            deploy(bundle, tmp_path / "out", DeployConfig(plans=("int8",)), say=silent)
+            deploy(bundle, tmp_path / "out", ExportConfig(plans=("int8",)), say=silent)
         assert "--int8" in str(caught.value.fix)
 
     @pytest.mark.parametrize(
-        "config", [DeployConfig(plans=("fp8",)), DeployConfig(halves=("float",))]
+        "config", [ExportConfig(plans=("fp8",)), ExportConfig(halves=("float",))]
     )
     def test_of_an_unknown_precision_is_a_misuse(
-        self, tiny: Bundle, tmp_path: Path, config: DeployConfig
+        self, tiny: Bundle, tmp_path: Path, config: ExportConfig
     ) -> None:
         with pytest.raises(UsageError, match="there is no precision") as caught:
             deploy(tiny, tmp_path / "out", config, say=silent)
@@ -291,7 +293,7 @@ class TestAProfile:
         self, tiny: Bundle, tensorrt: Any, tmp_path: Path
     ) -> None:
         tensorrt()
-        config = DeployConfig(plans=("float",), plan=PlanConfig(profiles=({"bach": (1, 2, 3)},)))
+        config = ExportConfig(plans=("float",), plan=PlanConfig(profiles=({"bach": (1, 2, 3)},)))
         with pytest.raises(UsageError, match="no graph has a free axis bach") as caught:
             deploy(tiny, tmp_path / "out", config, say=silent)
         assert caught.value.fix == "the free axes are batch"
@@ -312,7 +314,7 @@ def test_a_builder_takes_every_graph_of_every_system_in_every_precision(
     if importlib.util.find_spec("tensorrt") is None:
         pytest.skip("there is no TensorRT here")
     bundle = write_bundle(tmp_path / "onnx", int8=True)
-    config = DeployConfig(plans=tuple(PLANS), plan=PlanConfig(profiles=sizes))
+    config = ExportConfig(plans=tuple(PLANS), plan=PlanConfig(profiles=sizes))
     made = deploy(bundle, tmp_path / "plans", config, say=silent)
     for name, graph in made.manifest.graphs.items():
         for variant, source in PLANS.values():

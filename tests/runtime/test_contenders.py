@@ -138,7 +138,6 @@ class TestMeasuring:
         rows = measure(
             tiny,
             images_for(tiny, None),
-            run=None,
             backend="ort",
             batches=[1, 3],
             threads=1,
@@ -173,7 +172,6 @@ class TestMeasuring:
         rows = measure(
             tiny,
             images_for(tiny, None),
-            run=None,
             backend="ort",
             batches=[2],
             threads=1,
@@ -197,7 +195,6 @@ class TestMeasuring:
         rows = measure(
             tiny,
             images_for(tiny, None),
-            run=None,
             backend="ort",
             batches=[1],
             threads=1,
@@ -227,7 +224,6 @@ class TestMeasuring:
         measure(
             tiny,
             images,
-            run=None,
             backend="auto",
             batches=[5],
             threads=1,
@@ -257,7 +253,6 @@ class TestMeasuring:
             measure(
                 tiny,
                 images_for(tiny, None),
-                run=None,
                 backend="auto",
                 batches=[1],
                 threads=1,

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engineworks import cli
+from engineworks.commands.options import plan_options
 from engineworks.runtime import gpu, plans
 from engineworks.runtime.bundle import Bundle, read, write
 from engineworks.runtime.engines import BACKENDS
@@ -254,7 +254,7 @@ def test_the_rebuild_command_is_read_back_as_what_was_built(
     seen: dict[str, Any] = {}
 
     @click.command()
-    @cli.plan_options
+    @plan_options
     def command(**options: Any) -> None:
         seen.update(options)
 

@@ -17,8 +17,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from engineworks.export.systems.backbone import trace_backbone
 from engineworks.export.systems.noising import graphs
-from engineworks.export.trace import trace_backbone
 from engineworks.runtime.bundle import Bundle
 from engineworks.runtime.engines import BACKENDS
 from engineworks.runtime.errors import BundleError, ConfigError

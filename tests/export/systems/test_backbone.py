@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from engineworks.export.quantize import quantizable
 from engineworks.export.systems import TRANSFORMER
-from engineworks.export.trace import trace_backbone
+from engineworks.export.systems.backbone import trace_backbone
 from engineworks.runtime.bundle import Bundle, read
 from engineworks.runtime.errors import ConfigError
 from engineworks.runtime.preprocess import apply

@@ -16,9 +16,11 @@ from accelerate.state import AcceleratorState
 
 from engineworks.calibration.observe import Observer
 from engineworks.calibration.ranges import amax
-from engineworks.export import build, passes
+from engineworks.export import passes, verdict
+from engineworks.export.config import ExportConfig
 from engineworks.export.legality import check_legal
 from engineworks.export.parity import compare
+from engineworks.export.pipeline import export
 from engineworks.export.quantize import activations, quantizable, quantize, to_unsigned
 from engineworks.export.systems import Source
 from engineworks.export.systems.refdet import RECIPE
@@ -213,13 +215,13 @@ class TestInt8:
     ) -> None:
         quick = dict.fromkeys(("int8_speedup", "int8_speedup_low", "int8_speedup_high"), 2.0)
         speed = {"ort": {"p50_ms": {}, "stable": True, **quick}}
-        # timing compiles every graph once more; it is judged where `build` is tested
-        monkeypatch.setattr(build, "_speed", lambda *_: speed)
-        config = build.BuildConfig(
-            samples=data / "images", num_samples=8, method="minmax", threads=1
+        # timing compiles every graph once more; it is judged where `export` is tested
+        monkeypatch.setattr(verdict, "_speed", lambda *_: speed)
+        config = ExportConfig(
+            int8=True, samples=data / "images", num_samples=8, method="minmax", threads=1
         )
 
-        made = build.build(bundle, tmp_path / "int8", config, say=lambda _line: None)
+        made = export(bundle, tmp_path / "int8", config, say=lambda _line: None)
 
         variants = {name: set(graph.variants) for name, graph in made.manifest.graphs.items()}
         assert variants["encode"] == {"float", "int8", "int8-u8"}

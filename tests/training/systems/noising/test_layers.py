@@ -16,8 +16,9 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import save_file
 from torch import nn
 
-from engineworks.export.build import BuildConfig, build
+from engineworks.export.config import ExportConfig
 from engineworks.export.legality import check_legal
+from engineworks.export.pipeline import export
 from engineworks.export.systems.noising import RECIPE, graphs
 from engineworks.export.trace import trace
 from engineworks.runtime import datasets, images
@@ -171,10 +172,12 @@ class TestTheBundle:
         self, bundle: Bundle, drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(
-            "engineworks.export.build._SPEED_SECONDS", 0.1
+            "engineworks.export.verdict._SPEED_SECONDS", 0.1
         )  # how fast it is does not matter
-        chosen = BuildConfig(drawn / "train/good", num_samples=4, method="minmax", threads=1)
-        made = build(bundle, tmp_path / "int8", chosen, say=lambda _: None)
+        chosen = ExportConfig(
+            int8=True, samples=drawn / "train/good", num_samples=4, method="minmax", threads=1
+        )
+        made = export(bundle, tmp_path / "int8", chosen, say=lambda _: None)
         model = onnx.load(made.path("features.int8.onnx"))
         check_legal(model)
         readers = [

@@ -14,7 +14,8 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from engineworks.export.build import BuildConfig, build
+from engineworks.export.config import ExportConfig
+from engineworks.export.pipeline import export
 from engineworks.export.systems.noising import RECIPE
 from engineworks.export.trace import trace
 from engineworks.runtime import datasets, images
@@ -320,8 +321,10 @@ class TestTheBundleOfTheDiscriminator:
         system.close()
 
     def test_takes_int8(self, taught_bundle: Bundle, drawn: Path, tmp_path: Path) -> None:
-        chosen = BuildConfig(drawn / "train/good", num_samples=4, method="minmax", threads=1)
-        made = build(taught_bundle, tmp_path / "int8", chosen, say=lambda _: None)
+        chosen = ExportConfig(
+            int8=True, samples=drawn / "train/good", num_samples=4, method="minmax", threads=1
+        )
+        made = export(taught_bundle, tmp_path / "int8", chosen, say=lambda _: None)
         picture = images.read(datasets.mvtec(drawn, "test")[0].path)
         scores = []
         for precision in ("float", "int8"):

@@ -1,0 +1,1 @@
+"""The commands, by what they are about. A command parses, calls one function and prints."""

@@ -1,0 +1,64 @@
+"""``train``: a folder of data becomes a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from engineworks.commands.options import EXIST_OK, FOLDER, PATH
+from engineworks.commands.printing import Progress, echo, print_results
+from engineworks.runtime.errors import UsageError
+
+
+@click.command()
+@click.argument("system")
+@click.option("--data", type=FOLDER, required=True, help="Folder of training data.")
+@click.option("--out", type=PATH, help="Run folder [runs/SYSTEM/trainN].")
+@click.option(
+    "--config",
+    type=PATH,
+    help="YAML file over the system's defaults, or the name of a shipped one.",
+)
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting.")
+@click.option("--resume", is_flag=True, help="Go on with the run in --out.")
+@click.option("--profile", is_flag=True, help="Print where the time of a step went.")
+@EXIST_OK
+@click.pass_context
+def train(
+    context: click.Context,
+    system: str,
+    data: Path,
+    out: Path | None,
+    config: Path | None,
+    overrides: tuple[str, ...],
+    resume: bool,
+    profile: bool,
+    exist_ok: bool,
+) -> None:
+    """Train SYSTEM on a folder of data."""
+    from engineworks.runtime.doctor import need
+
+    need("torch", "train")
+    from engineworks.training.config import load_config
+    from engineworks.training.run import open_run
+
+    if resume and out is not None and not config and not overrides:
+        merged = open_run(out).config
+        if merged.system != system:
+            raise UsageError(
+                f"{out} is a run of '{merged.system}', not of '{system}'",
+                fix=f"give train {merged.system} --resume, or another --out",
+            )
+    else:
+        merged = load_config(system, config, overrides)
+    from engineworks.training.train import (
+        train as train_run,  # torch takes seconds, a misspelt key needs none
+    )
+
+    with Progress(context) as progress:
+        run = train_run(
+            merged, data, out, resume=resume, exist_ok=exist_ok, profile=profile, progress=progress
+        )
+    print_results(run.info.results)
+    echo(run.root)
