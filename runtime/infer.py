@@ -14,17 +14,15 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from signal import SIGINT
 from typing import Any
 
-from engineworks.runtime import draw, images, live, video
-from engineworks.runtime.decoding import LIVE_RATE, Frame
+from engineworks.runtime import live, video
+from engineworks.runtime.decoding import Frame
 from engineworks.runtime.errors import (
     ImageError,
     InputError,
@@ -32,25 +30,22 @@ from engineworks.runtime.errors import (
     UsageError,
     VideoError,
 )
-from engineworks.runtime.names import overlay_names
 from engineworks.runtime.outputs import Outputs
+from engineworks.runtime.overlays import Overlays
+from engineworks.runtime.overlays import planned as planned_overlays
 from engineworks.runtime.results import Detections
 from engineworks.runtime.signals import unbroken
+from engineworks.runtime.sinks import Item, Sink
 from engineworks.runtime.sources import Source
 from engineworks.runtime.systems import Promptable, Result, System
-from engineworks.runtime.tables import COCO_NAME, LINES_NAME, Coco, Item, Tables
+from engineworks.runtime.tables import COCO_NAME, LINES_NAME, Coco, Tables
 from engineworks.runtime.tensors import Array
 from engineworks.runtime.tracking import Tracks
 
 Progress = Callable[[int, int], None]
 Say = Callable[[str], None]
 
-OVERVIEW_NAME = "overview.jpg"
-
 _QUEUE_BATCHES = 2  # decoded ahead of inference
-_DRAWING_THREADS = 2
-_MAX_UNDRAWN = 8  # results that wait for a drawing thread, each with its picture
-_MAX_OVERVIEW, _OVERVIEW_SIDE = 64, 640  # pictures of the overview, and their longer side at most
 
 
 @dataclass
@@ -145,11 +140,12 @@ def infer(
     with _Closing() as stack:
         stack.callback(_tell, summary, outputs, start)
         stack.enter_context(outputs)
-        tables = stack.enter_context(Tables(outputs, jsonl=jsonl))
-        dataset = stack.enter_context(Coco(out, names)) if coco else None
-        drawer = None
+        # the first says of each result whether it can be used
+        sinks: list[Sink] = [stack.enter_context(Tables(outputs, jsonl=jsonl))]
+        if coco:
+            sinks.append(stack.enter_context(Coco(out, names)))
         if overlays:
-            drawer = stack.enter_context(_Drawer(system, out, source, frame_step))
+            sinks.append(stack.enter_context(Overlays(system, out, source, frame_step)))
         decoder = _Decoder(source, frame_step, size, say)
         stack.callback(decoder.tell, summary)
         stack.enter_context(decoder)
@@ -159,12 +155,9 @@ def infer(
             assert item.image is not None
             if tracks and isinstance(result, Detections):
                 result = tracks.update(result)
-            if error := tables.add(item, item.image, result):
-                return error
-            if dataset and isinstance(result, Detections):
-                dataset.add(item, item.image, result)
-            if drawer:
-                drawer.add(item, item.image, result)
+            for sink in sinks:
+                if error := sink.add(item, item.image, result):
+                    return error
             if say and item.time_s is None:
                 say(f"{item.name}: {result.summary()}")
             return None
@@ -182,7 +175,8 @@ def infer(
                         summary.num_done += 1
                     else:
                         summary.failures.append((item.name, error))
-                        tables.failed(item, error)
+                        for sink in sinks:
+                            sink.failed(item, error)
                 if progress:
                     progress(summary.num_done + summary.num_failed, total)
             outputs.status = "finished"
@@ -223,12 +217,7 @@ def _tell(summary: Summary, outputs: Outputs, start: float) -> None:
 def _planned(source: Source, jsonl: bool, coco: bool, overlays: bool) -> list[str]:
     """The files that will be written, but for tables of what is listed in results."""
     planned = ["results.csv", *([LINES_NAME] if jsonl else []), *([COCO_NAME] if coco else [])]
-    if overlays and source.kind == "images":
-        names = overlay_names(source.paths).values()
-        planned += [OVERVIEW_NAME, *(f"overlays/{name.as_posix()}" for name in names)]
-    elif overlays:
-        planned.append(_video_name(source))
-    return planned
+    return [*planned, *(planned_overlays(source) if overlays else [])]
 
 
 def _num_expected(source: Source, step: int) -> int:
@@ -346,74 +335,6 @@ class _Decoder:
         except VideoError as error:
             # what was decoded before stands; the source as a whole counts as failed
             yield Item(name, error=error.message)
-
-
-class _Drawer:
-    """Draws, encodes and writes overlays in threads: that takes longer than many a network.
-
-    An error there is raised by a later ``add`` or at the end.
-    """
-
-    def __init__(self, system: System, out: Path, source: Source, step: int) -> None:
-        self._system = system
-        self._step = step
-        self._source = source
-        names = overlay_names(source.paths) if source.kind == "images" else {}
-        self._pictures = {path: out / "overlays" / name for path, name in names.items()}
-        self._video_path = out / _video_name(source)
-        self._overview_path = out / OVERVIEW_NAME
-        self._thumbnails: dict[str, Array | None] = {}  # None until it is drawn
-        self._video: video.VideoWriter | None = None
-        # the frames of a video stay in order
-        self._threads = ThreadPoolExecutor(_DRAWING_THREADS if source.kind == "images" else 1)
-        self._undrawn: deque[Future[None]] = deque()
-
-    def __enter__(self) -> _Drawer:
-        return self
-
-    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        with ExitStack() as stack:
-            stack.callback(self._close_video)
-            stack.callback(self._write_overview)
-            self._threads.shutdown()  # draws what is left: its results have been written
-            if error is None:
-                for each in self._undrawn:
-                    each.result()
-
-    def add(self, item: Item, image: Array, result: Result) -> None:
-        """Queue one overlay; waits while too many are queued."""
-        while self._undrawn and (len(self._undrawn) == _MAX_UNDRAWN or self._undrawn[0].done()):
-            self._undrawn.popleft().result()
-        if item.time_s is None and len(self._thumbnails) < _MAX_OVERVIEW:
-            self._thumbnails[item.name] = None
-        self._undrawn.append(self._threads.submit(self._draw, item, image, result))
-
-    def _draw(self, item: Item, image: Array, result: Result) -> None:
-        picture = self._system.draw(image, result)
-        if item.time_s is None:
-            images.write(self._pictures[Path(item.name)], picture)
-            if item.name in self._thumbnails:
-                self._thumbnails[item.name] = draw.thumbnail(picture, _OVERVIEW_SIDE)
-            return
-        if self._video is None:
-            of_file = self._source.kind == "video"
-            rate = video.info(self._source.address).rate if of_file else LIVE_RATE
-            self._video = video.VideoWriter(self._video_path, rate / self._step)
-        self._video.write(picture, item.time_s)
-
-    def _write_overview(self) -> None:
-        drawn = [picture for picture in self._thumbnails.values() if picture is not None]
-        if drawn:
-            images.write(self._overview_path, draw.grid(drawn))
-
-    def _close_video(self) -> None:
-        if self._video is not None:
-            self._video.close()
-
-
-def _video_name(source: Source) -> str:
-    """What the annotated video of a video or stream is called."""
-    return f"{source.paths[0].stem if source.kind == 'video' else 'stream'}.mp4"
 
 
 def _names_for_coco(system: System, source: Source) -> tuple[str, ...]:

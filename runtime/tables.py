@@ -11,13 +11,13 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from engineworks.runtime.files import Lines, NewFile, naming
 from engineworks.runtime.outputs import Outputs
 from engineworks.runtime.results import Detections
+from engineworks.runtime.sinks import Item
 from engineworks.runtime.systems import Result
 from engineworks.runtime.tensors import Array
 from engineworks.runtime.texts import cell
@@ -26,17 +26,6 @@ COCO_NAME = "coco.json"
 LINES_NAME = "results.jsonl"
 _ORIGIN = "source"  # first column of every table
 _SYNC_S = 2.0  # between two times that tables are put on the disk
-
-
-@dataclass(frozen=True)
-class Item:
-    """A decoded picture, or the message why there is none."""
-
-    name: str
-    image: Array | None = None
-    error: str | None = None
-    index: int | None = None
-    time_s: float | None = None
 
 
 class _Table:
@@ -162,12 +151,17 @@ class Coco:
             self._write(f'\n],\n"categories": {json.dumps(categories)}}}\n')
             self._new.place(self._path, replace=False)
 
+    def failed(self, item: Item, error: str) -> None:
+        """What could not be judged is no image of the set."""
+
     def _write(self, text: str) -> None:
         assert self._new is not None
         with naming(self._path):
             self._new.file.write(text.encode("utf-8", "surrogateescape"))
 
-    def add(self, item: Item, image: Array, result: Detections) -> None:
+    def add(self, item: Item, image: Array, result: Result) -> None:
+        """List an image and what was found on it."""
+        assert isinstance(result, Detections)  # of other systems nobody gets this far
         number = len(self._images) + 1
         height, width = image.shape[:2]
         origin = _origin(item)

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from engineworks.runtime import images, live, tables, video
 from engineworks.runtime import infer as driver
+from engineworks.runtime import overlays as drawing
 from engineworks.runtime.bundle import Bundle
 from engineworks.runtime.decoding import Frame
 from engineworks.runtime.engines import Engine
@@ -324,7 +325,7 @@ class TestTheOverview:
     def test_shows_no_more_than_it_can(
         self, tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(driver, "_MAX_OVERVIEW", 4)
+        monkeypatch.setattr(drawing, "_MAX_OVERVIEW", 4)
         write_pictures(tmp_path / "in", range(0, 200, 20))
 
         infer(Levels(), open_source(str(tmp_path / "in")), out, overlays=True)
@@ -427,7 +428,7 @@ class TestDrawing:
 
         infer(system, source, out, batch=1, overlays=True)
 
-        assert driver._MAX_UNDRAWN // 2 < max(waiting) <= driver._MAX_UNDRAWN
+        assert drawing._MAX_UNDRAWN // 2 < max(waiting) <= drawing._MAX_UNDRAWN
         assert system.num_drawn == sum(system.batches)
 
     @pytest.mark.parametrize("bad", [1, 29])
