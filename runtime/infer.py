@@ -149,19 +149,7 @@ def infer(
         decoder = _Decoder(source, frame_step, size, say)
         stack.callback(decoder.tell, summary)
         stack.enter_context(decoder)
-
-        def keep(item: Item, result: Any) -> str | None:
-            """Write one result; None, or why it cannot be used."""
-            assert item.image is not None
-            if tracks and isinstance(result, Detections):
-                result = tracks.update(result)
-            for sink in sinks:
-                if error := sink.add(item, item.image, result):
-                    return error
-            if say and item.time_s is None:
-                say(f"{item.name}: {result.summary()}")
-            return None
-
+        keeper = _Keeper(sinks, tracks, summary, say)
         try:
             for items in decoder.batches():
                 pictures = [item.image for item in items if item.image is not None]
@@ -169,14 +157,7 @@ def infer(
                 answers = iter(_answers(system, pictures))
                 summary.infer_seconds += time.perf_counter() - begin
                 for item in items:
-                    answer = item.error if item.image is None else next(answers)
-                    error = answer if isinstance(answer, str) else keep(item, answer)
-                    if error is None:
-                        summary.num_done += 1
-                    else:
-                        summary.failures.append((item.name, error))
-                        for sink in sinks:
-                            sink.failed(item, error)
+                    keeper.take(item, item.error if item.image is None else next(answers))
                 if progress:
                     progress(summary.num_done + summary.num_failed, total)
             outputs.status = "finished"
@@ -186,6 +167,40 @@ def infer(
             if not ordinary:
                 raise
     return summary
+
+
+class _Keeper:
+    """Hands results to the sinks, and counts what came of them."""
+
+    def __init__(
+        self, sinks: Sequence[Sink], tracks: Tracks | None, summary: Summary, say: Say | None
+    ) -> None:
+        self._sinks = sinks
+        self._tracks = tracks
+        self._summary = summary
+        self._say = say
+
+    def take(self, item: Item, answer: Result | str | None) -> None:
+        """Keep the result of a picture, or note why there is none."""
+        error = answer if isinstance(answer, str) else self._keep(item, answer)
+        if error is None:
+            self._summary.num_done += 1
+            return
+        self._summary.failures.append((item.name, error))
+        for sink in self._sinks:
+            sink.failed(item, error)
+
+    def _keep(self, item: Item, result: Result | None) -> str | None:
+        """Write one result; None, or why it cannot be used."""
+        assert item.image is not None and result is not None
+        if self._tracks and isinstance(result, Detections):
+            result = self._tracks.update(result)
+        for sink in self._sinks:
+            if error := sink.add(item, item.image, result):
+                return error
+        if self._say and item.time_s is None:
+            self._say(f"{item.name}: {result.summary()}")
+        return None
 
 
 def _answers(system: System, pictures: Sequence[Array]) -> Sequence[Result | str]:

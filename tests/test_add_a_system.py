@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "add-a-system.md"
-TREE = ("engineworks", "runtime", "calibration", "training", "export", "cli.py")
+TREE = ("engineworks", "runtime", "calibration", "training", "export", "cli.py", "setup.cfg")
 LIMIT_S = 300  # of one command; none takes a tenth of it on an idle machine
 
 
@@ -40,7 +40,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert not (copy / name).exists()
         (copy / name).parent.mkdir(exist_ok=True)
         (copy / name).write_text(code, encoding="utf-8")
-    for (table, name), line in blocks("Line in the table `([^`]+)` of `([^`]+)`", "python"):
+    for (table, name), line in blocks("Line in the table `([^`]+)` of `([^`]+)`", "text"):
         text = (copy / name).read_text(encoding="utf-8")
         start = re.search(rf"^{table}: .*{{$", text, re.M)
         assert start is not None, (table, name)
@@ -79,7 +79,7 @@ def test_the_page_adds_every_file_and_every_line() -> None:
         "training/systems/tint/default.yaml",
         *(f"training/systems/tint/{name}.py" for name in training),
     }
-    lines = blocks("Line in the table `([^`]+)` of `([^`]+)`", "python")
+    lines = blocks("Line in the table `([^`]+)` of `([^`]+)`", "text")
     assert {table for (table, _), _ in lines} == {"SYSTEMS", "TASKS", "RECIPES"}
 
 
@@ -94,6 +94,22 @@ class TestTheSixthSystem:
         assert metrics["top1"] == 1.0  # six colours that nothing could confuse
         lines = (tree / "results" / "results.jsonl").read_text().splitlines()
         assert len(lines) == 24
+
+    def test_passes_mypy_strict(self, tree: Path) -> None:
+        files = [f"engineworks/{path.relative_to(tree)}" for path in tree.rglob("*tint*.py")]
+        files += [
+            f"engineworks/{path.relative_to(tree)}"
+            for path in (tree / "training/systems/tint").glob("*.py")
+        ]
+        done = subprocess.run(
+            [sys.executable, "-m", "mypy", "--config-file", "setup.cfg", *files],
+            cwd=tree,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert len(files) == 9
+        assert done.returncode == 0, done.stdout
 
     def test_shows_its_metric_and_its_rivals_in_the_benchmark(
         self, tree: Path, said: dict[str, str]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -14,12 +15,22 @@ from engineworks.commands.options import (
     PATH,
     SIGNED,
     THREADS,
-    Prepare,
     prompt_options,
     read_bundle,
 )
 from engineworks.commands.printing import echo, say, write_json
 from engineworks.runtime.errors import UsageError
+
+
+def _sizes(_context: object, _option: object, text: str) -> list[int]:
+    """``1,8`` -> sizes of batches; as click calls it."""
+    try:
+        sizes = [int(size) for size in text.split(",")]
+    except ValueError as error:
+        raise UsageError(f"--batch takes sizes such as 1,8, got {text!r}") from error
+    if min(sizes) < 1:
+        raise UsageError(f"--batch takes sizes of at least 1, got {text!r}")
+    return sizes
 
 
 @click.command()
@@ -29,7 +40,9 @@ from engineworks.runtime.errors import UsageError
 @click.option("--source", help="Images to time on [noise].")
 @prompt_options
 @BACKEND
-@click.option("--batch", "batches", default="1", show_default=True, help="Sizes, e.g. 1,8.")
+@click.option(
+    "--batch", "batches", default="1", callback=_sizes, show_default=True, help="Sizes, e.g. 1,8."
+)
 @THREADS
 @HOST_CODE
 @SIGNED
@@ -45,19 +58,15 @@ from engineworks.runtime.errors import UsageError
 @click.pass_context
 def bench(
     context: click.Context,
+    /,
     bundle: Path | None,
     run: Path | None,
-    evaluation: Path | None,
     source: str | None,
-    prepare: Prepare,
-    backend: str,
-    batches: str,
     threads: int | None,
-    host_code: bool,
     signers: tuple[Path, ...],
-    seconds: float,
     json_file: Path | None,
     compare: tuple[Path, Path] | None,
+    **wanted: Any,
 ) -> None:
     """Time a BUNDLE on every backend and precision, against eager PyTorch with --run."""
     if compare is not None:
@@ -73,12 +82,6 @@ def bench(
     from engineworks.runtime.doctor import need
     from engineworks.runtime.threads import available_threads
 
-    try:
-        sizes = [int(size) for size in batches.split(",")]
-    except ValueError as error:
-        raise UsageError(f"--batch takes sizes such as 1,8, got {batches!r}") from error
-    if min(sizes) < 1:
-        raise UsageError(f"--batch takes sizes of at least 1, got {batches!r}")
     threads = threads or available_threads()
     opened = read_bundle(bundle, signers)
     images = contenders.images_for(opened, source)
@@ -89,19 +92,7 @@ def bench(
         from engineworks.training.eager import of_run
 
         eager = of_run(run, opened, threads=threads, say=tell)
-    rows = contenders.measure(
-        opened,
-        images,
-        eager=eager,
-        backend=backend,
-        batches=sizes,
-        threads=threads,
-        seconds=seconds,
-        evaluation=evaluation,
-        prepare=prepare,
-        host_code=host_code,
-        say=tell,
-    )
+    rows = contenders.measure(opened, images, eager=eager, threads=threads, say=tell, **wanted)
     echo(render(rows, opened.manifest.gate))
     if json_file:
         content = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -31,6 +32,10 @@ from engineworks.runtime.errors import UsageError
 from engineworks.runtime.signals import Stopped
 from engineworks.runtime.texts import hide_secrets
 
+if TYPE_CHECKING:
+    from engineworks.runtime.infer import Summary
+    from engineworks.runtime.systems import System
+
 
 @click.command()
 @click.argument("bundle", type=PATH)
@@ -42,26 +47,25 @@ from engineworks.runtime.texts import hide_secrets
 @click.option("--jsonl", is_flag=True, help="Write results.jsonl, one line per image.")
 @click.option("--coco", is_flag=True, help="Write coco.json, boxes with scores.")
 @click.option("--no-track", is_flag=True, help="Do not number the objects of a video.")
-@click.option("--save-overlays", is_flag=True, help="Write pictures (a video: annotated).")
+@click.option(
+    "--save-overlays", "overlays", is_flag=True, help="Write pictures (a video: annotated)."
+)
 @click.option("--report", type=PATH, help="Also write one HTML page, with pictures if saved.")
 @click.option("--frame-step", type=click.IntRange(min=1), default=1, help="Every n-th frame.")
 @EXIST_OK
 @click.pass_context
 def infer(
     context: click.Context,
+    /,
     bundle: Path,
     source: str,
     out: Path,
     open_bundle: OpenBundle,
     prepare: Prepare,
-    batch: int,
-    jsonl: bool,
-    coco: bool,
     no_track: bool,
-    save_overlays: bool,
     report: Path | None,
-    frame_step: int,
     exist_ok: bool,
+    **wanted: Any,
 ) -> None:
     """Run a BUNDLE on images or video, without PyTorch."""
     from engineworks.runtime.infer import Summary
@@ -87,32 +91,16 @@ def infer(
                     system,
                     opened,
                     out,
-                    batch=batch,
-                    jsonl=jsonl,
-                    overlays=save_overlays,
-                    coco=coco,
                     track=isinstance(system, Promptable) and not no_track,
-                    frame_step=frame_step,
                     progress=partial(show, "inference"),
                     say=tell,
                     summary=summary,
+                    **wanted,
                 )
         except Stopped as signal:
             stopped = signal
     if report is not None:
-        from engineworks.runtime.report import of_inference
-
-        facts = {
-            "source": hide_secrets(source),
-            "bundle": system.bundle.root,
-            "digest": system.bundle.manifest.digest,
-            "backend": f"{system.backend}, {system.precision}",
-            **({"accuracy": note} if note else {}),
-            "done": summary.num_done,
-            "failed": summary.num_failed,
-            "images per second": f"{summary.images_per_second:.1f}",
-        }
-        of_inference(system.bundle, out, facts).write(report)
+        _write_report(report, system, source, out, summary)
     for name, message in summary.failures:
         warn(f"skipped {name}: {message}")
     echo(
@@ -123,6 +111,24 @@ def infer(
         raise stopped
     if summary.num_failed:
         context.exit(1)
+
+
+def _write_report(report: Path, system: System, source: str, out: Path, summary: Summary) -> None:
+    from engineworks.runtime.report import of_inference
+    from engineworks.runtime.verdict import unjudged
+
+    note = unjudged(system.bundle.manifest, system.precision)
+    facts = {
+        "source": hide_secrets(source),
+        "bundle": system.bundle.root,
+        "digest": system.bundle.manifest.digest,
+        "backend": f"{system.backend}, {system.precision}",
+        **({"accuracy": note} if note else {}),
+        "done": summary.num_done,
+        "failed": summary.num_failed,
+        "images per second": f"{summary.images_per_second:.1f}",
+    }
+    of_inference(system.bundle, out, facts).write(report)
 
 
 @click.command(name="eval")

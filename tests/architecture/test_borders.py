@@ -122,6 +122,43 @@ class TestTheLayers:
                 assert foreign == [], name_of(path)
 
 
+# what names a system outside of its own rooms, and why
+_NAMING = {
+    "engineworks/__init__.py": "the public face: each system's class and results have a name",
+    "engineworks/commands/export.py": "the help of backbone:NAME",
+    "export/systems/__init__.py": "the table of recipes",
+    "runtime/metrics/boxes.py": "the extra to install is called refdet",
+    "runtime/results.py": "whose answer each class is, in its docstring",
+    "runtime/systems/__init__.py": "the table of systems",
+    "runtime/testing/bundles.py": "a tiny bundle of every system",
+    "runtime/tracking.py": "the extra to install is called refdet",
+    "training/backbones.py": "a net that an engine runs is a bundle of backbone",
+    "training/config.py": "examples of settings, and backbone:NAME where its bundle comes from",
+    "training/features.py": "a net that an engine runs is a bundle of backbone",
+    "training/profiler.py": "a section of that name, in its example",
+    "training/systems/__init__.py": "the table of tasks",
+}
+
+
+class TestSharedCode:
+    def test_names_no_system_but_where_it_says_why(self) -> None:
+        """Names, imports and texts; "backbone" is a word of the field, and counts where it is the
+        system's: in quotes alone, in an import, or with a NAME.
+        """
+        pattern = re.compile(
+            r"\b(?:noising|paco|refdet|stripe)\b|systems(?:\.| import .*)\bbackbone\b"
+            r"|[\"']backbone[\"']|backbone:NAME"
+        )
+        rooms = [path for path in MODULES if set(path.with_suffix("").parts) & set(SYSTEMS)]
+        assert len(rooms) > 30  # the pattern of a room still finds them
+        naming = {
+            name_of(path)
+            for path in MODULES
+            if path not in rooms and pattern.search(path.read_text(encoding="utf-8"))
+        }
+        assert naming == set(_NAMING)
+
+
 class TestNoFile:
     @pytest.mark.parametrize("path", [*MODULES, *TESTS], ids=name_of)
     def test_imports_pickle_or_what_is_made_of_it(self, path: Path) -> None:

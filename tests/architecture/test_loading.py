@@ -124,6 +124,14 @@ class TestWithoutTorch:
         done = python("-c", f"{WITHOUT_TORCH}from engineworks.cli import main; main({arguments!r})")
         assert done.returncode == 0, done.stderr
 
+    def test_a_bundle_is_shown_where_no_engine_and_no_exporter_is(self, bundle: Path) -> None:
+        absent = (*TORCH, "onnxruntime", "openvino", "faiss", "tensorrt", *UPPER)
+        code = f"import sys; sys.modules.update(dict.fromkeys({absent!r})); "
+        code += f"from engineworks.cli import main; main(['bundle', 'show', {str(bundle)!r}])"
+        done = python("-c", code)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith("noising, schema")
+
     def test_training_says_what_to_install(self, data: Path, tmp_path: Path) -> None:
         hidden = "import importlib.util as u; find = u.find_spec; "
         hidden += "u.find_spec = lambda n, *a: None if n == 'torch' else find(n, *a); "
