@@ -10,7 +10,7 @@ from engineworks.runtime.tensors import Array
 
 @dataclass(frozen=True, eq=False)
 class AnomalyMap:
-    """The answer of ``noising`` for one image.
+    """How unlike the normal parts one image is, and where.
 
     Attributes:
         score: image score: the largest patch score; standard deviations above a normal patch.
@@ -49,7 +49,7 @@ class AnomalyMap:
 
 @dataclass(frozen=True, eq=False)
 class Classification:
-    """The answer of ``paco`` for one image.
+    """Which class one image shows.
 
     Attributes:
         label: name of the most probable class; of equal ones the first of the bundle's labels.
@@ -83,7 +83,7 @@ class Classification:
 
 @dataclass(frozen=True, eq=False)
 class Embedding:
-    """The answer of ``backbone`` for one image.
+    """One image as a vector, by which images are compared.
 
     Attributes:
         vector_F: (F,) float32 of length 1: what the net says of the image. The product of two is
@@ -119,7 +119,7 @@ class Candidate:
 
 @dataclass(frozen=True, eq=False)
 class DefectMap:
-    """The answer of ``stripe`` for one image.
+    """What only the target of one image shows, and where.
 
     Attributes:
         map_HW: (H, W) float32 at the image's size: probability that the target has a defect there
@@ -192,7 +192,7 @@ class Detection:
 
 @dataclass(frozen=True)
 class Detections:
-    """The answer of ``refdet`` for one image.
+    """Which objects one image shows, and where.
 
     Attributes:
         objects: what was found, best first.

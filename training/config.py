@@ -118,7 +118,7 @@ class BackboneConfig(Config):
         frozen_norms: batch norms keep their statistics in training, only for a whole net: for small
             batches, and for weights whose norms were folded into the convolutions (another
             statistic would make another net of them).
-        engine: bundle of the same net, made by ``cli.py export backbone:NAME``, that runs in its
+        engine: bundle of the same net, exported by its NAME, that runs in its
             place, frozen; its weights are the bundle's, and ``weights`` is not read. null: PyTorch.
         engine_backend, engine_precision: what runs the bundle; ``auto`` as at inference.
         store: folder that keeps features of pictures across runs, where a system asks a frozen net
@@ -236,7 +236,7 @@ def load_config(
     Args:
         system: a name in ``training.systems.TASKS``.
         file: YAML with any part of the tree, e.g. the config.yaml of an earlier run; or the bare
-            name of one that comes with the system, e.g. ``small`` of refdet.
+            name of one that comes with the system, e.g. ``small``.
         overrides: ``key=value`` each, with dots into the tree; values are YAML, e.g.
             ``backbone.stages=[1, 2]``. Arguments of another package's, such as ``backbone.args``,
             are replaced as a whole, or one by one: ``backbone.args.pad_type=same``.

@@ -1,6 +1,6 @@
 """Where the time of a training step goes: named sections, measured only where somebody asks.
 
-``with section("backbone"):`` costs next to nothing unless a ``Profiler`` is active. Sections may
+``with section("forward"):`` costs next to nothing unless a ``Profiler`` is active. Sections may
 be nested; each keeps its own time, without what is inside of it.
 """
 

@@ -128,14 +128,11 @@ _NAMING = {
     "engineworks/commands/export.py": "the help of backbone:NAME",
     "export/systems/__init__.py": "the table of recipes",
     "runtime/metrics/boxes.py": "the extra to install is called refdet",
-    "runtime/results.py": "whose answer each class is, in its docstring",
     "runtime/systems/__init__.py": "the table of systems",
     "runtime/testing/bundles.py": "a tiny bundle of every system",
     "runtime/tracking.py": "the extra to install is called refdet",
     "training/backbones.py": "a net that an engine runs is a bundle of backbone",
-    "training/config.py": "examples of settings, and backbone:NAME where its bundle comes from",
     "training/features.py": "a net that an engine runs is a bundle of backbone",
-    "training/profiler.py": "a section of that name, in its example",
     "training/systems/__init__.py": "the table of tasks",
 }
 

@@ -221,7 +221,8 @@ class TestAPlan:
             progress=lambda *step: seen.append(step),
         )
         assert seen[-1] == ("features float-plan", 1000, 1000)
-        assert lines == ["features float-plan: 7 layers, 4 bytes, 0.0 s"]
+        (line,) = lines
+        assert line.startswith("features float-plan: 7 layers, 4 bytes, ")
 
     def test_that_tensorrt_refuses_leaves_nothing_behind(
         self, tiny: Bundle, tensorrt: Any, tmp_path: Path
