@@ -17,7 +17,7 @@ from engineworks.commands.bundle import bank, bundle
 from engineworks.commands.data import check, sample
 from engineworks.commands.doctor import doctor
 from engineworks.commands.export import export
-from engineworks.commands.printing import echo, show_warnings
+from engineworks.commands.printing import echo, show_messages
 from engineworks.commands.run import evaluate, infer, refs
 from engineworks.commands.train import train
 from engineworks.runtime.refusals import explain
@@ -52,7 +52,7 @@ class Cli(click.Group):
 def main(context: click.Context, quiet: bool) -> None:
     """Train small-data vision systems, export INT8 bundles, run them without PyTorch."""
     context.obj = {"quiet": quiet}
-    show_warnings()
+    show_messages(quiet=quiet)
 
 
 for _command in (sample, check, train, export, infer, evaluate, bench, refs, bundle, bank, doctor):

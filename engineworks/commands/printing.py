@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,8 @@ from engineworks.runtime.texts import shown
 
 if TYPE_CHECKING:
     from engineworks.runtime.evaluation import Decisions
+
+LINE_EVERY_S = 60.0  # of what takes longer, where stderr is no terminal
 
 
 def echo(text: object, *, err: bool = False, fg: str | None = None) -> None:
@@ -35,34 +38,41 @@ def warn(text: str) -> None:
     echo(text, fg="yellow", err=True)
 
 
-class _Warnings(logging.Handler):
-    """Shows what the packages warn of on stderr, each message once, also with --quiet."""
+class _Messages(logging.Handler):
+    """Shows on stderr what packages log: news; warnings, each once and also with --quiet."""
 
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
+    def __init__(self, *, quiet: bool) -> None:
+        super().__init__(logging.WARNING if quiet else logging.INFO)
         self._shown: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
         message = record.getMessage()
-        if message not in self._shown:
+        if record.levelno < logging.WARNING:
+            echo(message, err=True)
+        elif message not in self._shown:
             self._shown.add(message)
             echo(message, fg="yellow", err=True)
 
 
-def show_warnings() -> None:
-    handler = _Warnings()
-    logging.getLogger("engineworks").handlers = [handler]
+def show_messages(*, quiet: bool) -> None:
+    """From now on, show what the packages log."""
+    logger = logging.getLogger("engineworks")
+    logger.handlers = [handler := _Messages(quiet=quiet)]
+    logger.setLevel(handler.level)
 
 
 class Progress:
-    """Progress bars on stderr; none where stderr is no terminal or with --quiet."""
+    """Progress on stderr: bars; where it is no terminal, a line a minute; with --quiet nothing."""
 
     def __init__(self, context: click.Context) -> None:
-        self._show = sys.stderr.isatty() and not context.find_root().obj["quiet"]
+        self._quiet = context.find_root().obj["quiet"]
+        self._show = sys.stderr.isatty() and not self._quiet
 
     def __enter__(self) -> Callable[[str, int, int], None]:
-        if not self._show:
+        if self._quiet:
             return lambda _label, _done, _total: None
+        if not self._show:
+            return self._lines()
         from rich.console import Console
         from rich.progress import Progress, TaskID
 
@@ -80,6 +90,18 @@ class Progress:
     def __exit__(self, *_error: object) -> None:
         if self._show:
             self._bar.stop()
+
+    @staticmethod
+    def _lines() -> Callable[[str, int, int], None]:
+        told = time.monotonic()
+
+        def show(label: str, done: int, total: int) -> None:
+            nonlocal told
+            if (now := time.monotonic()) - told >= LINE_EVERY_S:
+                told = now
+                echo(f"{label}: {done}{f' of {total}' if total else ''}", err=True)
+
+        return show
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

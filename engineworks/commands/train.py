@@ -36,15 +36,19 @@ def train(
     profile: bool,
     exist_ok: bool,
 ) -> None:
-    """Train SYSTEM on a folder of data."""
+    """Train SYSTEM on a folder of data.
+
+    Ctrl-C keeps the run: what is done can be exported, and --resume goes on. With --resume, --set
+    may change train.epochs and train.patience.
+    """
     from engineworks.runtime.doctor import need
 
     need("torch", "train")
-    from engineworks.training.config import load_config
+    from engineworks.training.config import changed, load_config
     from engineworks.training.run import open_run
 
-    if resume and out is not None and not config and not overrides:
-        merged = open_run(out).config
+    if resume and out is not None and not config:
+        merged = changed(open_run(out).config, overrides)
         if merged.system != system:
             raise UsageError(
                 f"{out} is a run of '{merged.system}', not of '{system}'",
