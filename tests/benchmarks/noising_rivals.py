@@ -56,6 +56,18 @@ def fitted(normal: Sequence[Array], spec: PreprocessSpec, weights: Path, rows: i
     return model.eval()
 
 
+class Exported(torch.nn.Module):
+    """Its answer as the tuple that can be traced."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        found = self.model(images_BCHW)
+        return found.pred_score, found.anomaly_map
+
+
 def in_torch(model: Any, spec: PreprocessSpec) -> Answer:
     def answer(picture: Array) -> tuple[float, Array]:
         with torch.inference_mode():
@@ -121,7 +133,7 @@ def main(
     model = fitted(normal, spec, weights, rows)
     contenders["anomalib, torch"] = in_torch(model, spec)
     one = torch.zeros(1, 3, *spec.size)
-    exported = ov.convert_model(model, example_input=one, input=[1, 3, *spec.size])
+    exported = ov.convert_model(Exported(model), example_input=one, input=[1, 3, *spec.size])
     contenders["anomalib, OpenVINO"] = in_openvino(exported, spec, threads)
     calibration = nncf.Dataset(normal[:CALIBRATED], lambda picture: apply(spec, [picture]))
     quantized = nncf.quantize(exported, calibration, subset_size=CALIBRATED)
