@@ -808,6 +808,34 @@ class TestTheSystem:
             assert result.threshold == system.bundle.manifest.thresholds["image"].value
             assert result.pixel_threshold == system.bundle.manifest.thresholds["pixel"].value
 
+    def test_searches_the_patches_of_a_batch_together(
+        self, system: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        features_BND = np.stack(
+            [
+                system.engines["features"].run({"images": preprocess.apply(system.spec, [each])})[
+                    "features"
+                ][0]
+                for each in pictures(3)
+            ]
+        )
+        apart = [system.judge.scores(each[None])[0] for each in features_BND]
+        asked: list[int] = []
+        real = system.judge.search.search
+
+        def counted(queries_ND: Array) -> Any:
+            asked.append(len(queries_ND))
+            return real(queries_ND)
+
+        monkeypatch.setattr(system.judge.search, "search", counted)
+        together = system.judge.scores(features_BND)
+        assert asked == [features_BND.shape[0] * features_BND.shape[1]]
+        for (scores_N, influence_N), (alone_N, alone_influence_N) in zip(
+            together, apart, strict=True
+        ):
+            np.testing.assert_array_equal(scores_N, alone_N)
+            np.testing.assert_array_equal(influence_N, alone_influence_N)
+
     def test_gives_an_image_the_same_answer_whatever_its_batch(self, system: Any) -> None:
         images_of_both = pictures(3) + pictures(3, defective=True)
         together = system.infer(images_of_both)

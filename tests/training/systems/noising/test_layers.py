@@ -130,7 +130,7 @@ def test_the_map_is_the_published_one(run: Run, drawn: Path, weights: Path, tmp_
             (result,) = system.infer([picture])
             feeds = {"images": apply(system.spec, [picture])}
             (answer_ND,) = system.engines["features"].run(feeds)["features"]
-            got_N, _ = system.judge.scores(answer_ND)
+            ((got_N, _),) = system.judge.scores(answer_ND[None])
         # raw scores to 1e-5, in the unit of the bundle
         tolerance = 1e-5 / (unit["std"] * params["score_std"])
         assert result.score == pytest.approx(np.sort(want_N)[-3:].mean(), abs=tolerance)
