@@ -21,10 +21,12 @@ class                reads images with              answers with
 Train, and export (needs the extra ``train``)::
 
     from pathlib import Path
-    from engineworks import load_config, train
+    from engineworks import ExportConfig, export_bundle, load_config, train
 
-    config = load_config("noising", overrides=["fit.max_rows=1000"])
-    run = train(config, Path("data"), Path("run"))
+    data = Path("data")
+    run = train(load_config("noising", overrides=["fit.max_rows=1000"]), data, Path("run"))
+    config = ExportConfig(int8=True, samples=data / "train", evaluation=data)
+    export_bundle(run.root, Path("bundle"), config)
 
 Images are NumPy arrays, (H, W, 3): uint8 RGB of ``read_image``, the sensor's own values of
 ``read_planes``. Errors are those of the module ``errors``, all below ``EngineworksError``; each
@@ -43,6 +45,8 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from engineworks.export.config import ExportConfig
+    from engineworks.export.pipeline import export as export_bundle
     from engineworks.runtime import errors, testing
     from engineworks.runtime.errors import EngineworksError
     from engineworks.runtime.evaluation import Evaluation
@@ -80,6 +84,7 @@ else:
         "Embedding": "runtime.results",
         "EngineworksError": "runtime.errors",
         "Evaluation": "runtime.evaluation",
+        "ExportConfig": "export.config",
         "NoisingSystem": "runtime.systems.noising:System",
         "PacoSystem": "runtime.systems.paco:System",
         "Prototypes": "runtime.references",
@@ -88,6 +93,7 @@ else:
         "StripeSystem": "runtime.systems.stripe:System",
         "System": "runtime.systems",
         "errors": "runtime",
+        "export_bundle": "export.pipeline:export",
         "load_config": "training.config",
         "open_bundle": "runtime.systems",
         "read_image": "runtime.images:read",
@@ -130,6 +136,7 @@ __all__ = [
     "Embedding",
     "EngineworksError",
     "Evaluation",
+    "ExportConfig",
     "NoisingSystem",
     "PacoSystem",
     "Prototypes",
@@ -138,6 +145,7 @@ __all__ = [
     "StripeSystem",
     "System",
     "errors",
+    "export_bundle",
     "load_config",
     "open_bundle",
     "read_image",
