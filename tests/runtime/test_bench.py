@@ -284,6 +284,12 @@ class TestTheTable:
         assert text.count("0.9877") == 4
         assert "x_f1max" not in text
 
+    def test_has_the_metrics_that_it_is_asked_for(self) -> None:
+        text = render(self.rows(), {"x_f1max": 0.01, "absent": 0.01})
+
+        assert "x_f1max" in text and text.count("0.5000") == 4
+        assert "image_auroc" not in text and "absent" not in text
+
     def test_has_what_goes_wrong_at_the_border_that_is_shipped(self) -> None:
         text = " ".join(render(self.rows()).split())
 
