@@ -191,6 +191,10 @@ class TestNoFile:
         found = re.findall(r"(?<![\w.])/(?:work|tmp|root|home|Users)/\S*", path.read_text())
         assert found == []
 
+    def test_is_longer_than_600_lines(self) -> None:
+        lengths = {name_of(path): len(path.read_text().splitlines()) for path in MODULES}
+        assert {name: length for name, length in lengths.items() if length > 600} == {}
+
     def test_is_a_drawer_for_everything(self) -> None:
         drawers = {"utils", "util", "helpers", "helper", "common", "misc"}
         assert [name_of(path) for path in MODULES if path.stem in drawers] == []

@@ -15,7 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from engineworks.runtime.bundle import read, write
 from engineworks.runtime.testing import write_parts, write_tiny_noising_bundle
+from engineworks.runtime.verdict import decide
 
 ROOT = Path(__file__).parents[2]
 TORCH = ("torch", "torchvision", "timm", "accelerate", "safetensors", "tensorboard")
@@ -124,13 +126,25 @@ class TestWithoutTorch:
         done = python("-c", f"{WITHOUT_TORCH}from engineworks.cli import main; main({arguments!r})")
         assert done.returncode == 0, done.stderr
 
-    def test_a_bundle_is_shown_where_no_engine_and_no_exporter_is(self, bundle: Path) -> None:
+    def test_a_bundle_is_shown_where_no_engine_and_no_exporter_is(
+        self, bundle: Path, tmp_path: Path
+    ) -> None:
+        plain = read(bundle)
+        speed = {"int8_speedup": 2.0, "int8_speedup_low": 2.0, "int8_speedup_high": 2.0}
+        verdict = decide({}, {"ort": {"p50_ms": {}, "stable": True, **speed}})
+        decisions = {"decisions": {"float": []}, "passed": True, "failed": {}}
+        manifest = plain.manifest.model_copy(
+            update={"reports": {"gate": decisions, "verdict": verdict}}
+        )
+        files = {name: plain.path(name) for name in plain.manifest.files}
+        judged = write(tmp_path / "judged", manifest, files)
         absent = (*TORCH, "onnxruntime", "openvino", "faiss", "tensorrt", *UPPER)
         code = f"import sys; sys.modules.update(dict.fromkeys({absent!r})); "
-        code += f"from engineworks.cli import main; main(['bundle', 'show', {str(bundle)!r}])"
+        code += f"from engineworks.cli import main; main(['bundle', 'show', {str(judged.root)!r}])"
         done = python("-c", code)
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith("noising, schema")
+        assert "verdict: ship float" in done.stdout
 
     def test_training_says_what_to_install(self, data: Path, tmp_path: Path) -> None:
         hidden = "import importlib.util as u; find = u.find_spec; "
