@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -14,7 +13,7 @@ if TYPE_CHECKING:
     from engineworks.runtime.bundle import Bundle
     from engineworks.runtime.systems import System
 
-OpenBundle: TypeAlias = "Callable[[Path], closing[System]]"
+OpenBundle: TypeAlias = "Callable[[Path], System]"
 Prepare: TypeAlias = "Callable[[System], None]"
 
 PATH = click.Path(path_type=Path)
@@ -76,17 +75,16 @@ def engine_options(command: Callable[..., None]) -> Callable[..., None]:
         signers: tuple[Path, ...],
         **options: Any,
     ) -> None:
-        def open_bundle(bundle: Path) -> closing[System]:
-            from engineworks.runtime.systems import open_system
+        def open_bundle(bundle: Path) -> System:
+            from engineworks.runtime import systems
 
-            return closing(
-                open_system(
-                    read_bundle(bundle, signers),
-                    backend=backend,
-                    precision=precision,
-                    threads=threads,
-                    host_code=host_code,
-                )
+            return systems.open_bundle(
+                bundle,
+                backend=backend,
+                precision=precision,
+                threads=threads,
+                signers=signers,
+                host_code=host_code,
             )
 
         command(*arguments, open_bundle=open_bundle, **options)
