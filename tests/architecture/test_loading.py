@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -173,14 +172,10 @@ class TestWhatACommandLoads:
         heavy = {"numpy", "cv2", "av", "onnx", "pydantic", "rich", "yaml", "faiss", "openvino"}
         assert tops & {*TORCH, *heavy, *UPPER} == set()
 
-    def test_help_answers_within_half_a_second(self) -> None:
-        """A bound on time can hold on a busy machine because the best of several runs counts:
-
-        it takes about 0.1 s, so all five must be slowed down fivefold for a false alarm.
+    def test_help_loads_little_at_all(self) -> None:
+        """What makes it instant. 155 modules are loaded, Python's own start is a third of them; a
+        package of the usual size brings more than a hundred.
         """
-        times = []
-        for _ in range(5):
-            start = time.perf_counter()
-            assert python("cli.py", "--help").returncode == 0
-            times.append(time.perf_counter() - start)
-        assert min(times) < 0.5
+        code, names = loaded(["--help"])
+        assert code == 0
+        assert 50 < len(names) < 220
