@@ -20,7 +20,9 @@ class ExportConfig:
     bundle.
 
     Attributes:
-        options: of a source SYSTEM:NAME, as its recipe's ``prepare`` takes them.
+        options: of a source SYSTEM:NAME, as its recipe's ``prepare`` takes them; of a run
+            ``weights`` alone, ``best`` or ``last``.
+        data: what the source, a run, was trained on; see ``trace.trace``.
         references: pictures of what the bundle looks for unasked.
         samples: folder of images that the system will meet; INT8 is calibrated on them, and 16-bit
             graphs are checked on them, or on seeded noise where there are none.
@@ -41,6 +43,7 @@ class ExportConfig:
     """
 
     options: Mapping[str, str] = field(default_factory=dict)
+    data: Path | None = None
     references: Path | None = None
     samples: Path | None = None
     threads: int | None = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from engineworks.export import deploy, gate, int8, verdict
 from engineworks.export.config import ExportConfig
@@ -50,10 +51,13 @@ def trace(job: Job) -> None:
     if isinstance(source, Path) and (source / MANIFEST_NAME).is_file():
         source = read(source)
     named, _, name = str(source).partition(":")
-    if config.options and named not in UNTRAINED:
-        options = ", ".join(f"--{option}" for option in config.options)
+    is_run = not isinstance(source, Bundle) and named not in UNTRAINED
+    if named not in UNTRAINED and (unfit := set(config.options) - {"weights" if is_run else ""}):
+        options = ", ".join(f"--{option}" for option in config.options if option in unfit)
         names = " or ".join(f"{system}:NAME" for system in UNTRAINED)
         raise UsageError(f"{options} is for {names} alone", fix="leave it out")
+    if config.data is not None and not is_run:
+        raise UsageError("--data is for a run alone", fix="leave it out")
     if isinstance(source, Bundle):
         if not config.changes:
             raise UsageError(
@@ -77,8 +81,22 @@ def trace(job: Job) -> None:
     if named in UNTRAINED:
         made = tracing.trace_named(named, name, config.options, target, progress=job.progress)
     else:
-        made = tracing.trace(source, target, progress=job.progress)
+        made = tracing.trace(
+            source, target, weights=_epoch(config), data=config.data, progress=job.progress
+        )
     job.take(made)
+
+
+def _epoch(config: ExportConfig) -> Literal["best", "last"] | None:
+    """Whose weights of a run are asked for."""
+    match config.options.get("weights"):
+        case None | "best" | "last" as which:
+            return which
+        case other:
+            raise UsageError(
+                f"a run has its best and its last weights, not '{other}'",
+                fix="pass --weights best or --weights last",
+            )
 
 
 def references(job: Job) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
+from filecmp import cmp
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -24,20 +25,30 @@ from engineworks.runtime.engines import open_engine
 from engineworks.runtime.errors import ExportError, RunError, UsageError
 from engineworks.runtime.files import scratch
 from engineworks.runtime.tensors import Array, TensorSpec
-from engineworks.training.run import open_run
+from engineworks.training.run import Run, Weights, open_run
 from engineworks.training.task import Progress
+from engineworks.training.train import conclude
 
 _PACKAGES = ("engineworks", "torch", "timm", "onnx", "onnxscript", "onnxslim", "onnxruntime")
 
 
 def trace(
-    run: Path, out: Path, *, progress: Progress | None = None, exist_ok: bool = False
+    run: Path,
+    out: Path,
+    *,
+    weights: Weights | None = None,
+    data: Path | None = None,
+    progress: Progress | None = None,
+    exist_ok: bool = False,
 ) -> Bundle:
-    """Export a finished run.
+    """Export a run that has finished or was stopped.
 
     Args:
         run: folder that ``training.train`` wrote.
         out: the bundle to make.
+        weights: of the best or the last epoch; None takes those that training concluded with.
+        data: what the run was trained on, to conclude it with other weights, or as it is where it
+            was killed; see ``training.train.conclude``.
         progress: called with (what, done, of).
         exist_ok: replace a bundle that is already there.
 
@@ -45,17 +56,34 @@ def trace(
         The bundle, with variant ``float`` of every graph.
 
     Raises:
-        RunError: no run, or one that is not finished.
+        RunError: no run, or one that must be concluded and ``data`` is not given.
         ExportError: torch cannot express the model as ONNX.
         ParityError: ONNX Runtime answers otherwise than torch.
         BundleError: ``out`` is in the way.
     """
-    opened = open_run(run)
-    info = opened.info
-    if info.status != "finished":
-        raise RunError(f"run {run} is not finished", fix="finish it with `cli.py train --resume`")
+    info = _concluded(open_run(run), weights, data, progress).info
     record = {"run": info.model_dump(mode="json", exclude={"results", "status"})}
     return _write(info.system, run, out, record, progress=progress, exist_ok=exist_ok)
+
+
+def _concluded(
+    run: Run, weights: Weights | None, data: Path | None, progress: Progress | None
+) -> Run:
+    """The run with all that an export of these weights needs, made of the data where it must be."""
+    which = weights or run.info.weights
+    if run.info.status != "running":
+        if which == run.info.weights or cmp(run.weights(which), run.weights(), shallow=False):
+            return run
+        problem = f"the borders of run {run.root} are those of its {run.info.weights} weights"
+    else:
+        problem = f"run {run.root} is not finished"
+    if data is None:
+        raise RunError(
+            problem,
+            fix="pass --data, what it was trained on, to export it as it is; or go on with "
+            "`cli.py train --resume`",
+        )
+    return conclude(run.root, data, which, progress=progress)
 
 
 def trace_prepared(

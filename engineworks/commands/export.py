@@ -24,6 +24,11 @@ from engineworks.commands.printing import Progress, echo, print_gate, print_pari
 @click.argument("source", type=PATH)
 @OUT
 @EXIST_OK
+@click.option(
+    "--data",
+    type=FOLDER,
+    help="What RUN was trained on: to export it with its other weights, or as a kill left it.",
+)
 @click.option("--int8", is_flag=True, help="Add INT8 graphs; needs --samples.")
 @click.option("--samples", type=FOLDER, help="Images that the system will meet, for calibration.")
 @click.option(
@@ -67,6 +72,9 @@ def export(
     **wanted: Any,
 ) -> None:
     """Turn a training RUN into a bundle; a BUNDLE into one with INT8, 16 bits or plans.
+
+    A run that was stopped is exported as far as it got; --weights last takes its last epoch in the
+    place of its best one.
 
     backbone:NAME is a net of timm alone, for --set backbone.engine=BUNDLE and for embeddings.
     Plans are TensorRT's, and only for the machine that builds them. With --refs its objects are

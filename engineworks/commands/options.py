@@ -184,7 +184,12 @@ def net_options(command: Callable[..., None]) -> Callable[..., None]:
     """Adds the options of SYSTEM:NAME; the command gets those that were given as ``options``."""
     names = ("weights", "stages", "norm", "size", "args")
 
-    @click.option("--weights", metavar="WHERE", help="hub, none or FILE.safetensors [hub].")
+    @click.option(
+        "--weights",
+        metavar="WHICH",
+        help="Of a run: best or last [what it concluded with]; of backbone:NAME: hub, none or "
+        "FILE.safetensors [hub].",
+    )
     @click.option("--stages", metavar="LIST", help="Maps, e.g. 2,3 [the last of the whole net].")
     @click.option("--norm", is_flag=True, default=None, help="Blocks behind the net's last norm.")
     @click.option("--size", metavar="H,W", help="Of its images in pixels [its own].")
