@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from engineworks.cli import _Progress
 from engineworks.runtime import images
 from engineworks.runtime.bundle import MANIFEST_NAME, Bundle, read, write
 from engineworks.runtime.testing import (
@@ -152,6 +153,16 @@ class TestTrainAndExport:
         self, trained: Trained
     ) -> None:
         assert re.fullmatch(r"epoch 1/1, \d+ s\n", trained.said["train"].err)
+
+    def test_what_takes_long_is_told_once_a_minute_where_stderr_is_no_terminal(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        clock = iter([0.0, 59.0, 61.0, 120.0, 121.0, 999.0])
+        monkeypatch.setattr("time.monotonic", lambda: next(clock))
+        show = _Progress._lines()
+        for done in range(5):
+            show("coreset", done, 0 if done == 4 else 9)
+        assert capsys.readouterr().err == "coreset: 1 of 9\ncoreset: 3 of 9\ncoreset: 4\n"
 
     def test_a_run_becomes_a_float_bundle_that_was_compared_with_torch(
         self, trained: Trained
