@@ -163,7 +163,13 @@ class Task:
         return {}  # the labelled images judge what is made of all epochs, in ``finish``
 
     def finish(self, run: Run, model: nn.Module, progress: Progress) -> dict[str, JsonValue]:
-        """Fit a bank, or scale what the discriminator says; judge it where labels are given."""
+        """Fit a bank, or scale what the discriminator says; judge it where labels are given.
+
+        Raises:
+            RunError: the features are gone, as they are once a run has finished.
+        """
+        if not self.features_path.is_file():
+            raise self._lost()
         trained = isinstance(self.model, DiscriminatorTraining)
         return (self._finish_discriminator if trained else self._finish_bank)(run, progress)
 
@@ -296,10 +302,7 @@ class Task:
         if self.features_path.is_file():
             return
         if not self.has_weights:
-            raise RunError(
-                f"{self.features_path} is gone, which the run cannot go on without",
-                fix="train again into a new folder",
-            )
+            raise self._lost()
         partial = self.features_path.with_suffix(".partial")
         features_IND = self._features(partial, "w+")
         with torch.no_grad(), section("features"):
@@ -308,6 +311,12 @@ class Task:
                 features_IND[batch["index"].numpy()] = rows_BND
         features_IND.flush()
         partial.rename(self.features_path)
+
+    def _lost(self) -> RunError:
+        return RunError(
+            f"{self.features_path} is gone, which the run cannot go on without",
+            fix="train again into a new folder",
+        )
 
     def _features(
         self, path: Path | None = None, mode: Literal["r+", "w+"] | None = None

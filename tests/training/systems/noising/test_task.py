@@ -260,21 +260,26 @@ class TestARunOfTheDiscriminator:
         name = "weights/last.safetensors"
         assert (cut.root / name).read_bytes() == (whole.root / name).read_bytes()
 
+    @pytest.mark.parametrize("settings", [[*DISCRIMINATOR, "discriminator.steps=2"], []])
     def test_does_not_go_on_without_its_features(
-        self, drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self,
+        settings: list[str],
+        drawn: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         def stop(*_: Any) -> None:
             raise KeyboardInterrupt
 
-        settings = config(*DISCRIMINATOR, "discriminator.steps=2")
+        chosen = config(*settings)
         with monkeypatch.context() as patch:
             patch.setattr(Task, "finish", stop)
             with pytest.raises(KeyboardInterrupt):
-                train(settings, drawn, tmp_path / "cut")
+                train(chosen, drawn, tmp_path / "cut")
         (tmp_path / "cut/features.float32").unlink()
         AcceleratorState._reset_state(reset_partial_state=True)
         with pytest.raises(RunError, match=r"features\.float32 is gone"):
-            train(settings, drawn, tmp_path / "cut", resume=True)
+            train(chosen, drawn, tmp_path / "cut", resume=True)
 
     def test_refuses_noise_without_a_reach(self) -> None:
         with pytest.raises(ConfigError, match="reach"):
