@@ -51,13 +51,7 @@ def trace(job: Job) -> None:
     if isinstance(source, Path) and (source / MANIFEST_NAME).is_file():
         source = read(source)
     named, _, name = str(source).partition(":")
-    is_run = not isinstance(source, Bundle) and named not in UNTRAINED
-    if named not in UNTRAINED and (unfit := set(config.options) - {"weights" if is_run else ""}):
-        options = ", ".join(f"--{option}" for option in config.options if option in unfit)
-        names = " or ".join(f"{system}:NAME" for system in UNTRAINED)
-        raise UsageError(f"{options} is for {names} alone", fix="leave it out")
-    if config.data is not None and not is_run:
-        raise UsageError("--data is for a run alone", fix="leave it out")
+    _check_options(source, config, named)
     if isinstance(source, Bundle):
         if not config.changes:
             raise UsageError(
@@ -85,6 +79,20 @@ def trace(job: Job) -> None:
             source, target, weights=_epoch(config), data=config.data, progress=job.progress
         )
     job.take(made)
+
+
+def _check_options(source: Path | Bundle, config: ExportConfig, named: str) -> None:
+    """Refuse options that mean nothing for what is exported."""
+    if named in UNTRAINED:
+        fitting = {*config.options}
+    else:
+        fitting = set() if isinstance(source, Bundle) else {"weights", "data"}
+    given = [*config.options, *(["data"] if config.data is not None else [])]
+    if unfit := [option for option in given if option not in fitting]:
+        names = " or ".join(f"{system}:NAME" for system in UNTRAINED)
+        names = {"data": "a run", "weights": f"a run or {names}"}.get(unfit[0], names)
+        options = ", ".join(f"--{option}" for option in unfit)
+        raise UsageError(f"{options} is for {names} alone", fix="leave it out")
 
 
 def _epoch(config: ExportConfig) -> Literal["best", "last"] | None:

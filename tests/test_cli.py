@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from engineworks.cli import _Progress
+from engineworks.commands.printing import Progress
 from engineworks.runtime import images
 from engineworks.runtime.bundle import MANIFEST_NAME, Bundle, read, write
 from engineworks.runtime.testing import (
@@ -159,7 +159,7 @@ class TestTrainAndExport:
     ) -> None:
         clock = iter([0.0, 59.0, 61.0, 120.0, 121.0, 999.0])
         monkeypatch.setattr("time.monotonic", lambda: next(clock))
-        show = _Progress._lines()
+        show = Progress._lines()
         for done in range(5):
             show("coreset", done, 0 if done == 4 else 9)
         assert capsys.readouterr().err == "coreset: 1 of 9\ncoreset: 3 of 9\ncoreset: 4\n"
