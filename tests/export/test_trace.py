@@ -10,9 +10,11 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import save_file
 
+from engineworks.export.config import ExportConfig
+from engineworks.export.pipeline import export
 from engineworks.export.trace import trace
 from engineworks.runtime.bundle import Bundle, sha256_file
-from engineworks.runtime.errors import RunError
+from engineworks.runtime.errors import RunError, UsageError
 from engineworks.runtime.testing import write_flowers
 from engineworks.training.backbones import read_weights
 from engineworks.training.config import load_config
@@ -67,6 +69,18 @@ def bias(bundle: Bundle) -> float:
 def test_is_the_best_one_unless_told_otherwise(run: Run, tmp_path: Path) -> None:
     assert bias(trace(run.root, tmp_path / "bundle")) == -1e3
     assert bias(trace(run.root, tmp_path / "again", weights="best")) == -1e3
+
+
+def test_is_asked_for_like_any_option_of_an_export(run: Run, flowers: Path, tmp_path: Path) -> None:
+    last = ExportConfig(options={"weights": "last"}, data=flowers)
+    assert bias(export(run.root, tmp_path / "bundle", last)) > -1
+    with pytest.raises(UsageError, match="best and its last weights, not 'none'"):
+        export(run.root, tmp_path / "another", ExportConfig(options={"weights": "none"}))
+    with pytest.raises(UsageError, match="--stages is for backbone:NAME alone"):
+        export(run.root, tmp_path / "another", ExportConfig(options={"stages": "1"}))
+    for config in (last, ExportConfig(data=flowers)):
+        with pytest.raises(UsageError, match="is for a run"):
+            export(tmp_path / "bundle", tmp_path / "another", config)
 
 
 def test_is_the_last_one_where_the_data_are_there_to_judge_it(
