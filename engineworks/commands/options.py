@@ -187,7 +187,7 @@ def net_options(command: Callable[..., None]) -> Callable[..., None]:
     @click.option(
         "--weights",
         metavar="WHICH",
-        help="Of a run: best or last [what it concluded with]; of backbone:NAME: hub, none or "
+        help="Of a run: best or last [what it concluded with]; of SYSTEM:NAME: hub, none or "
         "FILE.safetensors [hub].",
     )
     @click.option("--stages", metavar="LIST", help="Maps, e.g. 2,3 [the last of the whole net].")
