@@ -35,7 +35,7 @@ from engineworks.training import backbones
 from engineworks.training.config import BackboneConfig
 from engineworks.training.systems.noising.model import neighbourhood_mean, roots, side_by_side
 
-ROWS = (500, 1000, 1500, 2000, 3000, 4000, 6000)
+ROWS = (500, 1000, 2000, 4000)
 DEFAULT_ROWS = 2000
 SAMPLED = 50_000
 TOPS = (0.0, 0.005, 0.01, 0.02, 0.03)  # 0: the highest patch alone
