@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engineworks.cli import _print_table
+from engineworks.commands.printing import print_table
 from engineworks.runtime.files import Lines
 from engineworks.runtime.report import Report
 from engineworks.runtime.tables import _Table
@@ -80,7 +80,7 @@ class TestATable:
         assert rows == [["source", "score", "'@x"], ["'=1+1.png", "-1.5", "'+2"]]
 
     def test_on_the_terminal_takes_no_markup(self, capsys: pytest.CaptureFixture[str]) -> None:
-        _print_table("[/x]", ("[red]a", ""), [("[/x]", "\x1b]0;owned\x07")])
+        print_table("[/x]", ("[red]a", ""), [("[/x]", "\x1b]0;owned\x07")])
         printed = capsys.readouterr().out
         assert "[red]a" in printed and "[/x]" in printed and "\x1b" not in printed
 
