@@ -258,11 +258,18 @@ class Lines:
         self._size += len(data)
 
     def sync(self) -> None:
+        """Put it on the disk.
+
+        Raises:
+            FileNotFoundError: somebody removed it: nobody would find what is written.
+        """
         with naming(self.path):
             os.fsync(self._descriptor)
+            if not os.fstat(self._descriptor).st_nlink:
+                raise FileNotFoundError(errno.ENOENT, "removed while it was being written")
 
     def close(self) -> None:
-        """Put it on the disk and close it."""
+        """Put it on the disk and close it; see ``sync``."""
         try:
             self.sync()
         finally:

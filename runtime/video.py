@@ -253,7 +253,8 @@ class VideoWriter:
         """Finish the file.
 
         Raises:
-            VideoError: the encoder fails, or the disk is full; then there is no file.
+            VideoError: the encoder fails, the disk is full, or somebody removed the file; then
+                there is none.
         """
         try:
             with self._explained(), self._container:
@@ -263,6 +264,11 @@ class VideoWriter:
         finally:
             if self._stream is None or self._failed:
                 self._path.unlink(missing_ok=True)
+        if self._stream is not None and not self._path.exists():
+            raise VideoError(
+                f"cannot write {self._path}: removed while it was being written",
+                fix="leave the folder of results alone until the end",
+            )
 
     @contextmanager
     def _explained(self) -> Iterator[None]:

@@ -268,6 +268,17 @@ class TestLines:
         assert caught.value.filename == str(tmp_path / "a")
         assert (tmp_path / "a").read_text() == "one\nthird\n"
 
+    def test_tell_that_they_were_removed_meanwhile(self, tmp_path: Path) -> None:
+        lines = files.Lines(tmp_path / "a")
+        lines.add("one\n")
+        (tmp_path / "a").unlink()
+
+        with pytest.raises(FileNotFoundError, match="removed while") as caught:
+            lines.sync()
+        assert caught.value.filename == str(tmp_path / "a")
+        with pytest.raises(FileNotFoundError, match="removed while"):
+            lines.close()
+
     @pytest.mark.parametrize(
         ("content", "kept"),
         [("a\nb", "a\n"), ("a\n", "a\n"), ("abc", ""), ("", ""), ("a\n" + "b" * 200_000, "a\n")],

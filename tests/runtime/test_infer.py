@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -838,6 +839,36 @@ class TestWhileItRuns:
         infer(Levels(), open_source(str(tmp_path / "in")), out, jsonl=True)
 
         assert synced.count("results.csv") == synced.count("results.jsonl") == 4 + 1
+
+
+class TestAFolderThatIsRemovedMeanwhile:
+    @pytest.mark.parametrize("options", [{}, {"overlays": True}, {"jsonl": True}])
+    def test_is_an_error_and_not_the_end_of_a_run_that_finished(
+        self, tmp_path: Path, out: Path, options: dict[str, bool]
+    ) -> None:
+        write_pictures(tmp_path / "in", range(4))
+
+        def remove(done: int, _total: int) -> None:
+            if done == 2:
+                shutil.rmtree(out)
+
+        with pytest.raises((OSError, EngineworksError)) as caught:
+            source = open_source(str(tmp_path / "in"))
+            infer(Levels(), source, out, batch=1, progress=remove, **options)
+
+        assert str(out) in str(caught.value)
+        assert json.loads((out / "infer.json").read_text())["status"] == "failed"
+
+    def test_takes_an_annotated_video_along(self, tmp_path: Path, out: Path) -> None:
+        write_video(tmp_path / "a.mp4", [i / 25 for i in range(12)])
+
+        def remove(done: int, _total: int) -> None:
+            if done == 8:
+                (out / "a.mp4").unlink()
+
+        with pytest.raises(VideoError, match="removed while it was being written"):
+            source = open_source(str(tmp_path / "a.mp4"))
+            infer(Levels(), source, out, batch=4, overlays=True, progress=remove)
 
 
 class TestSummary:
