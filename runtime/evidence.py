@@ -18,6 +18,7 @@ from typing import Protocol
 import numpy as np
 
 from engineworks.runtime.pixels import Pixels
+from engineworks.runtime.spool import Spool
 from engineworks.runtime.tensors import Array
 
 ROUNDS = 1000  # resamples of a bootstrap
@@ -26,6 +27,8 @@ _SAMPLED = 1 << 16  # pixels of either kind, for the bins' borders
 IOUS = np.linspace(0.5, 0.95, 10)  # of COCO's average precision
 _RECALLS = np.linspace(0, 1, 101)  # where it looks
 _ROUNDS_AT_ONCE = 100
+_COUNTS_AT_ONCE = 100_000  # of pictures in resamples; a picture brings up to 100 boxes
+_PICTURES_AT_ONCE = 256
 _PERCENTILES = (2.5, 97.5)
 _SAME = 1e-9  # numbers that differ by less differ by rounding
 
@@ -111,9 +114,10 @@ def paired_drops(
     shift = {n: exact[n] - v for n, v in _lost(before, after, everyone).items() if n in exact}
     drawn: dict[str, list[Array]] = {name: [] for name in shift}
     for counts_RI in resamples(groups_I, rounds=rounds, seed=seed) if shift else ():
-        for name, values in _lost(before, after, counts_RI).items():
-            if name in shift:
-                drawn[name].append(values + shift[name])
+        for part_RI in np.array_split(counts_RI, -(-counts_RI.size // _COUNTS_AT_ONCE)):
+            for name, values in _lost(before, after, part_RI).items():
+                if name in shift:
+                    drawn[name].append(values + shift[name])
     drops = {name: Drop(value, len(groups_I)) for name, value in exact.items()}
     for name, parts in drawn.items():
         values = np.concatenate(parts)
@@ -211,20 +215,21 @@ class PixelRanking:
             scores[(places * (len(scores) - 1)).astype(int)] for scores in pixels.sample(_SAMPLED)
         ]
         edges = np.unique(np.concatenate(quantiles))[1:]  # lower ends of all bins but the lowest
-        found = [
-            (_histogram(map_HW[mask_HW], edges), _histogram(map_HW[~mask_HW], edges))
-            for map_HW, mask_HW in pixels
-        ]
-        self._positives_IB, self._negatives_IB = (
-            np.stack(each) for each in zip(*found, strict=True)
-        )
+        self._histograms = Spool()  # (2, B) of each picture: defective and normal pixels
+        for map_HW, mask_HW in pixels:
+            both = (_histogram(map_HW[mask_HW], edges), _histogram(map_HW[~mask_HW], edges))
+            self._histograms.append(np.stack(both))
 
     def resampled(self, counts_RI: Array) -> dict[str, Array]:
-        # products of integers have no fast kernel
-        counts, positives, negatives = (
-            each.astype(np.float64) for each in (counts_RI, self._positives_IB, self._negatives_IB)
-        )
-        return _curves(self._prefix, counts @ positives, counts @ negatives)
+        num_bins = self._histograms[0].shape[1]
+        total_2RB = np.zeros((2, len(counts_RI), num_bins))
+        for start in range(0, len(self._histograms), _PICTURES_AT_ONCE):
+            places = range(start, min(start + _PICTURES_AT_ONCE, len(self._histograms)))
+            histograms_I2B = np.stack([self._histograms[i] for i in places])
+            # products of integers have no fast kernel; these are exact
+            counts = counts_RI[:, places.start : places.stop].astype(np.float64)
+            total_2RB += counts @ histograms_I2B.transpose(1, 0, 2).astype(np.float64)
+        return _curves(self._prefix, total_2RB[0], total_2RB[1])
 
 
 class CandidateRanking:

@@ -2,45 +2,38 @@
 
 from __future__ import annotations
 
-import tempfile
-import weakref
 from collections.abc import Iterator
 
 import cv2
 import numpy as np
 
+from engineworks.runtime.spool import Spool
 from engineworks.runtime.tensors import Array
 
-_IN_MEMORY = 64 << 20  # bytes; what is more goes into a temporary file
 _AT_ONCE = 8 << 20  # scores that are sorted together
 
 
 class Pixels:
     """Maps with their masks, in the order in which they came; each reading goes through all.
 
-    They are kept in memory while they take no more than 64 MiB, and in a temporary file from then
-    on, 4.1 bytes per pixel (``TMPDIR`` says where).
+    They are kept in a ``Spool``, 4.1 bytes per pixel.
 
     Attributes:
         num_positives, num_negatives: defective and normal pixels.
         num_regions: connected defective regions (8 neighbours).
     """
 
-    def __init__(self, in_memory: int = _IN_MEMORY) -> None:
+    def __init__(self) -> None:
         self.num_positives = self.num_negatives = self.num_regions = 0
-        self._shapes: list[tuple[int, int]] = []
-        self._file = tempfile.SpooledTemporaryFile(in_memory)  # noqa: SIM115  # closed below
-        weakref.finalize(self, self._file.close)
+        self._kept = Spool()  # a map and its packed mask in turn
 
     def __len__(self) -> int:
-        return len(self._shapes)
+        return len(self._kept) // 2
 
     def add(self, map_HW: Array, mask_HW: Array) -> None:
         """Keep one image's scores, as float32, and where it is defective."""
-        self._file.seek(0, 2)
-        self._file.write(map_HW.astype(np.float32).tobytes())
-        self._file.write(np.packbits(mask_HW).tobytes())
-        self._shapes.append((map_HW.shape[0], map_HW.shape[1]))
+        self._kept.append(map_HW.astype(np.float32))
+        self._kept.append(np.packbits(mask_HW))
         marked = int(mask_HW.sum())
         self.num_positives += marked
         self.num_negatives += mask_HW.size - marked
@@ -49,15 +42,10 @@ class Pixels:
 
     def __iter__(self) -> Iterator[tuple[Array, Array]]:
         """(H, W) float32 scores and (H, W) bool mask of each image."""
-        at = 0
-        for height, width in self._shapes:
-            count = height * width
-            self._file.seek(at)
-            scores = np.frombuffer(self._file.read(4 * count), np.float32)
-            packed = np.frombuffer(self._file.read(-(-count // 8)), np.uint8)
-            at = self._file.tell()
-            mask = np.unpackbits(packed, count=count).astype(bool)
-            yield scores.reshape(height, width), mask.reshape(height, width)
+        for place in range(0, len(self._kept), 2):
+            map_HW = self._kept[place]
+            mask = np.unpackbits(self._kept[place + 1], count=map_HW.size).astype(bool)
+            yield map_HW, mask.reshape(map_HW.shape)
 
     def positives(self, low: float, high: float) -> tuple[Array, Array]:
         """Scores of defective pixels in [low, high), and the share of its region that each is."""

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from engineworks.runtime.boxes import iou
-from engineworks.runtime.errors import BackendError, InputError
+from engineworks.runtime.errors import InputError
 from engineworks.runtime.evaluation import Decisions, Evaluation, Rate, warned
 from engineworks.runtime.evidence import IOUS, BoxRanking, Found
 from engineworks.runtime.tensors import Array
@@ -20,7 +18,7 @@ _MAX_BOXES = 100  # of an image and class
 
 
 class DetectionMetrics:
-    """Collects boxes by image and class; then COCO's average precision, by faster-coco-eval.
+    """Collects boxes by image and class; then COCO's average precision.
 
     Keys of ``compute``, both in [0, 1], means over the classes that have a true box:
 
@@ -29,22 +27,11 @@ class DetectionMetrics:
 
     Of an image and class the 100 best boxes count. There are no keys without a true box.
 
-    Raises:
-        BackendError: faster-coco-eval is not installed.
-
     Source: Lin et al., "Microsoft COCO: Common Objects in Context", 2014, and its evaluation.
     """
 
     def __init__(self) -> None:
-        if importlib.util.find_spec("faster_coco_eval") is None:
-            raise BackendError(
-                "metrics of boxes need the package 'faster-coco-eval', which is not installed",
-                fix='pip install "engineworks[refdet]"',
-            )
-        self._images: dict[int, int] = {}
-        self._classes: dict[str, int] = {}
-        self._found: list[dict[str, Any]] = []
-        self._truth: list[dict[str, Any]] = []
+        self._images: dict[int, int] = {}  # number -> place
         self._matched: dict[str, list[_Matched]] = defaultdict(list)
 
     def update(
@@ -66,40 +53,12 @@ class DetectionMetrics:
                 "an image has boxes or scores that are not finite",
                 fix="look for NaN in the graph's outputs: compare float and INT8",
             )
-        # numbers from 1: the evaluation takes 0 for "no such"
-        place = {
-            "image_id": self._images.setdefault(image, len(self._images) + 1),
-            "category_id": self._classes.setdefault(name, len(self._classes) + 1),
-            "iscrowd": 0,
-        }
-        for box, score in zip(_corner_and_size(boxes_N4), scores_N.tolist(), strict=True):
-            self._found.append({**place, **box, "score": score, "id": len(self._found) + 1})
-        for box in _corner_and_size(truth_M4):
-            self._truth.append({**place, **box, "id": len(self._truth) + 1})
-        self._matched[name].append(_match(self._images[image], boxes_N4, scores_N, truth_M4))
+        place = self._images.setdefault(image, len(self._images))
+        self._matched[name].append(_match(place, boxes_N4, scores_N, truth_M4))
 
     def compute(self) -> dict[str, float]:
         """Both metrics, or none."""
-        from faster_coco_eval import COCO, COCOeval_faster
-
-        if not self._truth:
-            return {}
-        listed = {
-            "images": [{"id": number} for number in self._images.values()],
-            "categories": [{"id": number, "name": k} for k, number in self._classes.items()],
-        }
-        truth, found = (
-            COCO({**listed, "annotations": each}, print_function=_say_nothing)
-            for each in (self._truth, self._found)
-        )
-        judged = COCOeval_faster(truth, found, "bbox", print_function=_say_nothing)
-        judged.evaluate()
-        judged.accumulate()
-        # by IoU, recall and class, for boxes of all sizes and the largest number of them; -1 where
-        # a class has no true box
-        precision_TRC = judged.eval["precision"][:, :, :, 0, -1]
-        precision_TRC = precision_TRC[:, :, precision_TRC[0, 0] >= 0]
-        return {"map50": float(precision_TRC[0].mean()), "map50_95": float(precision_TRC.mean())}
+        return self._metrics(self._classes())
 
     def evaluation(self, conf: float) -> Evaluation:
         """Metrics, what is found at a score, and evidence of both metrics.
@@ -110,16 +69,15 @@ class DetectionMetrics:
         Args:
             conf: the score that an object needs.
         """
-        classes = {
-            name: _joined(matched, len(self._images)) for name, matched in self._matched.items()
-        }
-        metrics = self.compute()
+        classes = self._classes()
+        metrics = self._metrics(classes)
         borders = {"shipped": conf}
         if metrics:
             scores_D = np.concatenate([found.scores_D for found in classes.values()])
             right_D = np.concatenate([found.right_TD[0] for found in classes.values()])
             if right_D.any():
-                best = _best_conf(scores_D, right_D, len(self._truth))
+                num_truth = sum(int(found.truth_I.sum()) for found in classes.values())
+                best = _best_conf(scores_D, right_D, num_truth)
                 borders["largest F1 on these pictures"] = best
         return Evaluation(
             metrics,
@@ -128,8 +86,17 @@ class DetectionMetrics:
             np.zeros(len(self._images), np.int64),
         )
 
+    def _classes(self) -> dict[str, Found]:
+        num_images = len(self._images)
+        return {name: _joined(matched, num_images) for name, matched in self._matched.items()}
 
-@dataclass(frozen=True)
+    def _metrics(self, classes: Mapping[str, Found]) -> dict[str, float]:
+        once_1I = np.ones((1, len(self._images)), np.int64)
+        precision = BoxRanking(list(classes.values())).resampled(once_1I)
+        return {name: float(values_1[0]) for name, values_1 in precision.items()}
+
+
+@dataclass(frozen=True, slots=True)
 class _Matched:
     """The boxes of one class in one image by falling score, and where they are right."""
 
@@ -143,12 +110,13 @@ def _joined(matched: Sequence[_Matched], num_images: int) -> Found:
     """What was found of one class in all images."""
     scores_D = np.concatenate([each.scores_D for each in matched])
     pictures_D = np.repeat(
-        [each.image - 1 for each in matched], [len(each.scores_D) for each in matched]
+        np.array([each.image for each in matched], np.int32),
+        [len(each.scores_D) for each in matched],
     )
     order = np.lexsort((pictures_D, -scores_D))
     truth_I = np.zeros(num_images, np.int64)
     for each in matched:
-        truth_I[each.image - 1] += each.num_truth
+        truth_I[each.image] += each.num_truth
     right_TD = np.concatenate([each.right_TD for each in matched], axis=1)
     return Found(scores_D[order], pictures_D[order], right_TD[:, order], truth_I)
 
@@ -205,17 +173,6 @@ def _best_conf(scores_D: Array, right_D: Array, num_truth: int) -> float:
     last = np.flatnonzero(np.diff(scores_D[order], append=-np.inf))  # of equal scores
     f1 = 2 * np.cumsum(right_D[order])[last] / (last + 1 + num_truth)
     return float(scores_D[order][last[np.argmax(f1)]])
-
-
-def _corner_and_size(boxes_N4: Array) -> list[dict[str, Any]]:
-    """Boxes in COCO's form."""
-    boxes = boxes_N4.astype(np.float64)
-    rows = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1).tolist()
-    return [{"bbox": row, "area": row[2] * row[3]} for row in rows]
-
-
-def _say_nothing(*_texts: object) -> None:
-    pass
 
 
 def st_iou(found: Mapping[int, Array], truth: Mapping[int, Array]) -> float:

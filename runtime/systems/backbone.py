@@ -24,6 +24,7 @@ from engineworks.runtime.metrics import leave_one_out
 from engineworks.runtime.preprocess import PreprocessSpec, apply
 from engineworks.runtime.results import Embedding
 from engineworks.runtime.sources import PICTURES
+from engineworks.runtime.spool import Spool
 from engineworks.runtime.systems.opened import OpenedSystem
 from engineworks.runtime.tensors import Array
 
@@ -139,14 +140,14 @@ class System(OpenedSystem):
         """
         split: datasets.Split = "test" if "test" in datasets.class_splits(data) else "val"
         samples = datasets.class_folder(data, split).samples
-        vectors = []
+        vectors = Spool()
         for start in range(0, len(samples), _EVALUATION_BATCH):
             part = samples[start : start + _EVALUATION_BATCH]
             vectors.append(self._embed([datasets.read(sample) for sample in part]))
             if progress:
                 progress(start + len(part), len(samples))
         labels_N = np.array([sample.label for sample in samples])
-        return leave_one_out(np.concatenate(vectors), labels_N)
+        return leave_one_out(vectors, labels_N)
 
     def _embed(self, images: Sequence[Array]) -> Array:
         vectors_BF = embed(self.engines[GRAPH].run({"images": apply(self.spec, images)}))

@@ -58,7 +58,7 @@ Run = Callable[[Array, Array], tuple[Array, Array, Array]]
 
 _ENCODE_BATCH = 4
 _EVALUATION_BATCH = 8
-_EVALUATION_CACHE_BYTES = 256 << 20  # of decoded frames
+_EVALUATION_CACHE_BYTES = 32 << 20  # of decoded frames: each is judged once, references share some
 _EVALUATION_CONF = 0.001  # average precision is made of boxes that nobody would be shown as well
 
 

@@ -165,6 +165,17 @@ class TestPairedDrops:
             # both in float64, sums in another order
             assert got[name].interval == pytest.approx(np.percentile(drawn[name], [2.5, 97.5]))
 
+    def test_do_not_depend_on_how_much_is_counted_at_once(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        sides = [judged(pictures(seed)).evaluation("image", 1.0, KINDS) for seed in (1, 2)]
+        evidence = [side.evidence for side in sides]
+        exact = dict.fromkeys(("image_auroc", "pixel_auroc", "pixel_ap"), 0.1)
+        whole = paired_drops(exact, *evidence, np.array(LABELS))
+        monkeypatch.setattr("engineworks.runtime.evidence._COUNTS_AT_ONCE", 30)
+        monkeypatch.setattr("engineworks.runtime.evidence._PICTURES_AT_ONCE", 3)
+        assert paired_drops(exact, *evidence, np.array(LABELS)) == whole
+
     def test_are_moved_by_what_binning_costs(self) -> None:
         """The interval is that of the exact value, wherever the bins put it."""
         sides = [judged(pictures(seed)).evaluation("image", 1.0, KINDS) for seed in (1, 2)]

@@ -26,6 +26,7 @@ from engineworks.runtime.metrics import (
     log_softmax,
 )
 from engineworks.runtime.results import Candidate
+from engineworks.runtime.spool import Spool
 
 # few distinct values, so that ties are common; halves are exact in float32
 SCORES = st.integers(-3, 3).map(lambda i: i / 2)
@@ -451,6 +452,13 @@ class TestClassification:
             ClassificationMetrics(2).update(np.zeros(num), label)
 
 
+def spooled(rows_NF: np.ndarray, at_once: int = 3) -> Spool:
+    vectors = Spool()
+    for start in range(0, len(rows_NF), at_once):
+        vectors.append(rows_NF[start : start + at_once])
+    return vectors
+
+
 class TestLeaveOneOut:
     @given(st.integers(0, 2**32 - 1), st.integers(2, 40), st.integers(1, 6))
     @settings(max_examples=50, deadline=None)
@@ -469,23 +477,23 @@ class TestLeaveOneOut:
                 nearest = max(others, key=similarity.__getitem__)
                 right, asked = right + (labels[nearest] == labels[i]), asked + 1
         if asked:
-            assert leave_one_out(vectors, labels).metrics["top1"] == right / asked
+            assert leave_one_out(spooled(vectors), labels).metrics["top1"] == right / asked
         else:
             with pytest.raises(InputError, match="no two are of one class"):
-                leave_one_out(vectors, labels)
+                leave_one_out(spooled(vectors), labels)
 
     def test_takes_the_first_of_equally_similar_ones(self) -> None:
         vectors = np.ones((3, 1), np.float32)
         # the first is taken for the second, the others for the first
-        assert leave_one_out(vectors, np.array([0, 1, 0])).metrics == {"top1": 0.5}
+        assert leave_one_out(spooled(vectors), np.array([0, 1, 0])).metrics == {"top1": 0.5}
 
     def test_does_not_depend_on_how_many_are_compared_at_once(
         self, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         vectors, labels = rng.normal(size=(50, 4)), rng.integers(5, size=50)
-        whole = leave_one_out(vectors, labels).metrics
+        whole = leave_one_out(spooled(vectors), labels).metrics
         monkeypatch.setattr("engineworks.runtime.metrics.vectors._ROWS_AT_ONCE", 7)
-        assert leave_one_out(vectors, labels).metrics == whole
+        assert leave_one_out(spooled(vectors), labels).metrics == whole
 
 
 class TestLogSoftmax:

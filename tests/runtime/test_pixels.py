@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engineworks.runtime import curves, pixels
+from engineworks.runtime import curves, pixels, spool
 from engineworks.runtime.metrics import AnomalyMetrics
 from engineworks.runtime.pixels import Pixels
 from engineworks.runtime.tensors import Array
@@ -46,15 +46,15 @@ def test_measures_do_not_depend_on_what_is_kept_in_memory(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pixels, "_AT_ONCE", 50)
         patch.setattr(curves, "_POSITIVES_AT_ONCE", 7)
-        patch.setattr("engineworks.runtime.metrics.anomalies.Pixels", lambda: Pixels(in_memory=100))
+        patch.setattr(spool, "_IN_MEMORY", 100)
         parted = measured(images)
     assert parted == pytest.approx(whole, abs=1e-12)
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.integers(0, 2**31), st.integers(1, 5), st.sampled_from([1, 10**9]))
-def test_maps_and_masks_come_back_as_they_were(seed: int, num: int, in_memory: int) -> None:
-    images, kept = drawn(seed, num, 6), Pixels(in_memory)
+@given(st.integers(0, 2**31), st.integers(1, 5))
+def test_maps_and_masks_come_back_as_they_were(seed: int, num: int) -> None:
+    images, kept = drawn(seed, num, 6), Pixels()
     for scores, mask in images:
         kept.add(scores, mask)
     for _ in range(2):
@@ -84,9 +84,7 @@ def test_memory_does_not_grow_with_the_number_of_images(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(pixels, "_AT_ONCE", 1 << 16)
-    monkeypatch.setattr(
-        "engineworks.runtime.metrics.anomalies.Pixels", lambda: Pixels(in_memory=1 << 18)
-    )
+    monkeypatch.setattr(spool, "_IN_MEMORY", 1 << 18)
     rng = np.random.default_rng(0)
     mask = np.zeros((256, 256), bool)
     mask[3:9, 3:9] = True
