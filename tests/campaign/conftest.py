@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 _COUNTS = pytest.StashKey[dict[str, list[int]]]()
+_FIGURES = pytest.StashKey[list[str]]()
 
 
 class Ledger:
@@ -21,14 +22,15 @@ class Ledger:
         self.scale = int(os.environ.get("CAMPAIGN", "1"))
         self.tried = 0
         self.bad: list[str] = []
+        self.figures: list[str] = []
 
-    def add(self, what: str, bad: str | None = None) -> None:
-        """Note a try.
+    def add(self, what: str, bad: str | None = None, *, num: int = 1) -> None:
+        """Note a try, or so many that are judged together.
 
         Args:
             bad: what is wrong; None where all is well.
         """
-        self.tried += 1
+        self.tried += num
         if bad is not None:
             self.bad.append(f"{what}: {bad}")
 
@@ -41,6 +43,7 @@ def ledger(request: pytest.FixtureRequest) -> Iterator[Ledger]:
     name = request.node.name.removeprefix("test_").replace("_", " ")
     counts = request.config.stash.setdefault(_COUNTS, {})
     counts[name] = [ledger.tried, len(ledger.bad)]
+    request.config.stash.setdefault(_FIGURES, []).extend(ledger.figures)
     assert ledger.tried, "nothing was tried"
     assert not ledger.bad, f"{len(ledger.bad)} of {ledger.tried}: " + "\n".join(ledger.bad[:20])
 
@@ -52,3 +55,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.line("| campaign | tried | bad |\n|---|---|---|")
         for name, (tried, bad) in sorted(counts.items()):
             terminalreporter.line(f"| {name} | {tried} | {bad} |")
+        for figure in terminalreporter.config.stash[_FIGURES]:
+            terminalreporter.line(figure)

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.train
 def counts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, list[str]]]:
     """(tried, bad) of each command."""
     scale = int(os.environ.get("CAMPAIGN", "1"))
-    nums = FEW if scale == 1 else dict.fromkeys(FEW, 3 * scale)
+    nums = FEW if scale == 1 else dict.fromkeys(FEW, 30 * scale)
     done = subprocess.run(
         [
             *(sys.executable, "-m", "tests.campaign.kills", tmp_path_factory.mktemp("kills")),
