@@ -127,7 +127,6 @@ _NAMING = {
     "engineworks/__init__.py": "the public face: each system's class and results have a name",
     "engineworks/commands/export.py": "the help of backbone:NAME",
     "export/systems/__init__.py": "the table of recipes",
-    "runtime/metrics/boxes.py": "the extra to install is called refdet",
     "runtime/systems/__init__.py": "the table of systems",
     "runtime/testing/bundles.py": "a tiny bundle of every system",
     "runtime/tracking.py": "the extra to install is called refdet",
