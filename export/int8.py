@@ -17,6 +17,7 @@ import onnx
 from engineworks.calibration import calibrate as calibration
 from engineworks.calibration.samples import choose
 from engineworks.calibration.table import Table
+from engineworks.export.confidence import confident
 from engineworks.export.job import Calibration, Job
 from engineworks.export.legality import check_legal
 from engineworks.export.openvino import quantize_for_openvino
@@ -144,6 +145,8 @@ def quantize_graphs(job: Job) -> None:
 def candidate(job: Job, bundle: Bundle, folder: Path, *, own: bool = True) -> Bundle:
     """A bundle with INT8 variants of its own, on disk, to be opened and tried.
 
+    Where its system learns how sure it may be, each precision says so in the manifest.
+
     Args:
         bundle: whose float graphs and assets it has.
         folder: to make.
@@ -179,7 +182,8 @@ def candidate(job: Job, bundle: Bundle, folder: Path, *, own: bool = True) -> Bu
         }
     )
     write(folder / "bundle", changed, files)
-    return read(folder / "bundle")
+    config = job.config
+    return confident(read(folder / "bundle"), config.evaluation, threads=config.threads)
 
 
 def _quantized(

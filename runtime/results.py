@@ -57,6 +57,10 @@ class Classification:
         probability: of that class, in [0, 1]; all classes together have 1.
         top: (label, probability) of the most probable classes, best first.
         embedding_F: (F,) float32: what the classifier saw of the image.
+        prediction_set: labels among which the right one is, in a stated share of images, most
+            probable first; it may be empty. None where the bundle has no confidence for the
+            precision that runs, see ``runtime.confidence``.
+        is_unknown: whether the image is of no class that the classifier learned; None likewise.
     """
 
     label: str
@@ -64,12 +68,23 @@ class Classification:
     probability: float
     top: tuple[tuple[str, float], ...]
     embedding_F: Array
+    prediction_set: tuple[str, ...] | None = None
+    is_unknown: bool | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Names and plain numbers for one JSON line; the embedding is left out."""
+        """Names and plain numbers for one JSON line; the embedding is left out.
+
+        ``unknown`` and ``set`` are there where the bundle has a confidence.
+        """
+        confident: dict[str, Any] = {}
+        if self.is_unknown is not None:
+            confident["unknown"] = self.is_unknown
+        if self.prediction_set is not None:
+            confident["set"] = list(self.prediction_set)
         return {
             "label": self.label,
             "probability": round(float(self.probability), 6),
+            **confident,
             "top": [
                 {"label": label, "probability": round(float(probability), 6)}
                 for label, probability in self.top
@@ -78,7 +93,8 @@ class Classification:
 
     def summary(self) -> str:
         """One line for people."""
-        return ", ".join(f"{label} {probability:.2f}" for label, probability in self.top)
+        ranked = ", ".join(f"{label} {probability:.2f}" for label, probability in self.top)
+        return f"unknown: {ranked}" if self.is_unknown else ranked
 
 
 @dataclass(frozen=True, eq=False)

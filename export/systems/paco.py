@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
 
 from engineworks.export.systems import TRANSFORMER, Contents, Recipe, Source
-from engineworks.runtime.systems.paco import Params
+from engineworks.runtime.bundle import Threshold
+from engineworks.runtime.confidence import Confidence
+from engineworks.runtime.systems.paco import Params, unknown_border
 from engineworks.training.backbones import is_transformer
 from engineworks.training.run import open_run, read_json
 from engineworks.training.systems.paco.config import TaskConfig
@@ -37,13 +40,20 @@ def graphs(run: Path) -> dict[str, Source]:
 
 
 def contents(run: Path) -> Contents:
-    """The class names that ``finish`` left in the run; there are no thresholds and no assets."""
+    """What ``finish`` left in the run: class names, and the confidence of the float graph."""
     opened = open_run(run)
     assert isinstance(opened.config, TaskConfig)
+    params, thresholds = Params(), {}
+    if (run / "confidence.json").is_file():  # without ``val`` there was nothing to fit it on
+        known = read_json(run, "confidence")
+        params = Params(confidence={"float": Confidence.model_validate(known["confidence"])})
+        # through JSON: tuples are lists
+        unknown = Threshold.model_validate_json(json.dumps(known["unknown"]))
+        thresholds[unknown_border("float")] = unknown
     return Contents(
         preprocess=opened.config.preprocess,
-        params=Params().model_dump(mode="json"),
-        thresholds={},
+        params=params.model_dump(mode="json"),
+        thresholds=thresholds,
         assets={},
         labels=tuple(read_json(run, "labels")),
     )

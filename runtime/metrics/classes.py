@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Self
 
 import numpy as np
 
@@ -40,6 +41,14 @@ class ClassificationMetrics:
         self._nll = 0.0
         self._gaps = np.zeros(ECE_BINS)  # sum of (right - probability) per bin
         self._answers: list[tuple[int, bool, float]] = []  # label, whether right, probability
+
+    @classmethod
+    def of(cls, logits_NC: Array, label_N: Array) -> Self:
+        """Of all images at once: (N, C) float, C >= 1, and (N,) int; see ``update``."""
+        metrics = cls(logits_NC.shape[1])
+        for logits_C, label in zip(logits_NC, label_N.tolist(), strict=True):
+            metrics.update(logits_C, label)
+        return metrics
 
     def update(self, logits_C: Array, label: int) -> None:
         """Add one image.

@@ -135,6 +135,28 @@ class Promptable(System, Protocol):
 
 
 @runtime_checkable
+class Confident(Protocol):
+    """Of a class ``System`` and what is opened: it learns how sure its answers may be.
+
+    Attributes:
+        confidence: of the precision that runs here; None where nobody fitted it.
+    """
+
+    confidence: Any
+
+    def fit_confidence(self, data: Path | None) -> Bundle:
+        """The bundle with a confidence of the precision that runs here, fitted on labelled data.
+
+        What the bundle says of that precision is replaced, by nothing where there are no data, or
+        none that training left for it. Files stay as they are.
+
+        Raises:
+            DatasetError: the data are not of the bundle's classes.
+        """
+        ...
+
+
+@runtime_checkable
 class BringsReferences(Protocol):
     """Of a class ``System``: its bundles bring pictures of what they look for unasked."""
 

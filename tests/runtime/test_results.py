@@ -88,6 +88,15 @@ class TestAClassification:
     def test_says_in_a_line_what_it_found(self) -> None:
         assert self.result().summary() == "wheat 0.92, rye 0.05"
 
+    def test_says_how_sure_it_is_where_it_knows(self) -> None:
+        known = dataclasses.replace(self.result(), prediction_set=("wheat",), is_unknown=False)
+        unknown = dataclasses.replace(self.result(), prediction_set=(), is_unknown=True)
+
+        assert known.to_json() == {**self.result().to_json(), "unknown": False, "set": ["wheat"]}
+        assert known.summary() == "wheat 0.92, rye 0.05"
+        assert unknown.to_json()["set"] == []
+        assert unknown.summary() == "unknown: wheat 0.92, rye 0.05"
+
     def test_cannot_be_changed(self) -> None:
         with pytest.raises(dataclasses.FrozenInstanceError):
             self.result().label = "oat"  # type: ignore[misc]

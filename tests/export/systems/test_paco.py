@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from engineworks.runtime.bundle import Bundle, read
 from engineworks.runtime.errors import BundleError, RunError
 from engineworks.runtime.preprocess import apply
 from engineworks.runtime.systems import open_engines, open_system
-from engineworks.runtime.systems.paco import System
+from engineworks.runtime.systems.paco import Params, System
 from engineworks.runtime.testing import write_flowers
 from engineworks.training.backbones import read_weights
 from engineworks.training.config import load_config
@@ -120,6 +121,27 @@ class TestTheBundle:
         made = trace(frozen.root, tmp_path / "bundle")
 
         assert made.manifest.graphs["classify"].outputs["logits"].shape == ("batch", 6)
+
+    def test_of_a_run_that_val_judged_knows_how_sure_it_may_be(
+        self, flowers: Path, tmp_path: Path
+    ) -> None:
+        shutil.copytree(flowers, tmp_path / "data")
+        write_flowers(tmp_path / "more", num_train=0, num_test=3, seed=7)
+        shutil.move(tmp_path / "more" / "test", tmp_path / "data" / "val")
+        settings = ("frozen=true", "confidence.coverage=0.8", "confidence.budget=0.1")
+        made = trace(make(tmp_path / "run", tmp_path / "data", *settings).root, tmp_path / "bundle")
+
+        (known,) = made.params(Params).confidence.values()
+        assert (known.num_pictures, known.coverage, known.budget) == (18, 0.8, 0.1)
+        border = made.manifest.thresholds["unknown-float"]
+        assert border.held_out is not None and border.held_out.count == 18
+        with closing(open_system(made, backend="ort", precision="float")) as system:
+            found = system.evaluate(tmp_path / "data").metrics
+            fitted = system.fit_confidence(tmp_path / "data").params(Params).confidence["float"]
+        assert {"ece", "ece_uncalibrated", "coverage", "set_size"} <= set(found)
+        # logits of ONNX Runtime and of torch: float32 kernels of two libraries
+        assert fitted.temperature == pytest.approx(known.temperature, rel=1e-3)
+        assert fitted.limit == pytest.approx(known.limit, rel=1e-3)
 
     def test_of_a_run_without_labels_is_refused(self, run: Run, tmp_path: Path) -> None:
         shutil.copytree(run.root, tmp_path / "run")

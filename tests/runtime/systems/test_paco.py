@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engineworks.runtime import images
-from engineworks.runtime.bundle import Bundle, GraphEntry, Manifest
+from engineworks.runtime.bundle import Bundle, GraphEntry, Manifest, Threshold
 from engineworks.runtime.errors import BundleError, DatasetError, EngineError, InputError
 from engineworks.runtime.metrics import ClassificationMetrics
 from engineworks.runtime.preprocess import PreprocessSpec, apply
@@ -116,6 +116,23 @@ class TestAnAnswer:
         assert [label for label, _ in result.top] == list(LABELS)
         assert result.probability == pytest.approx(1 / 3)
 
+    def test_of_many_equal_logits_lists_the_classes_in_their_order(self) -> None:
+        """So many that a sort which is not stable would change their order."""
+        labels = [f"{i:03d}" for i in range(300)]
+        made = bundle(labels=labels, params={"num_top": 300}, num_classes=300)
+        entry = made.manifest.graphs["classify"]
+        logits = np.repeat(np.float32([[1, 2, 1]]), 100, axis=1)
+
+        def classify(feeds: Any) -> dict[str, Array]:
+            return {"logits": logits, "embedding": np.zeros((1, 3), np.float32)}
+
+        engine = FunctionEngine(classify, entry.inputs, entry.outputs)
+        opened = System(made, {"classify": engine}, backend="function", precision="float")
+        (result,) = opened.infer([flat(1, 2, 3)])
+
+        found = [label for label, _ in result.top]
+        assert found == [*labels[100:200], *labels[:100], *labels[200:]]
+
     def test_survives_logits_whose_exponential_overflows(self) -> None:
         (result,) = system(bundle(), scale=1e5).infer([flat(255, 0, 0)])
 
@@ -162,6 +179,141 @@ class TestAnAnswer:
             assert made.dtype == np.uint8
             assert made.ndim == 3
             assert min(made.shape[:2]) >= 90
+
+
+SURE = {"num_pictures": 40, "temperature": 4.0, "coverage": 0.9, "limit": 0.25, "budget": 0.05}
+
+
+def sure(precisions: Sequence[str] = ("float",), **changes: float) -> Bundle:
+    """A bundle that knows how sure it may be."""
+    params = {"confidence": dict.fromkeys(precisions, SURE | changes)}
+    made = bundle(params=params)
+    thresholds = {
+        f"unknown-{precision}": Threshold(value=1.0, source="chosen") for precision in precisions
+    }
+    return dataclasses.replace(
+        made, manifest=made.manifest.model_copy(update={"thresholds": thresholds})
+    )
+
+
+class TestHowSureItIs:
+    def test_is_said_by_calibrated_probabilities_a_set_and_whether_it_is_unknown(self) -> None:
+        picture = flat(255, 225, 10)
+        means = apply(SPEC, [picture]).mean(axis=(2, 3))[0]
+
+        (result,) = system(sure()).infer([picture])
+
+        want = softmax(np.float32(40) * means / 4)
+        assert dict(result.top) == pytest.approx(dict(zip(LABELS, want, strict=True)), rel=1e-6)
+        assert result.prediction_set == ("rye",)  # of 0.76, 0.24 and 0.00; 0.25 is asked
+        assert result.is_unknown is False
+
+    def test_leaves_the_order_of_the_classes_as_it_was(self) -> None:
+        pictures = [flat(*colour) for colour in np.random.default_rng(0).integers(0, 256, (20, 3))]
+
+        for one, other in zip(
+            system(sure()).infer(pictures), system(bundle()).infer(pictures), strict=True
+        ):
+            assert [label for label, _ in one.top] == [label for label, _ in other.top]
+
+    def test_is_unknown_from_its_border_on(self) -> None:
+        """Three equal classes: the surprise at each is ln 3."""
+        made = sure()
+        for value, unknown in ((np.log(3) - 1e-9, True), (np.log(3) + 1e-9, False)):
+            border = {"unknown-float": Threshold(value=value, source="chosen")}
+            moved = made.manifest.model_copy(update={"thresholds": border})
+            (result,) = system(dataclasses.replace(made, manifest=moved)).infer([flat(9, 9, 9)])
+            assert result.is_unknown is unknown
+
+    def test_has_an_empty_set_where_nothing_is_probable(self) -> None:
+        (result,) = system(sure(limit=0.9)).infer([flat(9, 9, 9)])
+        assert result.prediction_set == ()
+
+    def test_is_not_said_by_a_bundle_of_before(self) -> None:
+        (result,) = system(bundle()).infer([flat(200, 10, 10)])
+
+        assert result.prediction_set is None and result.is_unknown is None
+        assert set(result.to_json()) == {"label", "probability", "top"}
+
+    @pytest.mark.parametrize(
+        ("precision", "said"),
+        [("int8", "int8"), ("int8-bf16", "int8"), ("float", "float"), ("bf16", "float")],
+    )
+    def test_is_that_of_the_graph_that_runs(self, precision: str, said: str) -> None:
+        for known in ("float", "int8"):
+            made = sure([known])
+            opened = System(made, {}, backend="function", precision=precision)
+            assert (opened.confidence is not None) == (known == said)
+
+    def test_needs_the_border_that_belongs_to_it(self) -> None:
+        made = bundle(params={"confidence": {"int8": SURE}})
+        with pytest.raises(BundleError, match="no threshold 'unknown-int8'"):
+            contract(made).check(made)
+
+
+class TestFittingHowSure:
+    @pytest.fixture
+    def fields(self, tmp_path: Path) -> Path:
+        """Colours near the classes' own, some nearer to another's."""
+        rng = np.random.default_rng(2)
+        for split, count in {"train": 1, "val": 60, "test": 60}.items():
+            for i, name in enumerate(LABELS):
+                for n in range(count):
+                    colour = rng.integers(90, 130, 3)
+                    colour[i] += 25
+                    images.write(tmp_path / split / name / f"{n}.png", flat(*colour))
+        return tmp_path
+
+    def test_makes_confidence_right_and_covers_what_it_says(self, fields: Path) -> None:
+        opened = system(bundle(), scale=1000)
+        made = opened.fit_confidence(fields)
+
+        contract(made).check(made)
+        before = opened.evaluate(fields)
+        judged = system(made, scale=1000).evaluate(fields)
+        assert before.metrics["ece"] > 0.1
+        # of 180 pictures even a perfect classifier's is not 0
+        assert judged.metrics["ece"] < before.metrics["ece"] / 2
+        assert judged.metrics["ece_uncalibrated"] == before.metrics["ece"]
+        assert judged.metrics["top1"] == before.metrics["top1"]
+        # 180 pictures to fit and 180 to judge: two standard deviations
+        assert judged.metrics["coverage"] == pytest.approx(0.9, abs=0.064)
+        assert 1 <= judged.metrics["set_size"] < 2
+        assert judged.decisions[0].rates["called unknown"].of == 180
+        assert judged.decisions[0].rates["called unknown"].count < 25
+        assert set(before.metrics) == set(judged.metrics) - {
+            "ece_uncalibrated",
+            "coverage",
+            "set_size",
+        }
+
+    def test_keeps_the_shares_that_were_asked_for_and_the_other_precision(
+        self, fields: Path
+    ) -> None:
+        made = sure(["int8"], coverage=0.6, budget=0.2)
+
+        found = system(made).fit_confidence(fields)
+
+        known = found.params(Params).confidence
+        assert known["int8"] == made.params(Params).confidence["int8"]
+        assert (known["float"].coverage, known["float"].budget) == (0.6, 0.2)
+        assert known["float"].num_pictures == 180
+        assert set(found.manifest.thresholds) == {"unknown-int8", "unknown-float"}
+
+    def test_drops_what_is_stale_where_there_is_nothing_to_fit_on(self, fields: Path) -> None:
+        shutil.rmtree(fields / "val")
+        for data in (None, fields, fields / "test"):  # one folder is no validation set
+            found = system(sure(["float", "int8"])).fit_confidence(data)
+            assert set(found.params(Params).confidence) == {"int8"}
+            assert set(found.manifest.thresholds) == {"unknown-int8"}
+
+    def test_warns_where_what_it_was_fitted_on_judges_it(self, fields: Path) -> None:
+        shutil.rmtree(fields / "test")
+        made = system(bundle()).fit_confidence(fields)
+
+        judged = system(made).evaluate(fields)
+
+        assert "no split 'test'" in judged.warnings[-1]
 
 
 class TestABundle:

@@ -11,6 +11,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from engineworks.runtime.confidence import BUDGET, COVERAGE
 from engineworks.runtime.preprocess import PreprocessSpec
 from engineworks.training.config import BackboneConfig, Config, SystemConfig
 
@@ -141,6 +142,18 @@ class LossConfig(Config):
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
 
 
+class ConfidenceConfig(Config):
+    """What the folder ``val`` is to promise; see ``runtime.confidence``.
+
+    Attributes:
+        coverage: share of pictures whose class is in their prediction set.
+        budget: share of pictures of known classes that may be called unknown.
+    """
+
+    coverage: float = Field(default=COVERAGE, gt=0, lt=1)
+    budget: float = Field(default=BUDGET, gt=0, lt=1)
+
+
 class TaskConfig(SystemConfig):
     """A classifier on a timm backbone, trained with part contrast.
 
@@ -156,6 +169,7 @@ class TaskConfig(SystemConfig):
             cross-entropy.
         train: where ``optimizer.lr`` is null it becomes 3e-4, or 3e-3 for a classifier alone, which
             the smaller rate would leave far from where it is going.
+        confidence: how sure answers may be; fitted where there is a folder ``val``.
         num_overlays: pictures of the validation set on which the parts are drawn at the end.
     """
 
@@ -167,6 +181,7 @@ class TaskConfig(SystemConfig):
     views: ViewsConfig = ViewsConfig()
     parts: PartsConfig = PartsConfig()
     loss: LossConfig = LossConfig()
+    confidence: ConfidenceConfig = ConfidenceConfig()
     num_overlays: int = Field(default=16, ge=0)
 
     @classmethod

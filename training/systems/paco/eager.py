@@ -30,7 +30,10 @@ class EagerPaco:
         self.network = network
         self.spec = manifest.preprocess
         self.labels = manifest.labels
-        self.num_top = min(bundle.params(Params).num_top, len(self.labels))
+        params = bundle.params(Params)
+        self.num_top = min(params.num_top, len(self.labels))
+        known = params.confidence.get("float")
+        self.temperature = 1.0 if known is None else known.temperature
 
     @torch.inference_mode()
     def forward(self, images_BCHW: Array) -> tuple[Tensor, Tensor]:
@@ -40,9 +43,9 @@ class EagerPaco:
 
     @torch.inference_mode()
     def infer(self, images: Sequence[Array]) -> list[Classification]:
-        """See ``runtime.systems.paco.System.infer``."""
+        """See ``runtime.systems.paco.System.infer``; without prediction sets."""
         logits_BC, embedding_BF = self.forward(apply(self.spec, images))
-        best = logits_BC.softmax(1).topk(self.num_top)
+        best = (logits_BC / self.temperature).softmax(1).topk(self.num_top)
         return [
             Classification(
                 label=self.labels[indices[0]],

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from engineworks.runtime import datasets, draw, files, images
 from engineworks.runtime.bundle import sha256_file
+from engineworks.runtime.confidence import Confidence
 from engineworks.runtime.errors import ConfigError, DatasetError
 from engineworks.runtime.metrics import ClassificationMetrics
 from engineworks.runtime.names import file_name
@@ -114,7 +115,7 @@ class Task:
     there is only that, and the last epoch is kept: a test set that chooses is no test.
     """
 
-    written = ("labels.json", "confusion.png", "parts")
+    written = ("labels.json", "confidence.json", "confusion.png", "parts")
     working = ()
 
     def __init__(self, config: TaskConfig, data: Path, root: Path, *, weights: bool = True) -> None:
@@ -192,14 +193,24 @@ class Task:
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         if self.judged is None:
             return {}
-        return self._judge(model).compute()
+        return ClassificationMetrics.of(*self._judged_logits(model)).compute()
 
     def finish(self, run: Run, model: nn.Module, progress: Progress) -> dict[str, JsonValue]:
-        """Write the labels; judge the kept weights, and draw what they confuse and look at."""
+        """Write the labels; judge the kept weights, and draw what they confuse and look at.
+
+        Where ``val`` judges, also say how sure they may be: a test set that is learned from is
+        none.
+        """
         files.write(run.root / "labels.json", json.dumps(self.labels, indent=2) + "\n")
         if self.judged is None:
             return {}
-        metrics = self._judge(model)
+        logits_NC, label_N = self._judged_logits(model)
+        metrics = ClassificationMetrics.of(logits_NC, label_N)
+        if self.judged_by == "val":
+            asked = self.config.confidence.model_dump()
+            confidence, unknown = Confidence.fit(logits_NC, label_N, **asked)
+            known = {"confidence": confidence.model_dump(), "unknown": unknown.model_dump()}
+            files.write(run.root / "confidence.json", json.dumps(known, indent=2) + "\n")
         confusion = draw.confusion_matrix(metrics.confusion, self.labels)
         images.write(run.root / "confusion.png", confusion)
         if isinstance(model, PacoTraining):
@@ -250,19 +261,16 @@ class Task:
         done = position.epoch + position.batch / steps
         return 1.0 if done >= warmup else done / warmup
 
-    def _judge(self, model: Any) -> ClassificationMetrics:
-        """Metrics of ``model.net`` on the pictures that judge it."""
+    def _judged_logits(self, model: Any) -> tuple[Array, Array]:
+        """Logits (N, C) by ``model.net`` of the pictures that judge it, and their classes (N,)."""
         assert self.judged is not None
-        metrics = ClassificationMetrics(len(self.labels))
         if self.config.frozen:
             embedding_NF = torch.from_numpy(self._embedded("judged", self.judged))
             logits_NC = model.net.classifier(embedding_NF.to(_device(model)))
         else:
             logits_NC = torch.cat([model.net(batch)[0] for batch in self._batches(self.judged)])
         labels = [sample.label for sample in self.judged.samples]
-        for i, label in enumerate(labels):
-            metrics.update(logits_NC[i].float().cpu().numpy(), label)
-        return metrics
+        return logits_NC.detach().float().cpu().numpy(), np.array(labels)
 
     def _batches(self, folder: datasets.ClassFolder) -> Iterator[Tensor]:
         """All pictures as at inference: (B, 3, height, width) float32 on the model's device."""

@@ -17,6 +17,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from engineworks.runtime import datasets, images
+from engineworks.runtime.confidence import Confidence
 from engineworks.runtime.errors import ConfigError, DatasetError, RunError, WeightsError
 from engineworks.training.config import SystemConfig, load_config
 from engineworks.training.run import Run
@@ -88,6 +89,15 @@ class TestARun:
     def test_holds_the_labels_in_the_order_of_the_logits(self, run: Run) -> None:
         labels = json.loads((run.root / "labels.json").read_text())
         assert labels == ["blue", "green", "red"]
+
+    def test_holds_how_sure_it_may_be_of_the_pictures_that_judged_it(self, run: Run) -> None:
+        known = json.loads((run.root / "confidence.json").read_text())
+
+        confidence = Confidence.model_validate(known["confidence"])
+        assert confidence.num_pictures == 6
+        assert (confidence.coverage, confidence.budget) == (0.9, 0.05)
+        assert confidence.limit == 0  # six pictures cannot promise nine of ten
+        assert known["unknown"]["held_out"]["count"] == 6
 
     def test_shows_what_it_confuses_and_what_it_looks_at(self, run: Run) -> None:
         assert images.read(run.root / "confusion.png").size
