@@ -8,13 +8,14 @@ SYSTEMS := noising paco refdet stripe
 # Weights of the backbone: none (random, so that no download is needed) | hub | FILE.safetensors
 WEIGHTS ?= none
 
-.PHONY: help demo test test-training test-commands test-export test-runtime campaign lint docs bench test-gpu
+.PHONY: help demo test test-training test-commands test-export test-runtime campaign mutants lint docs bench test-gpu
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo      draw data, train, export to INT8, infer, evaluate, time: about 12 minutes"
 	@echo "make test      all tests"
 	@echo "make campaign  hostile files, kills and full disks, many times over [CAMPAIGN=10]"
+	@echo "make mutants   small faults put into the code, and how many the tests find [MUTANTS=300 SEED=0]"
 	@echo "make lint      ruff, mypy, import borders"
 	@echo "make docs      the documentation as a site, in build/docs"
 	@echo "make bench     the commands behind docs/benchmarks.md [DATA=DIR WEIGHTS=hub BACKBONE=NAME]"
@@ -94,6 +95,13 @@ CAMPAIGN ?= 10
 
 campaign: $(VENV)/.installed
 	CAMPAIGN=$(CAMPAIGN) $(VENV)/bin/python -m pytest tests/campaign
+
+# a sample of all mutants, drawn with a seed; 0 takes all, which is hours
+MUTANTS ?= 300
+SEED ?= 0
+
+mutants: $(VENV)/.installed
+	$(VENV)/bin/python -m tests.mutants --num $(MUTANTS) --seed $(SEED)
 
 test-gpu: $(GPU_VENV)/.installed
 	REQUIRE_GPU=1 $(GPU_VENV)/bin/python -m pytest -m gpu

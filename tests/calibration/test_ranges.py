@@ -87,6 +87,28 @@ class TestPercentile:
         want = np.sort(magnitudes)[rank - 1]
         assert 0 <= got - want <= histogram.width
 
+    @pytest.mark.parametrize(
+        ("num", "percentile", "rank"),
+        [
+            (1000, 99.9, 999),  # 999.0000000000001 in binary floats
+            (1000, 99.91, 1000),
+            (3000, 99.9, 2997),
+            (100, 29, 29),
+            (100, 28.999, 29),
+            (10, 100, 10),
+        ],
+    )
+    def test_counts_in_decimals(self, num: int, percentile: float, rank: int) -> None:
+        """All values up to that rank are 1, those beyond it 9."""
+        values = np.where(np.arange(num) < rank, 1, 9).astype(np.float32)
+
+        fits = ranges.amax(observed(values), "percentile", percentile=percentile)
+        values[rank - 1] = 9
+        exceeds = ranges.amax(observed(values), "percentile", percentile=percentile)
+
+        assert fits == pytest.approx(1, rel=0.01)  # a bin is less
+        assert exceeds == pytest.approx(9, rel=0.01)
+
     @pytest.mark.parametrize("percentile", [0.0, -1.0, 100.1])
     def test_outside_its_limits_is_refused(self, percentile: float) -> None:
         with pytest.raises(UsageError, match=r"not in \(0, 100\]"):

@@ -349,9 +349,11 @@ class TestTheUnsignedDialect:
                 "r = Identity(x)",
                 "r = Relu(x)",
                 "r = Clip(x, zero, high)",
+                "r = Clip(x, low, high)",
                 "r = MaxPool <kernel_shape = [2, 2], pads = [1, 1, 0, 0]> (x)",
                 "a = Relu(x) r = MaxPool <kernel_shape = [3, 3], pads = [1, 1, 1, 1]> (a)",
                 "a = Clip(x, zero, high) r = MaxPool <kernel_shape = [3, 3], strides = [2, 2]> (a)",
+                "a = Clip(x, low, high) r = MaxPool <kernel_shape = [3, 3], strides = [2, 2]> (a)",
             ]
         ),
     )
@@ -364,6 +366,7 @@ class TestTheUnsignedDialect:
             g (float[1, 1, 6, 6] x) => (float[a, b, c, d] y) {{ {chain}  y = Conv(r, w) }}""",
             w=np.full((1, 1, 1, 1), 127, np.float32),
             zero=np.array(0, np.float32),
+            low=np.array(-1, np.float32),
             high=np.array(high, np.float32),
         )
         canonical = quantize(model, dict.fromkeys(activations(model), amax))
@@ -371,6 +374,38 @@ class TestTheUnsignedDialect:
         signed, unsigned = (run(m, {"x": x})["y"] for m in (canonical, to_unsigned(canonical)))
 
         np.testing.assert_array_equal(unsigned, signed)
+
+    @pytest.mark.parametrize(
+        ("activation", "rectifies"),
+        [
+            ("Relu(x)", True),
+            ("Clip(x, zero, six)", True),
+            ("Clip(x, one, six)", False),
+            ("Clip(x, minus, six)", False),
+            ("Clip(x, minus, zero)", False),
+            ("Clip(x, zero, zero)", False),
+            ("Clip(x, zero)", False),
+            ("Sigmoid(x)", False),
+        ],
+    )
+    def test_has_the_zero_point_0_behind_what_rectifies_alone(
+        self, activation: str, rectifies: bool
+    ) -> None:
+        model = parse(
+            f"""<ir_version: 9, opset_import: ["" : 18]>
+            g (float[1, 1, 6, 6] x) => (float[1, 1, 6, 6] y)
+            {{ r = {activation}  y = Conv(r, w) }}""",
+            w=np.ones((1, 1, 1, 1), np.float32),
+            zero=np.array(0, np.float32),
+            one=np.array(1, np.float32),
+            minus=np.array(-1, np.float32),
+            six=np.array(6, np.float32),
+        )
+
+        unsigned = to_unsigned(quantize(model, dict.fromkeys(activations(model), 3.0)))
+
+        (node,) = [n for n in unsigned.graph.node if n.op_type == "QuantizeLinear"]
+        assert constant(unsigned, node.input[2]) == (0 if rectifies else 128)
 
     def test_leaves_weights_and_scales_untouched(self, canonical: onnx.ModelProto) -> None:
         unsigned = to_unsigned(canonical)

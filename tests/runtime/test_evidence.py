@@ -234,6 +234,16 @@ class TestPairedDrops:
 
 
 class TestADrop:
+    def test_of_just_what_is_allowed_does_not_exceed_it(self) -> None:
+        assert not Drop(0.005, 200).exceeds(0.005)
+        assert not Drop(0.0, 200).exceeds(0.0)
+        assert Drop(0.005 + 1e-8, 200).exceeds(0.005)
+
+    def test_is_settled_where_the_interval_ends_at_what_is_allowed(self) -> None:
+        """At it is within; so an interval that begins there is not beyond."""
+        assert Drop(0.001, 200, (-0.001, 0.005)).settled(0.005)
+        assert not Drop(0.009, 200, (0.005, 0.012)).settled(0.005)
+
     @pytest.mark.parametrize(
         ("value", "interval", "settled", "needed"),
         [

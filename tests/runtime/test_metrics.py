@@ -270,6 +270,29 @@ class TestAupro:
         # a quarter of two regions at rate 0, 1 at rate 1
         assert aupro([scores], [mask]) == pytest.approx(0.25 + 0.75 * 0.15)
 
+    def test_ends_before_a_jump_that_lies_exactly_at_its_limit(self) -> None:
+        """3 of 10 normal pixels score above the region: it is found where the integral ends."""
+        mask = np.zeros((1, 14), bool)
+        mask[0, :4] = True
+        scores = np.full((1, 14), 2.0, np.float32)
+        scores[0, 4:7] = 3
+        scores[0, 7:] = 1
+
+        assert aupro([scores], [mask], 0.3) == 0
+        assert aupro([scores], [mask], 0.6) == pytest.approx(0.5, abs=1e-12)
+
+    def test_follows_a_slope_that_begins_exactly_at_its_limit(self) -> None:
+        """Half of the region is found at once, the rest with 2 normal pixels that score alike."""
+        mask = np.zeros((1, 14), bool)
+        mask[0, :4] = True
+        scores = np.full((1, 14), 1.0, np.float32)
+        scores[0, :2], scores[0, 4:7] = 4, 3
+        scores[0, 2:4] = scores[0, 7:9] = 2
+
+        assert aupro([scores], [mask], 0.3) == pytest.approx(0.5, abs=1e-12)
+        # 0.5 up to 0.3, then from 0.5 to 1 at 0.5
+        assert aupro([scores], [mask], 0.5) == pytest.approx((0.15 + 0.15) / 0.5, abs=1e-12)
+
     def test_of_a_perfect_map_is_one(self, rng: np.random.Generator) -> None:
         masks = [rng.random((8, 8)) < 0.2 for _ in range(3)]
 
@@ -423,6 +446,17 @@ class TestClassification:
         assert metrics.compute()["ece"] == pytest.approx(0, abs=1e-12)
         assert metrics.compute()["nll"] == pytest.approx(np.log(7))
 
+    def test_of_many_equal_logits_takes_the_classes_in_their_order(self) -> None:
+        """So many that a sort which is not stable would change their order."""
+        logits = np.zeros((300, 300), np.float32)
+        logits[:, 150:] = 1
+
+        found = collected(logits, np.arange(300)).compute()
+
+        assert found["top1"] == pytest.approx(1 / 300)
+        assert found["top5"] == pytest.approx(5 / 300)
+        assert collected(logits[:5], np.arange(150, 155)).compute()["top5"] == 1
+
     def test_are_the_same_for_logarithms_of_probabilities(self, rng: np.random.Generator) -> None:
         logits, labels = rng.normal(0, 2, (9, 4)), rng.integers(0, 4, 9)
         logs = np.stack([np.log(softmax(row)) for row in logits])
@@ -555,6 +589,14 @@ class TestCandidates:
 
         # of one image's four false candidates one is allowed: what scores above the second counts
         assert metrics.compute()["recall_at_1_false"] == 0.5
+
+    def test_a_find_that_scores_like_the_false_candidate_too_many_comes_after_it(self) -> None:
+        for score, share in ((0.5, 0.0), (0.51, 1.0)):
+            metrics = CandidateMetrics(radius=0)
+            false = [Candidate(x=0, y=i, score=0.5) for i in range(2)]
+            true = [Candidate(x=20, y=20, score=score)]
+            metrics.update([*true, *false], 1, self.mask((20, 20, 1, 1)))
+            assert metrics.compute()["recall_at_1_false"] == share
 
     def test_ranks_count_the_best_of_all_images_together(self) -> None:
         metrics = CandidateMetrics(radius=0)

@@ -122,6 +122,49 @@ class TestGeometry:
         assert abs(found_x - x) <= 1 + 0.5 / affine[0, 0]
         assert abs(found_y - y) <= 1 + 0.5 / affine[1, 1]
 
+    @pytest.mark.parametrize("resize", ["crop", "letterbox"])
+    @pytest.mark.parametrize("scale", [2.0, 0.5, 3.0])
+    def test_a_slope_comes_back_without_a_shift(self, resize: Resize, scale: float) -> None:
+        """A map that says where its pixels' centres are, read off at those of the image."""
+        height, width = 40, 60
+        spec = PreprocessSpec(size=(int(40 * scale), int(60 * scale)), resize=resize)
+        if resize == "crop":
+            spec = spec.model_copy(update={"size": (int(40 * scale), int(40 * scale))})
+        rows, columns = np.mgrid[: spec.size[0], : spec.size[1]] + 0.5
+        affine = placement(spec, height, width)
+        where_y, where_x = np.mgrid[:height, :width] + 0.5
+
+        for own, centres, axis in ((columns, where_x, 0), (rows, where_y, 1)):
+            back = restore(spec, own.astype(np.float32), height, width)
+
+            want = affine[axis, axis] * centres + affine[axis, 2]
+            inside = (want >= own.min()) & (want <= own.max())  # beyond, the edge is repeated
+            assert inside.sum() > height * width / 2
+            # OpenCV's maps are of 1/32 of a pixel; half a pixel forgotten is 1/4 or more
+            assert np.abs(back - want)[inside].max() <= 1 / 32
+
+    @pytest.mark.parametrize(("width", "first"), [(5, 0), (6, 1), (7, 1), (9, 2)])
+    def test_a_crop_with_an_odd_surplus_leaves_the_larger_part_off_at_the_end(
+        self, width: int, first: int
+    ) -> None:
+        image = np.tile(np.arange(width, dtype=np.uint8), (4, 1))
+        spec = PreprocessSpec(size=(4, 4), resize="crop")
+
+        assert place(spec, image)[0].tolist() == list(range(first, first + 4))
+        assert place(spec, image.T.copy())[:, 0].tolist() == list(range(first, first + 4))
+        assert placement(spec, 4, width)[0, 2] == -first
+
+    @pytest.mark.parametrize(("width", "first"), [(5, 0), (6, 1), (7, 1), (9, 2)])
+    def test_a_letterbox_with_an_odd_rest_pads_more_at_the_end(
+        self, width: int, first: int
+    ) -> None:
+        spec = PreprocessSpec(size=(4, width), resize="letterbox", pad_value=7)
+
+        placed = place(spec, np.full((4, 4), 9, np.uint8))
+
+        want = [7] * first + [9] * 4 + [7] * (width - 4 - first)
+        assert placed[0].tolist() == want
+
     @settings(deadline=None)
     @given(st.sampled_from(RESIZES), SIDE, SIDE, SIDE, SIDE)
     def test_an_image_always_gets_the_networks_size(

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from engineworks.runtime import overflow
 from engineworks.runtime import search as search_module
 from engineworks.runtime.bank import Bank
 from engineworks.runtime.engines import products_overflow
@@ -156,6 +157,49 @@ class TestTheAnswer:
             left_out = answer["block_bounds"].copy()
             np.put_along_axis(left_out, blocks, -np.inf, axis=1)
             assert (left_out.max(axis=1) == outside).all()
+
+
+@pytest.mark.parametrize("draw", DATA)
+def test_bounds_leave_six_standard_deviations_of_the_rounding(
+    draw: Draw, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Errors as large are too rare to be met here: so what the bounds leave is measured itself.
+
+    All rows of a block are the same, but for their dither: so a block's bound leaves as much as a
+    row's.
+    """
+    bank = Bank(np.repeat(rows_of(draw, 100, 0), 8, axis=0))
+    queries = rows_of(draw, 60, 1)
+    bounds = []
+    for sigmas in (search_module._SIGMAS, 0.0):
+        monkeypatch.setattr(search_module, "_SIGMAS", sigmas)
+        with closing(FastSearch(bank, K, backend=backend, threads=1)) as search:
+            assert search._engine is not None
+            answer = search._engine.run({"queries": queries})
+            extra = search._excess * np.maximum(answer["lengths"] - search._length, 0)
+            bounds.append(answer["block_bounds"] + extra[:, None])
+            usable, members = answer["largest"] <= search._reach, search._members
+    real = np.arange(members.shape[0]) * 8 < len(bank)
+    left = (bounds[0] - bounds[1])[usable][:, real].astype(np.float64)
+
+    # as the module says it: x / a and m a, and their steps
+    rows, centred = (
+        (x - bank.rows_MD.mean(axis=0)).astype(np.float64) for x in (bank.rows_MD, queries[usable])
+    )
+    equaliser = np.sqrt(np.abs(rows).max(axis=0))
+    query_step = np.abs(rows / equaliser).max() / 127
+    whole = rows[members[real, 0]] * equaliser
+    levels = overflow.LIMIT if products_overflow(backend) else 127
+    row_steps = np.abs(whole).max(axis=1) / levels
+    lengths = np.linalg.norm(centred / equaliser, axis=1)
+    variance = np.square(query_step) * np.square(whole).sum(axis=1)
+    variance = variance + 2 * np.square(row_steps * lengths[:, None])
+    want = 6 * np.sqrt(variance / 12)
+
+    assert usable.mean() > 0.5
+    # differences of bounds in float32
+    assert (left >= want - 1e-6 * np.abs(bounds[0]).max()).all()
+    assert np.median(left / want) < 3  # of the shorter queries more
 
 
 def search_group_count(answer: dict[str, np.ndarray]) -> int:

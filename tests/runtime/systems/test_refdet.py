@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -412,19 +411,27 @@ class TestARealEngine:
         assert [(f.name, f.box) for f in result.objects] == [("white", tuple(truth[0]))]
 
 
-def test_a_swap_takes_no_more_than_ten_milliseconds(tiny: Bundle, rng: np.random.Generator) -> None:
+def test_a_swap_runs_no_graph_but_that_of_new_pictures(
+    tiny: Bundle, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of a set of 20 objects that are encoded already, and of one, whose picture is encoded."""
     with closing(open_system(tiny, backend="ort", threads=1)) as opened:
         assert isinstance(opened, Promptable)
         one = opened.encode({"red": [draw_reference(rng, (32, 32), "red")]})
         many = Prototypes(tuple(map(str, range(20))), one.rows_NP.repeat(20, axis=0), one.encoder)
-        times = []
-        for _ in range(10):
-            start = time.perf_counter()
-            opened.prompt(many)
-            opened.prompt(opened.encode({"red": [draw_reference(rng, (32, 32), "red")]}))
-            times.append(time.perf_counter() - start)
-    assert min(times) < 0.010  # the best of ten: a busy machine slows single ones down
+        ran: list[str] = []
+        for name, engine in opened.engines.items():
+
+            def run(feeds: Any, name: str = name, engine: Any = engine) -> Any:
+                ran.append(name)
+                return type(engine).run(engine, feeds)
+
+            monkeypatch.setattr(engine, "run", run)
+
+        opened.prompt(many)
+        assert ran == []
+        opened.prompt(opened.encode({"red": [draw_reference(rng, (32, 32), "red")]}))
+        assert ran == ["encode"]
 
 
 # --- judging -------------------------------------------------------------------------------------
