@@ -859,17 +859,6 @@ class TestAFolderThatIsRemovedMeanwhile:
         assert str(out) in str(caught.value)
         assert json.loads((out / "infer.json").read_text())["status"] == "failed"
 
-    def test_takes_an_annotated_video_along(self, tmp_path: Path, out: Path) -> None:
-        write_video(tmp_path / "a.mp4", [i / 25 for i in range(12)])
-
-        def remove(done: int, _total: int) -> None:
-            if done == 8:
-                (out / "a.mp4").unlink()
-
-        with pytest.raises(VideoError, match="removed while it was being written"):
-            source = open_source(str(tmp_path / "a.mp4"))
-            infer(Levels(), source, out, batch=4, overlays=True, progress=remove)
-
 
 class TestSummary:
     def test_of_nothing_has_no_rate(self) -> None:

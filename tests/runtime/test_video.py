@@ -391,6 +391,15 @@ class TestVideoWriter:
         # odd sides lose a pixel
         assert got[0].image.shape == (height // 2 * 2, width // 2 * 2, 3)
 
+    def test_of_a_file_that_was_removed_meanwhile_says_so(self, tmp_path: Path) -> None:
+        writer = video.VideoWriter(tmp_path / "a.mp4", Fraction(25))
+        for i in range(150):  # more than the encoder holds back
+            writer.write(picture(i % 10), i / 25)
+        (tmp_path / "a.mp4").unlink()
+
+        with pytest.raises(VideoError, match="removed while it was being written"):
+            writer.close()
+
     @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no full device")
     def test_on_a_full_disk_says_so_and_leaves_no_file(self, tmp_path: Path) -> None:
         (tmp_path / "a.mp4").symlink_to("/dev/full")
