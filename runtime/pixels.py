@@ -80,7 +80,7 @@ class Pixels:
         for map_HW, mask_HW in self:
             for i, scores in enumerate((map_HW[mask_HW], map_HW[~mask_HW])):
                 first = (steps[i] // 2 - seen[i]) % steps[i]
-                chosen[i].append(np.sort(scores)[first :: steps[i]])
+                chosen[i].append(np.sort(scores)[first :: steps[i]].copy())  # not the whole array
                 seen[i] += len(scores)
         nothing = [np.empty(0, np.float32)]
         found = [np.sort(np.concatenate(each or nothing)) for each in chosen]
