@@ -20,7 +20,7 @@ RUNS = {"pictures": (200, 1000), "frames": (200, 1000), "cycles": (20, 50)}
 EVALUATIONS = dict.fromkeys(("noising", "paco", "refdet", "stripe", "backbone"), (16, 24))
 EVALUATIONS["stripe"] = (32, 24)  # 96 more maps of 0.4 MB would show
 _GROWTH = 24  # MiB that allocators may move by in a run
-_PEAK = 24  # MiB by which the peak over four times as many pictures may be higher
+_PEAK = 8  # MiB by which the peak over four times as many pictures may be higher
 
 
 def measured(
