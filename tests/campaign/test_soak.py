@@ -16,7 +16,7 @@ from tests.campaign.soak import Mark
 
 ROOT = Path(__file__).parents[2]
 # in the ordinary suite, and times ``CAMPAIGN``
-RUNS = {"pictures": (200, 1000), "frames": (200, 1000), "cycles": (20, 50)}
+RUNS = {"pictures": (0, 1000), "frames": (0, 1000), "cycles": (0, 50)}
 EVALUATIONS = dict.fromkeys(("noising", "paco", "refdet", "stripe", "backbone"), (16, 24))
 EVALUATIONS["stripe"] = (32, 24)  # 96 more maps of 0.4 MB would show
 _GROWTH = 24  # MiB that allocators may move by in a run
@@ -40,6 +40,7 @@ def measured(
     return found
 
 
+@pytest.mark.skipif("CAMPAIGN" not in os.environ, reason="short runs fill caches: `make campaign`")
 @pytest.mark.parametrize("backend", ["ort", "openvino"])
 def test_long_runs(ledger: Ledger, tmp_path: Path, backend: str) -> None:
     for what, marks in measured(ledger, tmp_path, backend, RUNS).items():
