@@ -5,6 +5,7 @@ The only call of ``torch.onnx`` in the project. What leaves here has been compar
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from filecmp import cmp
@@ -200,7 +201,9 @@ def to_onnx(source: Source) -> onnx.ModelProto:
         for name in source.inputs
     ]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            # inputs may share an axis: torch says of each but one that its name is known
+            warnings.filterwarnings("ignore", "# The axis name", UserWarning)
             program = torch.onnx.export(
                 source.module,
                 source.examples[0],

@@ -50,6 +50,7 @@ class _Annotation(Part):
     category_id: int
     bbox: tuple[FiniteFloat, FiniteFloat, FiniteFloat, FiniteFloat]
     iscrowd: int = 0
+    id: int | None = None
 
 
 class _Coco(Part):
@@ -64,6 +65,8 @@ class CocoFile:
     Attributes:
         pictures: each with its boxes and their objects, in the order of the file.
         names: of all categories.
+        categories: id -> name.
+        annotations: id -> picture, box and name, of those that have an id and are no crowds.
         notes, faults: see ``runtime.labels``.
     """
 
@@ -79,6 +82,8 @@ class CocoFile:
         self._check_ids(coco)
         names = {category.id: category.name for category in coco.categories}
         self.names = set(names.values())
+        self.categories = names
+        numbered: dict[int, tuple[int, Box, str]] = {}
         sizes = {image.id: (image.width, image.height) for image in coco.images}
         boxes: dict[int, list[tuple[Box, str]]] = {image.id: [] for image in coco.images}
         placed = _Boxes(self.notes, self.faults)
@@ -93,6 +98,8 @@ class CocoFile:
                 self.notes.add("crowds left out", f"image {each.image_id}")
             elif box := placed.add(each.bbox, sizes[each.image_id], f"image {each.image_id}"):
                 boxes[each.image_id].append((box, names[each.category_id]))
+                if each.id is not None:
+                    numbered[each.id] = (each.image_id, box, names[each.category_id])
         placed.finish()
         place = root / "images"
         prefix = len(f"{place.as_posix()}/")
@@ -105,6 +112,12 @@ class CocoFile:
             if known or self._is_there(image.file_name, place):
                 self._compare(image, headers.read(picture))
             self.pictures.append((picture, boxes[image.id]))
+        paths = {
+            image.id: path for image, (path, _) in zip(coco.images, self.pictures, strict=True)
+        }
+        self.annotations = {
+            number: (paths[image], box, name) for number, (image, box, name) in numbered.items()
+        }
 
     def _check_ids(self, coco: _Coco) -> None:
         """Refuse what is listed twice: its boxes would go to one of the two, or to neither."""

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from engineworks.runtime import images
 from engineworks.runtime.objects import Frame, Reference
+from engineworks.runtime.references import Picture, View, alone
 from engineworks.runtime.tensors import Array
 from engineworks.runtime.video import VideoFile
 
 _MAX_OPEN = 8  # decoders of videos; where the frames of the others lie is still known
-_MARGIN = 0.05  # around a box that is cut out, as a share of its sides
 
 
 class Frames:
@@ -63,15 +63,16 @@ class Frames:
         Raises:
             ImageError, VideoError: see ``read``.
         """
+        return alone(self.view(reference))
+
+    def view(self, reference: Reference) -> Picture:
+        """The picture; where a box of it is the object, all that is around it as well.
+
+        Raises:
+            ImageError, VideoError: see ``read``.
+        """
         image = self.read(reference.frame)
-        if reference.box is None:
-            return image
-        x1, y1, x2, y2 = reference.box
-        across, down = _MARGIN * (x2 - x1), _MARGIN * (y2 - y1)
-        height, width = image.shape[:2]
-        left, right = max(0, int(x1 - across)), min(width, int(x2 + across) + 1)
-        top, bottom = max(0, int(y1 - down)), min(height, int(y2 + down) + 1)
-        return image[top:bottom, left:right]
+        return image if reference.box is None else View(image, reference.box)
 
     def close(self) -> None:
         """Release all decoders; closing twice is allowed."""

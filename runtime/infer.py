@@ -21,7 +21,7 @@ from pathlib import Path
 from signal import SIGINT
 from typing import Any
 
-from engineworks.runtime import live, video
+from engineworks.runtime import images, live, video
 from engineworks.runtime.decoding import Frame
 from engineworks.runtime.errors import (
     ImageError,
@@ -37,13 +37,15 @@ from engineworks.runtime.results import Detections
 from engineworks.runtime.signals import unbroken
 from engineworks.runtime.sinks import Item, Sink
 from engineworks.runtime.sources import Source
-from engineworks.runtime.systems import Promptable, Result, System
+from engineworks.runtime.systems import Promptable, Result, ShowsReferences, System
 from engineworks.runtime.tables import COCO_NAME, LINES_NAME, Coco, Tables
 from engineworks.runtime.tensors import Array
 from engineworks.runtime.tracking import Tracks
 
 Progress = Callable[[int, int], None]
 Say = Callable[[str], None]
+
+REFERENCES_NAME = "references.jpg"  # what a system knows objects by
 
 _QUEUE_BATCHES = 2  # decoded ahead of inference
 
@@ -103,7 +105,8 @@ def infer(
     first one; ``<field>.csv`` for a field that lists objects, a line for each, once there is any;
     with ``jsonl`` ``results.jsonl``, one object per picture, those that failed included;
     with ``overlays`` ``overlays/<name>.png`` per picture and ``overview.jpg``, the first 64 of them
-    on a sheet, or one annotated ``<name>.mp4``; with ``coco`` ``coco.json``, detections in COCO's
+    on a sheet, or one annotated ``<name>.mp4``, and ``references.jpg``, what the system knows
+    objects by; with ``coco`` ``coco.json``, detections in COCO's
     form; and ``infer.json``, the list of these files. What an earlier run wrote is removed, or set
     aside where it did not come to its end; see ``runtime.outputs``.
     ``system.draw`` is called in other threads than ``system.infer``.
@@ -133,13 +136,20 @@ def infer(
     names = _names_for_coco(system, source) if coco else ()
     tracks = Tracks() if track and source.kind != "images" else None
     summary = summary or Summary()
-    outputs = Outputs(out, _planned(source, jsonl, coco, overlays), source.paths)
+    references = (
+        system.draw_references() if overlays and isinstance(system, ShowsReferences) else None
+    )
+    planned = _planned(source, jsonl, coco, overlays)
+    planned += [] if references is None else [REFERENCES_NAME]
+    outputs = Outputs(out, planned, source.paths)
     total = _num_expected(source, frame_step)
     start = time.perf_counter()
     size = 1 if source.kind == "stream" else batch
     with _Closing() as stack:
         stack.callback(_tell, summary, outputs, start)
         stack.enter_context(outputs)
+        if references is not None:
+            images.write(out / REFERENCES_NAME, references)
         # the first says of each result whether it can be used
         sinks: list[Sink] = [stack.enter_context(Tables(outputs, jsonl=jsonl))]
         if coco:

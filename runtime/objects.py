@@ -4,9 +4,11 @@ Two layouts are known:
 
 * COCO: ``annotations_{train,val,test}.json`` beside ``images/``, a category per object; files are
   named from ``images/``, with or without that in front. Pictures of an object lie in
-  ``references/<name>/``; where there is no such folder, boxes of the object are cut out of training
-  frames that show it, or else of the split's own. A frame that a reference was cut from is not
-  searched. Crowds are left out. Boxes are pixels of the upright picture, EXIF's turn included.
+  ``references/<name>/``; or ``references_{train,val,test}.json`` says which boxes are taken, as
+  ``{id of a category: [ids of annotations]}``; where there is neither, boxes of the object are cut
+  out of training frames that show it, or else of the split's own. A frame that a reference was cut
+  from is not searched. Crowds are left out. Boxes are pixels of the upright picture, EXIF's turn
+  included.
 * videos: ``annotations.json``, a list of ``{"video_id", "annotations": [{"bboxes": [{"frame", "x1",
   "y1", "x2", "y2"}]}]}``, and ``samples/<video_id>/`` with one video and ``object_images/``. A
   video may say of which ``object`` it is; otherwise its own id is the object's name. Objects, not
@@ -21,7 +23,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -177,7 +179,7 @@ def object_labels(root: Path) -> Labelled:
         if path not in listed:
             left_out.add("picture that no file lists", path.relative_to(root / "images"))
     files, inner = folders.entries(root, left_out)
-    known = {f"annotations_{split}.json" for split in splits}
+    known = {f"{kind}_{split}.json" for kind in ("annotations", "references") for split in splits}
     folders.of_suffix([file for file in files if file.name not in known], left_out, ())
     for folder in inner:
         if folder.name not in ("images", "references"):
@@ -229,6 +231,10 @@ def _read_coco(root: Path, split: Split, hold_out: Sequence[str]) -> ObjectData:
         }
         folders.tell(root / "references", left_out)
         return ObjectData(tuple(frames), references)
+    if (chosen := root / f"references_{split}.json").is_file():
+        references = _chosen(chosen, file, wanted)
+        used = {each.frame for found in references.values() for each in found}
+        return ObjectData(tuple(each for each in frames if each.frame not in used), references)
     learned = root / "annotations_train.json"
     earlier: list[LabelledFrame] = []
     if split != "train" and learned.is_file():
@@ -242,6 +248,31 @@ def _read_coco(root: Path, split: Split, hold_out: Sequence[str]) -> ObjectData:
     # a frame is no question whose answer it is
     used = {each.frame for found in references.values() for each in found}
     return ObjectData(tuple(each for each in frames if each.frame not in used), references)
+
+
+def _chosen(path: Path, file: CocoFile, wanted: Set[str]) -> dict[str, tuple[Reference, ...]]:
+    """The references that a file names.
+
+    Raises:
+        DatasetError: an object without any, or what the annotations do not hold.
+    """
+    references: dict[str, tuple[Reference, ...]] = {}
+    for category, numbers in validated(TypeAdapter(dict[int, tuple[int, ...]]), path).items():
+        name = file.categories.get(category)
+        known = [file.annotations.get(number) for number in numbers]
+        found = [each for each in known if each is not None and each[2] == name]
+        if name is None or len(found) != len(numbers):
+            raise DatasetError(
+                f"{path} names boxes of category {category} that {file.path.name} does not have",
+                fix="give ids of annotations of that category",
+            )
+        if name in wanted and found:
+            references[name] = tuple(Reference(Frame(path), box) for path, box, _ in found)
+    if missing := sorted(wanted - references.keys()):
+        raise DatasetError(
+            f"{path} has no reference of '{missing[0]}'", fix="name at least one annotation of each"
+        )
+    return references
 
 
 def _frames(file: CocoFile) -> list[LabelledFrame]:

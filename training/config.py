@@ -174,6 +174,11 @@ class SystemConfig(Config):
     system: str
     train: TrainConfig = TrainConfig()
 
+    @property
+    def task_module(self) -> str:
+        """Of the system's package: the module whose ``Task`` trains what this configures."""
+        return "task"
+
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)
 

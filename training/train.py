@@ -344,7 +344,7 @@ def _open_record(
 
 def _task(config: SystemConfig) -> Any:
     """The class of a system's task."""
-    return importlib.import_module(f"{system_package(config.system)}.task").Task
+    return importlib.import_module(f"{system_package(config.system)}.{config.task_module}").Task
 
 
 def _summary(task: Task) -> dict[str, JsonValue]:

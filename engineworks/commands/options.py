@@ -49,10 +49,24 @@ SIGNED = click.option(
     metavar="KEY",
     help="Refuse a bundle that this public key has not signed; of several one is enough.",
 )
+
+
+def there(_context: object, _option: object, paths: tuple[Path, ...]) -> tuple[Path, ...]:
+    """What is no box in a file must exist; as click calls it."""
+    for path in paths:
+        if "@" not in path.name and not path.exists():
+            raise click.BadParameter(f"path '{path}' does not exist.")
+    return paths
+
+
 REFS = click.option(
     "--refs",
-    type=click.Path(path_type=Path, exists=True),
-    help="What to look for: DIR/<object>/*.png, pictures of one object, or a file of `refs`.",
+    type=PATH,
+    multiple=True,
+    callback=there,
+    metavar="WHAT",
+    help="What to look for: DIR/<object>/*.png, pictures of one object, a file of `refs`, or a box "
+    "in a picture or video: [NAME=]FILE[#FRAME]@X,Y,W,H. May be given several times.",
 )
 JSON = click.option("--json", "json_file", type=PATH, help="Also write the figures here.")
 
@@ -101,12 +115,16 @@ def prompt_options(command: Callable[..., None]) -> Callable[..., None]:
     @click.option("--iou", type=share, help="Largest overlap of two of a name [the bundle's].")
     @wraps(command)
     def with_prompt(
-        *arguments: Any, refs: Path | None, conf: float | None, iou: float | None, **options: Any
+        *arguments: Any,
+        refs: tuple[Path, ...],
+        conf: float | None,
+        iou: float | None,
+        **options: Any,
     ) -> None:
         def prepare(system: System) -> None:
             from engineworks.runtime.systems import prompt
 
-            prompt(system, refs, conf=conf, iou=iou)
+            prompt(system, *refs, conf=conf, iou=iou)
 
         command(*arguments, prepare=prepare, **options)
 

@@ -18,6 +18,7 @@ from engineworks.commands.options import (
     Prepare,
     engine_options,
     prompt_options,
+    there,
 )
 from engineworks.commands.printing import (
     Progress,
@@ -170,14 +171,19 @@ def evaluate(
 @click.argument("bundle", type=PATH)
 @click.option(
     "--refs",
-    type=click.Path(path_type=Path, exists=True),
+    type=PATH,
     required=True,
-    help="DIR/<object>/*.png, or pictures of one object.",
+    multiple=True,
+    callback=there,
+    metavar="WHAT",
+    help="Pictures of objects; see `infer`.",
 )
 @click.option("--out", type=PATH, required=True, help="File to write, FILE.npz.")
 @engine_options
 @EXIST_OK
-def refs(bundle: Path, refs: Path, out: Path, open_bundle: OpenBundle, exist_ok: bool) -> None:
+def refs(
+    bundle: Path, refs: tuple[Path, ...], out: Path, open_bundle: OpenBundle, exist_ok: bool
+) -> None:
     """Keep what BUNDLE makes of reference pictures, for --refs FILE.npz."""
     from engineworks.runtime.references import read_references
     from engineworks.runtime.systems import Promptable
@@ -187,6 +193,6 @@ def refs(bundle: Path, refs: Path, out: Path, open_bundle: OpenBundle, exist_ok:
     with open_bundle(bundle) as system:
         if not isinstance(system, Promptable):
             raise UsageError(f"{bundle} is of a system that is not told what to look for")
-        prototypes = system.encode(read_references(refs))
+        prototypes = system.encode(read_references(*refs))
         prototypes.save(out)
     echo(f"{', '.join(prototypes.names)} in {out}")

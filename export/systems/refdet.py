@@ -10,11 +10,12 @@ from torch import Tensor
 from engineworks.export.quantize import KeepFloat
 from engineworks.export.systems import TRANSFORMER, Contents, Recipe, Source
 from engineworks.runtime.preprocess import PreprocessSpec, apply
-from engineworks.runtime.references import load_references
-from engineworks.runtime.systems.refdet import Params
-from engineworks.training.run import open_run, read_json
+from engineworks.runtime.references import alone, centred, load_references
+from engineworks.runtime.systems.refdet.detecting import Params
+from engineworks.training.run import Run, open_run, read_json
 from engineworks.training.systems.refdet.config import TaskConfig
-from engineworks.training.systems.refdet.eager import trained_net
+from engineworks.training.systems.refdet.eager import trained_matcher, trained_net
+from engineworks.training.systems.refdet.match import DetectMatch, EncodeTemplate
 from engineworks.training.systems.refdet.model import Detect, Encode, prototype_widths
 
 _REFERENCES = "references.npz"
@@ -30,10 +31,12 @@ def graphs(run: Path) -> dict[str, Source]:
     opened = open_run(run)
     assert isinstance(opened.config, TaskConfig)
     config = opened.config
+    if config.match is not None:
+        return _matching(opened, config)
     model = trained_net(opened)
     encode, detect = Encode(model).eval(), Detect(model, config.num_candidates).eval()
     references = load_references(run / _REFERENCES)
-    pictures = [picture for found in references.values() for picture in found]
+    pictures = [alone(picture) for found in references.values() for picture in found]
     generator = torch.Generator().manual_seed(0)
 
     def shaken(spec: PreprocessSpec, num: int) -> Tensor:
@@ -68,13 +71,58 @@ def graphs(run: Path) -> dict[str, Source]:
     }
 
 
+def _matching(run: Run, config: TaskConfig) -> dict[str, Source]:
+    """The same graphs of a matcher; ``encode`` also takes the object's box, (batch, 4) float32."""
+    assert config.match is not None
+    matcher = trained_matcher(run)
+    encode = EncodeTemplate(matcher).eval()
+    detect = DetectMatch(matcher, config.num_candidates).eval()
+    found = [each for views in load_references(run.root / _REFERENCES).values() for each in views]
+    views = [
+        centred(config.reference_preprocess, config.match.object_share, each) for each in found
+    ]
+    views = [views[i % len(views)] for i in range(3)]
+    pictures = torch.from_numpy(apply(config.reference_preprocess, [v.image for v in views]))
+    boxes = torch.tensor([view.box for view in views], dtype=torch.float32)
+    frames = torch.from_numpy(apply(config.preprocess, [v.image for v in views]))
+    noise = torch.randn(frames.shape, generator=torch.Generator().manual_seed(0))
+    frames = frames + 0.2 * noise
+    with torch.no_grad():
+        rows = encode(pictures, boxes)
+    return {
+        "encode": Source(
+            module=encode,
+            inputs=("images", "boxes"),
+            outputs=("prototypes",),
+            examples=((pictures[:2], boxes[:2]), (pictures[2:], boxes[2:])),
+            free={"images": {0: "batch"}, "boxes": {0: "batch"}},
+            shapes={"prototypes": ("batch", matcher.width)},
+        ),
+        "detect": Source(
+            module=detect,
+            inputs=("images", "prototypes"),
+            outputs=("boxes", "scores", "classes"),
+            examples=((frames[:2], rows), (frames[2:], rows[:1])),
+            free={"images": {0: "batch"}, "prototypes": {0: "objects"}},
+            before_choice=detect.before_choice,
+            keep_float=KeepFloat(patterns=(r"matcher\.score",)),
+        ),
+    }
+
+
 def contents(run: Path) -> Contents:
     """The base classes' names and the references that ``finish`` left in the run."""
     opened = open_run(run)
     assert isinstance(opened.config, TaskConfig)
+    match = opened.config.match
     params = Params(
         reference_preprocess=opened.config.reference_preprocess,
-        widths=prototype_widths(opened.config.detector),
+        widths=(
+            prototype_widths(opened.config.detector)
+            if match is None
+            else (trained_matcher(opened).width,)
+        ),
+        object_share=None if match is None else match.object_share,
         inference=opened.config.inference,
     )
     return Contents(

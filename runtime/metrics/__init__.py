@@ -11,7 +11,12 @@ from engineworks.runtime.metrics.anomalies import (
     f1max,
     false_reject_threshold,
 )
-from engineworks.runtime.metrics.boxes import DetectionMetrics, st_iou
+from engineworks.runtime.metrics.boxes import (
+    DetectionMetrics,
+    precision_20px,
+    st_iou,
+    success_auc,
+)
 from engineworks.runtime.metrics.candidates import CandidateMetrics
 from engineworks.runtime.metrics.classes import ClassificationMetrics, log_softmax
 from engineworks.runtime.metrics.vectors import leave_one_out
@@ -26,5 +31,7 @@ __all__ = [
     "false_reject_threshold",
     "leave_one_out",
     "log_softmax",
+    "precision_20px",
     "st_iou",
+    "success_auc",
 ]

@@ -33,6 +33,7 @@ class DetectionMetrics:
     def __init__(self) -> None:
         self._images: dict[int, int] = {}  # number -> place
         self._matched: dict[str, list[_Matched]] = defaultdict(list)
+        self._peaks: list[bool] = []  # of each image and class that is there: is the best box on it
 
     def update(
         self, image: int, name: str, boxes_N4: Array, scores_N: Array, truth_M4: Array
@@ -55,13 +56,20 @@ class DetectionMetrics:
             )
         place = self._images.setdefault(image, len(self._images))
         self._matched[name].append(_match(place, boxes_N4, scores_N, truth_M4))
+        if len(truth_M4):
+            self._peaks.append(_is_within(boxes_N4, scores_N, truth_M4))
 
     def compute(self) -> dict[str, float]:
         """Both metrics, or none."""
         return self._metrics(self._classes())
 
     def evaluation(self, conf: float) -> Evaluation:
-        """Metrics, what is found at a score, and evidence of both metrics.
+        """Metrics, what is found at a score, and evidence of those of ``compute``.
+
+        Two metrics are added, both in [0, 1]: ``peak_in_box``, the share of images and classes with
+        a true box where the centre of the best one found lies in one, and ``recall_fp1``, the share
+        of true boxes found by an IoU of 0.5 at the score where there is one false box per image and
+        class.
 
         Frames of one video count as so many pictures, though they are alike: the intervals of a few
         videos are too narrow.
@@ -75,10 +83,13 @@ class DetectionMetrics:
         if metrics:
             scores_D = np.concatenate([found.scores_D for found in classes.values()])
             right_D = np.concatenate([found.right_TD[0] for found in classes.values()])
+            num_truth = sum(int(found.truth_I.sum()) for found in classes.values())
             if right_D.any():
-                num_truth = sum(int(found.truth_I.sum()) for found in classes.values())
                 best = _best_conf(scores_D, right_D, num_truth)
                 borders["largest F1 on these pictures"] = best
+            num_searched = sum(len(matched) for matched in self._matched.values())
+            metrics["peak_in_box"] = sum(self._peaks) / len(self._peaks)
+            metrics["recall_fp1"] = _recall(scores_D, right_D, num_truth, num_searched)
         return Evaluation(
             metrics,
             tuple(_decided(each, source, classes) for source, each in borders.items()),
@@ -175,6 +186,25 @@ def _best_conf(scores_D: Array, right_D: Array, num_truth: int) -> float:
     return float(scores_D[order][last[np.argmax(f1)]])
 
 
+def _recall(scores_D: Array, right_D: Array, num_truth: int, most_false: int) -> float:
+    """Share of true boxes above the score that lets at most so many false ones through."""
+    order = np.argsort(-scores_D, kind="stable")
+    last = np.flatnonzero(np.diff(scores_D[order], append=-np.inf))  # of equal scores
+    num_right = np.cumsum(right_D[order])[last]
+    allowed = last + 1 - num_right <= most_false
+    return float(num_right[allowed].max(initial=0)) / num_truth
+
+
+def _is_within(boxes_N4: Array, scores_N: Array, truth_M4: Array) -> bool:
+    """Whether the centre of the best box lies in a true one."""
+    if not len(boxes_N4):
+        return False
+    x1, y1, x2, y2 = boxes_N4[int(np.argmax(scores_N))]
+    x, y = (x1 + x2) / 2, (y1 + y2) / 2
+    across = (truth_M4[:, 0] <= x) & (x <= truth_M4[:, 2])
+    return bool((across & (truth_M4[:, 1] <= y) & (y <= truth_M4[:, 3])).any())
+
+
 def st_iou(found: Mapping[int, Array], truth: Mapping[int, Array]) -> float:
     """How well an object is found in space and time, over the frames of one video.
 
@@ -199,3 +229,54 @@ def st_iou(found: Mapping[int, Array], truth: Mapping[int, Array]) -> float:
         raise InputError("there is no box in any frame", fix="leave such videos out")
     overlaps = (iou(found[i][None], truth[i]).max() for i in found.keys() & truth.keys())
     return float(sum(overlaps)) / len(frames)
+
+
+_SUCCESS = np.linspace(0, 1, 21)  # overlaps that the curve of success is read at
+_NEAR = 20.0  # pixels
+
+
+def success_auc(found: Mapping[int, Array], truth: Mapping[int, Array]) -> float:
+    """Area below the curve of success: frames whose overlap exceeds 0, 0.05, ... 1.
+
+    Args:
+        found, truth: see ``st_iou``; frames without a true box do not count, in one without a found
+            box the overlap is 0.
+
+    Returns:
+        In [0, 1], the mean over the 21 overlaps.
+
+    Raises:
+        InputError: no frame has a true box.
+
+    Source: Wu et al., "Object Tracking Benchmark", 2015.
+    """
+    overlaps = [
+        float(iou(found[i][None], boxes).max()) if i in found else 0.0
+        for i, boxes in _shown(truth).items()
+    ]
+    return float(np.mean([[overlap > least for least in _SUCCESS] for overlap in overlaps]))
+
+
+def precision_20px(found: Mapping[int, Array], truth: Mapping[int, Array]) -> float:
+    """Share of frames whose found box has its centre within 20 pixels of a true one's.
+
+    Args:
+        found, truth: see ``success_auc``, also for what is raised and the source.
+    """
+    near = [
+        bool((np.linalg.norm(_centres(found[i][None]) - _centres(boxes), axis=1) <= _NEAR).any())
+        if i in found
+        else False
+        for i, boxes in _shown(truth).items()
+    ]
+    return sum(near) / len(near)
+
+
+def _shown(truth: Mapping[int, Array]) -> Mapping[int, Array]:
+    if not truth:
+        raise InputError("there is no true box in any frame", fix="leave such videos out")
+    return truth
+
+
+def _centres(boxes_N4: Array) -> Array:
+    return np.asarray((boxes_N4[:, :2] + boxes_N4[:, 2:]) / 2)

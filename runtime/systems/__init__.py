@@ -157,6 +157,15 @@ class Confident(Protocol):
 
 
 @runtime_checkable
+class ShowsReferences(Protocol):
+    """A system that can show what it knows objects by."""
+
+    def draw_references(self) -> Array | None:
+        """(H, W, 3) uint8 RGB; None where it has no pictures."""
+        ...
+
+
+@runtime_checkable
 class BringsReferences(Protocol):
     """Of a class ``System``: its bundles bring pictures of what they look for unasked."""
 
@@ -183,13 +192,13 @@ class Extendable(Protocol):
 
 
 def prompt(
-    system: System, references: Path | None, *, conf: float | None = None, iou: float | None = None
+    system: System, *references: Path, conf: float | None = None, iou: float | None = None
 ) -> None:
     """Tell a system what to look for, and how.
 
     Args:
         references: a file of prototypes, or pictures as ``runtime.references.read_references``
-            takes them; None leaves what the bundle brings.
+            takes them; none leave what the bundle brings.
         conf, iou: see ``Promptable.configure``.
 
     Raises:
@@ -197,7 +206,7 @@ def prompt(
         InputError: no references there, or prototypes of another bundle.
         ImageError: a picture cannot be read.
     """
-    if references is None and conf is None and iou is None:
+    if not references and conf is None and iou is None:
         return
     if not isinstance(system, Promptable):
         raise UsageError(
@@ -205,10 +214,17 @@ def prompt(
             fix="leave out --refs, --conf and --iou",
         )
     system.configure(conf=conf, iou=iou)
-    if references is not None:
-        is_file = references.suffix == SUFFIX
+    if references:
+        prototypes = [path for path in references if path.suffix == SUFFIX]
+        if prototypes and len(references) > 1:
+            raise UsageError(
+                f"{prototypes[0]} holds all that is looked for, and more is given",
+                fix="give one file of `refs`, or pictures alone",
+            )
         system.prompt(
-            Prototypes.load(references) if is_file else system.encode(read_references(references))
+            Prototypes.load(prototypes[0])
+            if prototypes
+            else system.encode(read_references(*references))
         )
 
 

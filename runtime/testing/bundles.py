@@ -19,6 +19,7 @@ from engineworks.runtime.preprocess import PlanesSpec, PreprocessSpec, apply
 from engineworks.runtime.references import save_references
 from engineworks.runtime.systems import backbone, noising, paco, refdet, stripe
 from engineworks.runtime.systems.noising.fit import FitConfig, fit
+from engineworks.runtime.systems.refdet import detecting
 from engineworks.runtime.tensors import Array, TensorSpec
 from engineworks.runtime.testing.drawings import (
     COLOURS,
@@ -220,7 +221,7 @@ def write_tiny_refdet_bundle(
     names: Sequence[str] = ("blue", "red"),
     int8: bool = False,
     gate: Mapping[str, float] | None = None,
-    inference: refdet.InferenceConfig | None = None,
+    inference: detecting.InferenceConfig | None = None,
 ) -> Bundle:
     """A ``refdet`` bundle that finds ``draw_scene``'s squares by their colour, on real graphs.
 
@@ -236,10 +237,10 @@ def write_tiny_refdet_bundle(
     half = (0.5, 0.5, 0.5)  # grey is 0
     spec = PreprocessSpec(size=size, resize="letterbox", mean=half, std=half, pad_value=GREY)
     references = spec.model_copy(update={"size": (REFERENCE, REFERENCE)})
-    params = refdet.Params(
+    params = detecting.Params(
         reference_preprocess=references,
         widths=(3, 3),
-        inference=inference or refdet.InferenceConfig(),
+        inference=inference or detecting.InferenceConfig(),
     )
     rng = np.random.default_rng(1)
     pictures = {

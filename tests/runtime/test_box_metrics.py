@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from engineworks.runtime.boxes import iou
 from engineworks.runtime.errors import InputError
-from engineworks.runtime.metrics import DetectionMetrics
+from engineworks.runtime.metrics import DetectionMetrics, precision_20px, success_auc
 
 
 def plain_hits(
@@ -270,3 +270,43 @@ class TestDecisions:
         (shipped,) = judged.decisions
         assert shipped.rates["false boxes"].fraction == "1 of 1"
         assert shipped.warnings == ()  # nothing else could be found
+
+
+def box(x: float, y: float, side: float = 10) -> np.ndarray:
+    return np.array([x, y, x + side, y + side])
+
+
+TRUTH = {i: box(0, 0)[None] for i in range(4)}
+
+
+class TestAnObjectThroughAVideo:
+    def test_succeeds_by_how_much_it_overlaps(self) -> None:
+        found = {0: box(0, 0), 1: box(5, 0), 2: box(50, 50), 9: box(0, 0)}
+        # overlaps of 1, a third, 0 and none: above 20, 7 and none of the 21 limits
+        assert success_auc(found, TRUTH) == pytest.approx((20 + 7) / 21 / 4)
+
+    def test_is_precise_within_twenty_pixels(self) -> None:
+        found = {0: box(0, 0), 1: box(12, 16), 2: box(12, 16.1), 9: box(0, 0)}
+        assert precision_20px(found, TRUTH) == 0.5
+
+    def test_that_is_never_there_is_refused(self) -> None:
+        for measure in (success_auc, precision_20px):
+            with pytest.raises(InputError, match="no true box"):
+                measure({0: box(0, 0)}, {})
+
+
+def test_the_best_box_and_the_recall_at_one_false_box_per_picture() -> None:
+    metrics = DetectionMetrics()
+    truth = np.array([[0, 0, 10, 10], [20, 0, 30, 10]], np.float32)
+    # the best is false and its centre on nothing, then one right, two false, one right
+    found = np.array([box(50, 50), box(0, 0), box(60, 0), box(70, 0), box(20, 0)], np.float32)
+    metrics.update(0, "cup", found, np.array([0.9, 0.8, 0.7, 0.6, 0.5]), truth)
+    metrics.update(1, "cup", found[1:2], np.array([0.4]), truth[:1])
+    metrics.update(2, "cup", found[:0], np.zeros(0), truth[:1])
+    judged = metrics.evaluation(0.5).metrics
+    assert judged["peak_in_box"] == pytest.approx(1 / 3)
+    # three pictures allow three false boxes: all three right ones are then found
+    assert judged["recall_fp1"] == pytest.approx(3 / 4)
+    few = DetectionMetrics()
+    few.update(0, "cup", found, np.array([0.9, 0.8, 0.7, 0.6, 0.5]), truth)
+    assert few.evaluation(0.5).metrics["recall_fp1"] == pytest.approx(1 / 2)

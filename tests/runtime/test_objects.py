@@ -123,6 +123,34 @@ class TestACocoFolder:
         assert found.references["pen"][0].frame not in [each.frame for each in found.frames]
         assert len(found.frames) == 1
 
+    def test_takes_the_boxes_that_a_file_names_and_does_not_search_their_frames(
+        self, tmp_path: Path
+    ) -> None:
+        boxes = {f"{i}.png": [("cup", [i, 6, 20, 20])] for i in range(4)}
+        root = write_coco(tmp_path, "test", boxes=boxes, references=False)
+        path = root / "annotations_test.json"
+        content = json.loads(path.read_text())
+        for number, each in enumerate(content["annotations"]):
+            each["id"] = 70 + number
+        path.write_text(json.dumps(content))
+        (root / "references_test.json").write_text(json.dumps({"0": [73, 71]}))
+
+        found = read_objects(root, "test")
+
+        assert [each.frame.path.name for each in found.references["cup"]] == ["3.png", "1.png"]
+        assert [each.box for each in found.references["cup"]] == [(3, 6, 23, 26), (1, 6, 21, 26)]
+        assert [each.frame.path.name for each in found.frames] == ["0.png", "2.png"]
+
+    @pytest.mark.parametrize("named", [{"0": [99]}, {"5": [70]}, {"0": []}])
+    def test_refuses_a_file_that_names_other_boxes(
+        self, named: dict[str, list[int]], tmp_path: Path
+    ) -> None:
+        boxes = {"a.png": [("cup", [1, 6, 20, 20])], "b.png": [("cup", [1, 6, 20, 20])]}
+        root = write_coco(tmp_path, "test", boxes=boxes, references=False)
+        (root / "references_test.json").write_text(json.dumps(named))
+        with pytest.raises(DatasetError, match=r"references_test\.json"):
+            read_objects(root, "test")
+
     def test_whose_frames_are_all_used_up_as_references_is_refused(self, tmp_path: Path) -> None:
         root = write_coco(tmp_path, boxes={"a.png": [("cup", [5, 6, 20, 20])]}, references=False)
         with pytest.raises(DatasetError, match="no frames") as caught:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,16 @@ from engineworks.runtime.errors import ImageError, InputError
 from engineworks.runtime.preprocess import PreprocessSpec, apply
 from engineworks.runtime.references import (
     Prototypes,
+    View,
     average,
+    centred,
     load_references,
+    mean_template,
     read_references,
     save_references,
 )
 from engineworks.runtime.tensors import Array
+from engineworks.runtime.video import VideoWriter
 
 
 def picture(level: int, size: tuple[int, int] = (6, 8)) -> Array:
@@ -105,6 +110,98 @@ class TestAFolder:
 
         with pytest.raises(ImageError):
             read_references(tmp_path)
+
+
+class TestABox:
+    """``[NAME=]FILE[#FRAME]@X,Y,W,H``."""
+
+    def test_in_a_picture_keeps_what_is_around_it(self, tmp_path: Path) -> None:
+        images.write(tmp_path / "table.png", picture(9, (8, 8)))
+
+        found = read_references(tmp_path / "table.png@1,2,3,4.5")
+
+        (view,) = found["table"]
+        assert isinstance(view, View)
+        assert view.box == (1, 2, 4, 6.5)
+        assert view.image.shape == (8, 8, 3)
+
+    def test_has_the_name_that_it_is_given(self, tmp_path: Path) -> None:
+        images.write(tmp_path / "a.png", picture(1))
+        images.write(tmp_path / "cup" / "1.png", picture(2))
+
+        found = read_references(Path(f"cup={tmp_path}/a.png@0,0,2,2"), tmp_path / "cup")
+
+        assert [type(each) for each in found["cup"]] == [View, np.ndarray]
+
+    def test_in_a_frame_of_a_video(self, tmp_path: Path) -> None:
+        with VideoWriter(tmp_path / "film.mp4", Fraction(5)) as writer:
+            for i in range(3):
+                writer.write(np.full((32, 48, 3), 80 * i, np.uint8), i / 5)
+
+        (view,) = read_references(tmp_path / "film.mp4#2@4,5,10,12")["film"]
+
+        assert isinstance(view, View)
+        assert abs(float(view.image.mean()) - 160) < 5  # the codec's loss
+        with pytest.raises(InputError, match="no frame 3"):
+            read_references(tmp_path / "film.mp4#3@4,5,10,12")
+
+    @pytest.mark.parametrize("box", ["0,0,0,4", "0,0,4,-1", "1.2.3,0,4,4"])
+    def test_of_no_area_is_refused(self, box: str, tmp_path: Path) -> None:
+        images.write(tmp_path / "a.png", picture(1))
+        with pytest.raises(InputError, match="is no box"):
+            read_references(tmp_path / f"a.png@{box}")
+
+    def test_outside_of_the_picture_is_refused(self, tmp_path: Path) -> None:
+        images.write(tmp_path / "a.png", picture(1))
+        with pytest.raises(InputError, match="lies outside"):
+            read_references(tmp_path / "a.png@0,0,400,2")
+        with pytest.raises(InputError, match="nothing at"):
+            read_references(tmp_path / "b.png@0,0,4,2")
+
+
+class TestAView:
+    SPEC = PreprocessSpec(size=(40, 40), resize="letterbox", pad_value=7)
+
+    @pytest.mark.parametrize("side", [4, 10, 60])
+    def test_is_centred_at_one_size(self, side: int) -> None:
+        image = np.full((200, 160, 3), 50, np.uint8)
+        image[70 : 70 + side // 2, 30 : 30 + side] = 200
+        view = centred(self.SPEC, 0.5, View(image, (30, 70, 30 + side, 70 + side // 2)))
+
+        assert view.box == pytest.approx((10, 15, 30, 25))
+        inside = view.image[17:23, 12:28].astype(int)
+        assert np.abs(inside - 200).max() <= 1
+        assert np.abs(view.image[:12, 12:28].astype(int) - 50).max() <= 1
+
+    def test_that_was_centred_stays(self, rng: np.random.Generator) -> None:
+        image = rng.integers(0, 256, (60, 50, 3), np.uint8)
+        once = centred(self.SPEC, 0.5, View(image, (10, 20, 31, 33)))
+        again = centred(self.SPEC, 0.5, once)
+        np.testing.assert_array_equal(again.image, once.image)
+        assert again.box == pytest.approx(once.box)
+
+    def test_of_a_picture_alone_is_all_of_it(self) -> None:
+        view = centred(self.SPEC, 0.5, np.full((10, 20, 3), 90, np.uint8))
+        assert view.box == pytest.approx((10, 15, 30, 25))
+        assert view.image[20, 20].tolist() == [90, 90, 90]
+        assert view.image[2, 20].tolist() == [7, 7, 7]
+
+    def test_is_cut_with_a_little_around_it(self) -> None:
+        image = np.arange(100, dtype=np.uint8).repeat(300).reshape(100, 100, 3)
+        assert View(image, (20, 40, 60, 80)).cut().shape == (45, 45, 3)
+
+    def test_stays_a_view_in_a_file(self, tmp_path: Path) -> None:
+        image = np.full((200, 160, 3), 50, np.uint8)
+        views = {"cup": [View(image, (30, 70, 50, 90))]}
+        save_references(tmp_path / "kept.npz", views, self.SPEC, 0.5)
+        (view,) = load_references(tmp_path / "kept.npz")["cup"]
+        assert isinstance(view, View)
+        assert view.box == pytest.approx((10, 10, 30, 30))
+
+
+def test_the_mean_of_templates_is_not_brought_to_unit_length() -> None:
+    rows = np.array([[1.0, 0.0, 3.0], [0.0, 1.0, 1.0]], np.float32)
+    assert mean_template(rows).tolist() == [0.5, 0.5, 2.0]
 
 
 class TestAFileOfPrototypes:

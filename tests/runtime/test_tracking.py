@@ -53,8 +53,27 @@ class TestATrack:
         tracks = Tracks()
         still = [[at(50, 50)]] * 4
         assert numbers(tracks, *still)[-1] == [1]
-        numbers(tracks, *([[]] * 40))
+        numbers(tracks, *([[]] * 80))
         assert numbers(tracks, *still)[-1] == [2]
+
+    def test_has_its_number_again_after_thirty_frames(self) -> None:
+        tracks = Tracks()
+        assert numbers(tracks, *([[at(50, 50)]] * 4))[-1] == [1]
+        numbers(tracks, *([[]] * 30))
+        assert numbers(tracks, *([[at(110, 50)]] * 4))[-1] == [1]
+
+    @pytest.mark.parametrize("back", [at(200, 50), at(110, 50, "jar")])
+    def test_is_not_another_far_away_or_of_another_name(self, back: Detection) -> None:
+        tracks = Tracks()
+        numbers(tracks, *([[at(50, 50)]] * 4))
+        numbers(tracks, *([[]] * 30))
+        assert numbers(tracks, *([[back]] * 4))[-1] == [2]
+
+    def test_is_not_guessed_where_two_could_be_meant(self) -> None:
+        tracks = Tracks()
+        numbers(tracks, *([[at(50, 50), at(120, 50)]] * 4))
+        numbers(tracks, *([[]] * 30))
+        assert numbers(tracks, *([[at(85, 50)]] * 4))[-1] == [3]
 
     def test_of_a_small_object_follows_jumps_longer_than_it(self) -> None:
         """Under a moving camera its box never overlaps the one before."""

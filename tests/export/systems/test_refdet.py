@@ -32,7 +32,8 @@ from engineworks.runtime.errors import RunError
 from engineworks.runtime.preprocess import PreprocessSpec, apply
 from engineworks.runtime.references import average, load_references
 from engineworks.runtime.systems import open_engines
-from engineworks.runtime.systems.refdet import Params, System
+from engineworks.runtime.systems.refdet import System
+from engineworks.runtime.systems.refdet.detecting import Params
 from engineworks.runtime.tensors import Array
 from engineworks.runtime.testing import write_scenes
 from engineworks.training.config import load_config

@@ -24,7 +24,7 @@ from engineworks.runtime.errors import (
 )
 from engineworks.runtime.metrics import st_iou
 from engineworks.runtime.preprocess import PreprocessSpec
-from engineworks.runtime.references import Prototypes, average
+from engineworks.runtime.references import Prototypes, View, average
 from engineworks.runtime.results import Detections
 from engineworks.runtime.systems import (
     Promptable,
@@ -33,14 +33,8 @@ from engineworks.runtime.systems import (
     open_system,
     prompt,
 )
-from engineworks.runtime.systems.refdet import (
-    NAME,
-    InferenceConfig,
-    Params,
-    System,
-    contract,
-    evaluate,
-)
+from engineworks.runtime.systems.refdet import NAME, System, contract
+from engineworks.runtime.systems.refdet.detecting import InferenceConfig, Params, evaluate
 from engineworks.runtime.tensors import Array, TensorSpec
 from engineworks.runtime.testing import (
     FunctionEngine,
@@ -57,6 +51,7 @@ SPEC = PreprocessSpec(size=(40, 60), resize="letterbox", mean=ZERO, std=ONE, pad
 REFERENCES = SPEC.model_copy(update={"size": (8, 8)})
 WIDTHS = (2, 1)
 ENCODER = "e" * 64
+ALL = {"map50": 1, "map50_95": 1, "peak_in_box": 1, "recall_fp1": 1}
 
 
 def bundle(labels: Sequence[str] = (), params: Mapping[str, Any] | None = None) -> Bundle:
@@ -167,6 +162,31 @@ class TestAnAnswer:
 
         assert [found.name for found in result.objects] == ["person", "dog", "cup", "jar"]
         assert opened.names() == ("person", "dog", "cup", "jar")
+
+    def test_is_not_what_looks_more_like_something_else(self) -> None:
+        box, near, far = (0, 0, 20, 20), (1, 1, 21, 21), (30, 0, 50, 20)
+        candidates = [(box, 0.8, 0), (far, 0.4, 0), (near, 0.9, 1), (far, 0.39, 1), (box, 0.8, 2)]
+        opened = system(candidates, objects=("cup", "not-jar", "pen"))
+
+        (result,) = opened.infer([grey()])
+
+        assert [(f.name, round(f.score, 2)) for f in result.objects] == [("cup", 0.4)]
+
+    def test_shows_what_it_knows_objects_by(self) -> None:
+        opened = system()
+        whole = np.full((30, 40, 3), 90, np.uint8)
+        opened.prompt(opened.encode({"cup": [View(whole, (5, 6, 25, 26)), whole]}))
+        sheet = opened.draw_references()
+        assert sheet is not None
+        assert sheet.shape[0] * sheet.shape[1] >= 2 * 30 * 40
+        assert (sheet != 90).any()
+        opened.prompt(Prototypes(("cup",), np.ones((1, 3), np.float32), ENCODER))
+        assert opened.draw_references() is None
+
+    def test_needs_something_to_look_for(self) -> None:
+        opened = system()
+        with pytest.raises(InputError, match="nothing to look for but not-jar"):
+            opened.prompt(Prototypes(("not-jar",), np.ones((1, 3), np.float32), ENCODER))
 
     def test_keeps_overlapping_boxes_of_different_objects_only(self) -> None:
         box, near = (0, 0, 20, 20), (1, 1, 21, 21)
@@ -510,7 +530,7 @@ class TestJudging:
 
         metrics = judge(frames, found, names="ab", labels=labels)
 
-        assert metrics == {"map50": 1, "map50_95": 1, "map50_swapped": 0}
+        assert metrics == {**ALL, "map50_swapped": 0}
 
     def test_of_base_classes_is_of_those_that_a_frame_shows(self) -> None:
         everywhere = (0.0, 0.0, 60.0, 40.0)
@@ -518,7 +538,7 @@ class TestJudging:
         found: Found = {(i, "a"): [(BOX, 0.9)] for i in range(3)}
 
         right = judge(frames, found, names="a", labels=("x", "unseen"))
-        assert right == {"map50": 1, "map50_95": 1, "map50_base": 1, "map50_95_base": 1}
+        assert right == {**ALL, "map50_base": 1, "map50_95_base": 1}
 
         # what the network calls x is all over the frame, and y is never found
         more = [Labelled(9, boxed(BOX), ("y",)), *frames]
@@ -539,7 +559,7 @@ class TestJudging:
     def test_counts_what_is_found_where_the_object_is_not(self) -> None:
         frames = [Labelled(0, boxed(BOX), ("a",)), Labelled(1, boxed(), ())]
         quiet: Found = {(0, "a"): [(BOX, 0.8)]}
-        assert judge(frames, quiet, names="a") == {"map50": 1, "map50_95": 1}
+        assert judge(frames, quiet, names="a") == ALL
         loud: Found = {**quiet, (1, "a"): [(BOX, 0.9)]}
         assert judge(frames, loud, names="a")["map50"] == pytest.approx(0.5)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeInt, field_validator, model_validator
 
 from engineworks.runtime.preprocess import PreprocessSpec
-from engineworks.runtime.systems.refdet import InferenceConfig
+from engineworks.runtime.systems.refdet.detecting import InferenceConfig
 from engineworks.training.config import BackboneConfig, Config, SystemConfig
 
 STRIDE = 32  # of the detector's backbone
@@ -24,13 +24,6 @@ class EncoderConfig(BackboneConfig):
 
     train_blocks: NonNegativeInt | Literal["all"] = 0
     cache_bytes: int = Field(default=2**28, ge=0)
-
-    @field_validator("stages")
-    @classmethod
-    def _taken_whole(cls, stages: tuple[int, ...] | None) -> tuple[int, ...] | None:
-        if stages is not None:
-            raise ValueError("an encoder is taken whole: leave stages at null")
-        return stages
 
 
 class DetectorConfig(Config):
@@ -75,6 +68,49 @@ class DetectorConfig(Config):
             if values is not None and len(values) != len(self.scales):
                 raise ValueError(f"{name} must have one value per scale")
         return self
+
+
+class MatchConfig(Config):
+    """A detector that compares maps of one frozen net, ``encoder``, and learns next to nothing.
+
+    Attributes:
+        cells: a template has so many rows and columns.
+        scales: references are also seen this much smaller, falling to 1.
+        smallest: longer side of the smallest boxes that are looked for, in pixels of the net's
+            input.
+        step: each further size is so many times as large.
+        num_sizes: of boxes.
+        softening: is added to the deviation of similarities, which in an even frame is nothing.
+        unit: size that the score's term for the size is 0 at.
+        score: factors of what a score is made of, in the beginning: similarity in deviations from
+            the frame's mean, the similarity itself, that mean, the deviation, and the logarithm of
+            the size.
+        bias: of it.
+        object_share: share of a reference picture that the object's longer side takes.
+    """
+
+    cells: int = Field(default=6, ge=1, le=16)
+    scales: tuple[Annotated[int, Field(ge=1, le=16)], ...] = Field(default=(4, 2, 1), min_length=1)
+    smallest: float = Field(default=20.0, gt=0)
+    step: float = Field(default=2**0.5, gt=1)
+    num_sizes: int = Field(default=9, ge=1, le=64)
+    softening: float = Field(default=0.02, gt=0)
+    unit: float = Field(default=80.0, gt=0)
+    score: tuple[float, float, float, float, float] = (1.0, 0.0, 0.0, 0.0, 0.5)
+    bias: float = 0.0
+    object_share: float = Field(default=0.625, gt=0, le=1)
+
+    @field_validator("scales")
+    @classmethod
+    def _falling(cls, scales: tuple[int, ...]) -> tuple[int, ...]:
+        if list(scales) != sorted(set(scales), reverse=True):
+            raise ValueError("scales must fall")
+        return scales
+
+    @property
+    def sizes(self) -> tuple[float, ...]:
+        """Longer sides of boxes, ascending."""
+        return tuple(self.smallest * self.step**i for i in range(self.num_sizes))
 
 
 class EpisodesConfig(Config):
@@ -255,6 +291,7 @@ class TaskConfig(SystemConfig):
         preprocess: frames to network input.
         reference_preprocess: references to network input.
         hold_out: objects that training must not see; see ``runtime.objects.read_objects``.
+        match: compare maps of the encoder's net instead of training a detector; null: the detector.
         base: a second branch of the head learns to find the training objects by name, without
             references.
         num_candidates: best anchors of a frame that leave the network.
@@ -266,6 +303,7 @@ class TaskConfig(SystemConfig):
     reference_preprocess: PreprocessSpec
     encoder: EncoderConfig
     detector: DetectorConfig = DetectorConfig()
+    match: MatchConfig | None = None
     hold_out: tuple[str, ...] = ()
     base: bool = False
     episodes: EpisodesConfig = EpisodesConfig()
@@ -282,6 +320,18 @@ class TaskConfig(SystemConfig):
         if any(side % STRIDE for side in preprocess.size):
             raise ValueError(f"sides of a frame must be multiples of {STRIDE}")
         return preprocess
+
+    @model_validator(mode="after")
+    def _maps_to_match(self) -> Self:
+        if self.match is None and self.encoder.stages is not None:
+            raise ValueError("the detector's encoder is taken whole: leave encoder.stages at null")
+        if self.match is not None and self.base:
+            raise ValueError("matching knows no base classes: set base to false")
+        return self
+
+    @property
+    def task_module(self) -> str:
+        return "task" if self.match is None else "match_task"
 
     @field_validator("stages")
     @classmethod

@@ -13,14 +13,16 @@ from engineworks.runtime.bundle import Bundle
 from engineworks.runtime.contenders import Contender
 from engineworks.runtime.errors import RunError
 from engineworks.runtime.preprocess import PreprocessSpec, apply
-from engineworks.runtime.references import load_references
+from engineworks.runtime.references import alone, centred, load_references
 from engineworks.runtime.results import Detection, Detections
-from engineworks.runtime.systems import refdet
+from engineworks.runtime.systems.refdet import detecting
 from engineworks.runtime.tensors import Array
 from engineworks.training import eager
 from engineworks.training.backbones import read_weights
 from engineworks.training.run import Run, open_run
 from engineworks.training.systems.refdet.config import TaskConfig
+from engineworks.training.systems.refdet.match import DetectMatch, Matcher
+from engineworks.training.systems.refdet.match_task import build_matcher
 from engineworks.training.systems.refdet.model import Detect, Encode, RefDet
 
 _NET = "net."  # within what trained it
@@ -30,7 +32,7 @@ _BASE_BIAS = "detector.head.base.classify.0.1.bias"  # one value per base class
 class Prompted(nn.Module):
     """The detector with a prompt that stays: frames (B, 3, H, W) -> boxes, scores, classes."""
 
-    def __init__(self, detect: Detect, prototypes_NP: Tensor) -> None:
+    def __init__(self, detect: Detect | DetectMatch, prototypes_NP: Tensor) -> None:
         super().__init__()
         self.detect = detect
         self.register_buffer("prototypes_NP", prototypes_NP)
@@ -55,7 +57,7 @@ class EagerRefDet:
         self.network = network
         self.names = names
         self.spec = manifest.preprocess
-        self.config = bundle.params(refdet.Params).inference
+        self.config = bundle.params(detecting.Params).inference
 
     @torch.inference_mode()
     def forward(self, images_BCHW: Array) -> tuple[Tensor, Tensor, Tensor]:
@@ -66,7 +68,7 @@ class EagerRefDet:
     def infer(self, images: Sequence[Array]) -> list[Detections]:
         """See ``runtime.systems.refdet.System.infer``."""
         nothing = np.empty((0, 0), np.float32)  # the network has its prompt
-        answers = refdet.detect(self._run, images, nothing, self.spec, self.config)
+        answers = detecting.detect(self._run, images, nothing, self.spec, self.config)
         return [
             Detections(
                 tuple(
@@ -106,12 +108,41 @@ def trained_net(run: Run) -> RefDet:
     return model.eval()
 
 
+def trained_matcher(run: Run) -> Matcher:
+    """The matcher of a run, in eval mode.
+
+    Raises:
+        RunError, WeightsError: the run has no weights, or damaged ones.
+    """
+    assert isinstance(run.config, TaskConfig)
+    plain = run.config.model_copy(update={"encoder": run.config.encoder.plain()})
+    matcher = build_matcher(plain, weights=False)
+    matcher.load_state_dict(read_weights(run.weights()))
+    return matcher.eval()
+
+
+@torch.inference_mode()
+def matching(model: Matcher, bundle: Bundle, num_candidates: int) -> tuple[Prompted, list[str]]:
+    """The matcher that looks for the bundle's own references, and their names."""
+    found = load_references(bundle.asset("references"))
+    params = bundle.params(detecting.Params)
+    assert params.object_share is not None
+    rows = []
+    for pictures in found.values():
+        spec = params.reference_preprocess
+        views = [centred(spec, params.object_share, each) for each in pictures]
+        images = torch.from_numpy(apply(spec, [view.image for view in views]))
+        boxes = torch.tensor([view.box for view in views], dtype=torch.float32)
+        rows.append(model.encode(images, boxes).mean(0))
+    return Prompted(DetectMatch(model, num_candidates), torch.stack(rows)), list(found)
+
+
 @torch.inference_mode()
 def prompted(model: RefDet, bundle: Bundle, num_candidates: int) -> tuple[Prompted, list[str]]:
     """The detector that looks for the bundle's own references, and the names of its classes."""
     references = load_references(bundle.asset("references"))
-    spec = bundle.params(refdet.Params).reference_preprocess
-    pictures = [picture for found in references.values() for picture in found]
+    spec = bundle.params(detecting.Params).reference_preprocess
+    pictures = [alone(picture) for found in references.values() for picture in found]
     rows_RP = Encode(model)(torch.from_numpy(apply(spec, pictures)))
     object_of_row = torch.tensor([i for i, found in enumerate(references.values()) for _ in found])
     prototypes_NP = model.prototypes(rows_RP, object_of_row, len(references))
@@ -132,7 +163,12 @@ def contenders(
     opened = open_run(run)
     if not isinstance(opened.config, TaskConfig):
         raise RunError(f"{run} is a run of '{opened.info.system}', the bundle is of 'refdet'")
-    network, names = prompted(trained_net(opened), bundle, opened.config.num_candidates)
+    num = opened.config.num_candidates
+    network, names = (
+        prompted(trained_net(opened), bundle, num)
+        if opened.config.match is None
+        else matching(trained_matcher(opened), bundle, num)
+    )
     return eager.contenders(
         network.eval(),
         lambda way: EagerRefDet(way, names, bundle),

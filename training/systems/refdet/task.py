@@ -17,7 +17,7 @@ from engineworks.runtime.evaluation import Evaluation
 from engineworks.runtime.frames import Frames
 from engineworks.runtime.objects import ObjectData, object_labels, object_splits, read_objects
 from engineworks.runtime.preprocess import apply
-from engineworks.runtime.systems import refdet
+from engineworks.runtime.systems.refdet import detecting
 from engineworks.runtime.tensors import Array
 from engineworks.training.backbones import feature_cache
 from engineworks.training.data import fingerprint, loader
@@ -105,11 +105,11 @@ class Task:
 
     def __init__(self, config: TaskConfig, data: Path, root: Path, *, weights: bool = True) -> None:
         self.config = config
-        self.training = read_objects(data, "train", hold_out=config.hold_out)
         splits = object_splits(data)
         self.judged_by: Literal["val", "test"] | None = (
             "val" if "val" in splits else "test" if "test" in splits else None
         )
+        self.training = self.read_training(data)
         self.judged = (
             None
             if self.judged_by is None
@@ -127,14 +127,25 @@ class Task:
             "judged_by": self.judged_by,
             "sha256": fingerprint(data, self.training.files()),
         }
-        self.model, provenance = build_model(config, len(self.labels), weights=weights)
+        self._frames = Frames(_CACHE_BYTES)
+        self.set_up(weights)
+
+    def read_training(self, data: Path) -> ObjectData:
+        """The split that is learned."""
+        return read_objects(data, "train", hold_out=self.config.hold_out)
+
+    def set_up(self, weights: bool) -> None:
+        """Make what is trained; ``weights`` as of ``build_model``."""
+        config = self.config
+        made, provenance = build_model(config, len(self.labels), weights=weights)
+        self.model: nn.Module = made
+        self.net = made.net
         self.provenance: dict[str, JsonValue] = {**provenance}
         self.cache = feature_cache(
             config.encoder,
-            self.model.net.encoder.net,
+            self.net.encoder.net,
             max_bytes=config.encoder.cache_bytes,
         )
-        self._frames = Frames(_CACHE_BYTES)
         self._learning = {
             name: [p for p in part.parameters() if p.requires_grad]
             for name, part in self._parts().items()
@@ -148,11 +159,9 @@ class Task:
     def step(self, model: nn.Module, batch: Any, position: Position) -> Mapping[str, Tensor]:
         self._enter(self.stage(position.epoch))
         features_RF = None
-        if self.model.net.encoder.frozen:
+        if self.net.encoder.frozen:
             with section("encoder"):
-                features_RF = self.cache.features(
-                    self.model.net.encoder.features, batch["pictures"]
-                )
+                features_RF = self.cache.features(self.net.encoder.features, batch["pictures"])
         losses = model(batch, features_RF, self.weights(position.epoch))
         return cast(Mapping[str, Tensor], losses)
 
@@ -164,11 +173,7 @@ class Task:
         """Write the base classes' names, and what the bundle looks for unless told otherwise."""
         assert isinstance(model, Training)
         files.write(run.root / "labels.json", json.dumps(self.labels, indent=2) + "\n")
-        shown = self.training if self.judged is None else self.judged
-        names = sorted(shown.references)[:_BUNDLED]
-        pictures = {name: self._pictures(shown, name) for name in names}
-        spec = self.config.reference_preprocess
-        references.save_references(run.root / "references.npz", pictures, spec)
+        self._save_references(run)
         results: dict[str, JsonValue] = {
             "parameters": {name: num for name, num, _ in model.net.parameter_table()},
             "encoder_cache": {
@@ -181,6 +186,21 @@ class Task:
             found = self._judge(model.net, self.judged, progress)
             results |= judged(str(self.judged_by), found)
         return results
+
+    def _save_references(self, run: Run) -> None:
+        """Those of a few objects, which the bundle looks for unless told otherwise."""
+        shown = self.training if self.judged is None else self.judged
+        pictures = {
+            name: [self._frames.view(each) for each in shown.references[name]]
+            for name in sorted(shown.references)[:_BUNDLED]
+        }
+        match = self.config.match
+        references.save_references(
+            run.root / "references.npz",
+            pictures,
+            self.config.reference_preprocess,
+            None if match is None else match.object_share,
+        )
 
     # --- stages and rates ------------------------------------------------------------------------
 
@@ -199,7 +219,7 @@ class Task:
     def groups(self) -> list[tuple[list[nn.Parameter], float]]:
         rates = self.config.rates
         factors = {"backbone": rates.backbone, "fusion": rates.fusion, "head": rates.head}
-        net = set(self.model.net.encoder.net.parameters())
+        net = set(self.net.encoder.net.parameters())
         encoder = self._learning["encoder"]
         groups = [(self._learning[name], factor) for name, factor in factors.items()]
         groups.append(([p for p in encoder if p not in net], rates.head))
@@ -210,7 +230,7 @@ class Task:
         return self.stage(epoch).lr
 
     def _parts(self) -> dict[str, nn.Module]:
-        net = self.model.net
+        net = self.net
         detector = net.detector
         return {
             "backbone": detector.backbone,
@@ -233,7 +253,17 @@ class Task:
     def _judge(self, net: RefDet, data: ObjectData, progress: Progress | None = None) -> Evaluation:
         """How it does on a split, as ``runtime.systems.refdet`` measures them in a bundle."""
         detect = Detect(net, self.config.num_candidates).eval()
-        device = next(net.parameters()).device
+        prototypes = {name: self._prototype(net, data, name) for name in data.references}
+        return self._measured(detect, prototypes, data, progress)
+
+    def _measured(
+        self,
+        detect: nn.Module,
+        prototypes: Mapping[str, Array],
+        data: ObjectData,
+        progress: Progress | None,
+    ) -> Evaluation:
+        device = next(detect.parameters()).device
 
         @torch.no_grad()
         def run(images_BCHW: Array, prototypes_NP: Array) -> tuple[Array, Array, Array]:
@@ -245,9 +275,9 @@ class Task:
             if progress is not None:
                 progress("evaluation", done, of)
 
-        return refdet.evaluate(
+        return detecting.evaluate(
             run,
-            {name: self._prototype(net, data, name) for name in data.references},
+            prototypes,
             data.frames,
             self._frames.read,
             self.config.preprocess,

@@ -1,0 +1,182 @@
+"""Matching, held against plain loops in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from engineworks.runtime.preprocess import PreprocessSpec
+from engineworks.runtime.tensors import Array
+from engineworks.training.systems.refdet.config import EncoderConfig, MatchConfig
+from engineworks.training.systems.refdet.match import (
+    DetectMatch,
+    Matcher,
+    quadratic_peak,
+    resampled,
+)
+
+pytestmark = pytest.mark.train
+
+FRAME = PreprocessSpec(size=(64, 96), resize="letterbox", mean=(0.5,) * 3, std=(0.5,) * 3)
+CONFIG = MatchConfig(
+    cells=3, scales=(2, 1), smallest=12.0, step=1.5, num_sizes=4, score=(1.0, 0.5, 0.3, 0.2, 0.1)
+)
+
+
+@pytest.fixture(scope="module")
+def matcher() -> Matcher:
+    torch.set_num_threads(1)
+    encoder = EncoderConfig(name="test_resnet", stages=(1, 2), weights="none")
+    return Matcher(encoder, CONFIG, preprocess=FRAME, object_size=40.0).eval()
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).normal(size=shape).astype(np.float32))
+
+
+def test_between_cells_is_linear_and_beside_them_nothing() -> None:
+    row = np.random.default_rng(1).normal(size=7)
+    places = np.array([-2.0, -0.25, 0.0, 1.3, 5.999, 6.5, 9.0])
+    got = resampled(torch.tensor(places), 7).numpy() @ row
+    beside = np.concatenate([[0.0], row, [0.0]])
+    np.testing.assert_allclose(got, np.interp(places, np.arange(-1, 8), beside), atol=1e-12)
+
+
+def test_the_peak_of_a_parabola_is_where_it_is() -> None:
+    place, steep = 0.3, 40.0  # the flatness that is added is a 1600th of its curvature
+    values = [torch.tensor(-steep * (x - place) ** 2) for x in (-1.0, 0.0, 1.0)]
+    assert quadratic_peak(*values).item() == pytest.approx(place, abs=1e-3)
+    assert quadratic_peak(*(torch.tensor(v) for v in (1.0, 1.0, 1.0))).item() == 0
+    assert quadratic_peak(*(torch.tensor(v) for v in (0.0, 1.0, 5.0))).item() == 0.5
+
+
+def _at(plane_HW: Array, y: float, x: float) -> float:
+    """A plane between its cells; beside it is nothing."""
+    total = 0.0
+    for i in (int(np.floor(y)), int(np.floor(y)) + 1):
+        for j in (int(np.floor(x)), int(np.floor(x)) + 1):
+            if 0 <= i < plane_HW.shape[0] and 0 <= j < plane_HW.shape[1]:
+                total += (1 - abs(y - i)) * (1 - abs(x - j)) * plane_HW[i, j]
+    return total
+
+
+def test_similarities_are_those_of_cells_laid_over_boxes(matcher: Matcher) -> None:
+    maps = random(1, matcher.channels, 4, 6)
+    prototypes = random(2, matcher.width, seed=1)
+    prototypes[:, -1] = torch.tensor([0.5, -0.2])
+    with torch.no_grad():
+        got = matcher.similarities(maps, prototypes).numpy()
+    cells, stride = CONFIG.cells, matcher.stride
+    for n in range(2):
+        ratio = float(prototypes[n, -1])
+        shape = (len(CONFIG.scales), cells, cells, matcher.channels)
+        templates = prototypes[n, :-1].double().numpy().reshape(shape)
+        for s, size in enumerate(CONFIG.sizes):
+            # objects are 40 pixels in reference pictures, 20 in those half as large
+            level = int(abs(np.log(40 / size)) < abs(np.log(20 / size)))
+            wide, high = size * np.exp(min(ratio, 0)), size * np.exp(min(-ratio, 0))
+            cosines = np.einsum("ijc,chw->ijhw", templates[level], maps[0].double().numpy())
+            for y, x in ((0, 0), (1, 4), (3, 5)):
+                want = np.mean(
+                    [
+                        _at(
+                            cosines[i, j],
+                            y + (i - 1) * high / cells / stride,
+                            x + (j - 1) * wide / cells / stride,
+                        )
+                        for i in range(cells)
+                        for j in range(cells)
+                    ]
+                )
+                # sums of nine products of 100 float32 numbers
+                assert got[0, n, s, y, x] == pytest.approx(want, abs=2e-4)
+
+
+def test_scores_are_deviations_from_what_is_usual_in_the_frame(matcher: Matcher) -> None:
+    similar, seen = random(2, 1, 4, 4, 6), torch.ones(2, 4, 6)
+    seen[1, :, 4:] = 0
+    with torch.no_grad():
+        got, _ = matcher.judged(similar, seen)
+    weights = np.array(CONFIG.score)
+    for b, columns in ((0, 6), (1, 4)):
+        for s, size in enumerate(CONFIG.sizes):
+            values = similar[b, 0, s].double().numpy()
+            inside = values[:, :columns]
+            mean, spread = inside.mean(), inside.std()
+            above = (values - mean) / (spread + CONFIG.softening)
+            same = np.full_like(values, 1.0)
+            features = [above, values, mean * same, spread * same, np.log(size / 80) * same]
+            want = np.tensordot(weights, np.stack(features), 1)
+            np.testing.assert_allclose(got[b, 0, s].numpy(), want, atol=1e-4)
+
+
+def test_cells_of_a_template_are_means_over_its_box(matcher: Matcher) -> None:
+    maps = torch.arange(8.0)[None, None, None].expand(1, matcher.channels, 8, 8)
+    low, high = 1.5 * matcher.stride, 7.5 * matcher.stride
+    with torch.no_grad():
+        cells = matcher._template(maps, torch.tensor([[low, low, high, high]]))
+    # the value of a place is its column: a third of the box is two columns
+    assert cells[0, :, 0].reshape(3, 3)[0].tolist() == pytest.approx([2.0, 4.0, 6.0])
+    assert cells[0, :, 0].reshape(3, 3)[2].tolist() == pytest.approx([2.0, 4.0, 6.0])
+
+
+def test_grey_around_a_frame_is_no_part_of_it(matcher: Matcher) -> None:
+    frames = random(1, 3, 64, 96)
+    grey = (FRAME.pad_value / 255 - 0.5) / 0.5
+    frames[:, :, :, 64:] = grey
+    columns = 64 // matcher.stride
+    seen = matcher.seen(frames)
+    assert seen[0, :, :columns].min() == 1
+    assert seen[0, :, columns:].max() == 0
+
+
+def scene(seed: int) -> tuple[Array, Array]:
+    """A frame of noise (3, 64, 96) with a pattern in it, and the pattern's box."""
+    rng = np.random.default_rng(seed)
+    frame = rng.normal(0, 0.3, (3, 64, 96)).astype(np.float32)
+    y, x = int(rng.integers(4, 36)), int(rng.integers(4, 68))
+    frame[:, y : y + 24, x : x + 24] = pattern()
+    return frame, np.array([x, y, x + 24, y + 24], np.float32)
+
+
+def pattern() -> Array:
+    quarters = np.zeros((3, 24, 24), np.float32)
+    quarters[0, :12], quarters[1, 12:, :12], quarters[2, :, 12:] = 1.5, 1.5, -1.5
+    return quarters
+
+
+def test_a_pattern_is_found_where_it_lies(matcher: Matcher) -> None:
+    picture = np.zeros((3, 64, 64), np.float32)
+    picture[:, 12:52, 12:52] = pattern().repeat(2, 1).repeat(2, 2)[:, 4:44, 4:44]
+    box = torch.tensor([[12.0, 12.0, 52.0, 52.0]])
+    detect = DetectMatch(matcher, 10).eval()
+    with torch.no_grad():
+        row = matcher.encode(torch.from_numpy(picture)[None], box)
+        for seed in range(4):
+            frame, truth = scene(seed)
+            boxes, scores, classes = detect(torch.from_numpy(frame)[None], row)
+            best = boxes[0, scores[0].argmax()].numpy()
+            centre, wanted = (best[:2] + best[2:]) / 2, (truth[:2] + truth[2:]) / 2
+            assert np.abs(centre - wanted).max() < 8  # a cell of its finest map
+            assert classes.max() == 0
+
+
+def test_candidates_are_peaks(matcher: Matcher) -> None:
+    detect = DetectMatch(matcher, 1000).eval()
+    rows = random(2, matcher.width, seed=3)
+    with torch.no_grad():
+        logits, _ = matcher(random(1, 3, 64, 96), rows)
+        _, scores, _ = detect(random(1, 3, 64, 96), rows)
+    planes = logits[0].flatten(0, 1).numpy()
+    peaks = [
+        plane[y, x]
+        for plane in planes
+        for y in range(plane.shape[0])
+        for x in range(plane.shape[1])
+        if plane[y, x] == plane[max(0, y - 1) : y + 2, max(0, x - 1) : x + 2].max()
+    ]
+    kept = scores[0][scores[0] > 0]
+    wanted = sorted(1 / (1 + np.exp(-np.float64(peaks))))
+    np.testing.assert_allclose(sorted(kept.tolist()), wanted, rtol=1e-5)

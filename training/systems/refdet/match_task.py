@@ -1,0 +1,110 @@
+"""How ``refdet`` is made ready to match: a frozen net, and references; nothing need be learned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import JsonValue
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from engineworks.runtime import files, references
+from engineworks.runtime.evaluation import Evaluation
+from engineworks.runtime.objects import ObjectData, read_objects
+from engineworks.runtime.preprocess import apply
+from engineworks.runtime.tensors import Array
+from engineworks.training.data import loader
+from engineworks.training.run import Run, judged
+from engineworks.training.systems.refdet import task
+from engineworks.training.systems.refdet.config import TaskConfig
+from engineworks.training.systems.refdet.data import Episodes
+from engineworks.training.systems.refdet.match import DetectMatch, Matcher
+from engineworks.training.task import Position, Progress
+
+
+def build_matcher(config: TaskConfig, *, weights: bool = True) -> Matcher:
+    """The net of a configuration that matches.
+
+    Args:
+        weights: False leaves random numbers, for a checkpoint to replace.
+
+    Raises:
+        ConfigError, WeightsError: from ``training.backbones``.
+    """
+    assert config.match is not None
+    return Matcher(
+        config.encoder,
+        config.match,
+        preprocess=config.preprocess,
+        object_size=config.match.object_share * min(config.reference_preprocess.size),
+        seed=config.train.seed,
+        weights=weights,
+    )
+
+
+class Task(task.Task):
+    """See ``training.task.Task``; data, judging and what a run holds are those of the detector."""
+
+    def read_training(self, data: Path) -> ObjectData:
+        """Nothing is learned, so any split will do: a folder may well have none for training."""
+        return read_objects(data, self.judged_by or "train")
+
+    def set_up(self, weights: bool) -> None:
+        self.matcher = build_matcher(self.config, weights=weights)
+        self.matcher.requires_grad_(False)
+        self.model = self.matcher
+        self.best = ()  # no epoch is better than another
+        self.provenance: dict[str, JsonValue] = {**self.matcher.provenance}
+
+    def loader(self) -> DataLoader[Any]:
+        episodes = Episodes(self.training, self.config)
+        return loader(episodes, self.config.train, shuffle=False, batched=True)
+
+    def step(self, model: nn.Module, batch: Any, position: Position) -> Mapping[str, Tensor]:
+        return {"loss": torch.zeros(())}  # nothing is learned
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        return {}  # nothing changes from epoch to epoch
+
+    def _parts(self) -> dict[str, nn.Module]:
+        return {}
+
+    def groups(self) -> list[tuple[list[nn.Parameter], float]]:
+        return []
+
+    def finish(self, run: Run, model: nn.Module, progress: Progress) -> dict[str, JsonValue]:
+        """Write what the bundle looks for unless told otherwise, and judge."""
+        files.write(run.root / "labels.json", "[]\n")
+        self._save_references(run)
+        results: dict[str, JsonValue] = {
+            "parameters": {
+                "net": sum(p.numel() for p in self.matcher.net.parameters()),
+                "score": sum(p.numel() for p in self.matcher.score.parameters()),
+            }
+        }
+        if self.judged is not None:
+            results |= judged(str(self.judged_by), self._judged(self.judged, progress))
+        return results
+
+    def _judged(self, data: ObjectData, progress: Progress) -> Evaluation:
+        detect = DetectMatch(self.matcher, self.config.num_candidates).eval()
+        prototypes = {name: self._template(data, name) for name in data.references}
+        return self._measured(detect, prototypes, data, progress)
+
+    @torch.no_grad()
+    def _template(self, data: ObjectData, name: str) -> Array:
+        """(P,) float32 of an object, from all of its references."""
+        assert self.config.match is not None
+        spec, share = self.config.reference_preprocess, self.config.match.object_share
+        device = next(self.matcher.parameters()).device
+        rows = []
+        for each in data.references[name]:
+            view = references.centred(spec, share, self._frames.view(each))
+            picture = torch.from_numpy(apply(spec, [view.image])).to(device)
+            box = torch.from_numpy(np.array([view.box], np.float32)).to(device)
+            rows.append(self.matcher.encode(picture, box).cpu().numpy())
+        return references.mean_template(np.concatenate(rows))
