@@ -183,7 +183,8 @@ class TestTheTinyGraph:
         answers = []
         for zero_point in (None, 0 if backend == "openvino" else 128):
             model = tiny_features(zero_point=zero_point).SerializeToString()
-            engine = open_engine(model, backend, threads=1)
+            precision = "float" if zero_point is None else "int8"
+            engine = open_engine(model, backend, precision=precision, threads=1)
             answers.append(engine.run(feeds)["features"])
             engine.close()
 
