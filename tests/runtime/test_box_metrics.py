@@ -273,7 +273,7 @@ class TestDecisions:
 
 
 def box(x: float, y: float, side: float = 10) -> np.ndarray:
-    return np.array([x, y, x + side, y + side])
+    return np.array([x, y, x + side, y + side], np.float64)
 
 
 TRUTH = {i: box(0, 0)[None] for i in range(4)}
