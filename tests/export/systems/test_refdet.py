@@ -27,7 +27,7 @@ from engineworks.export.systems.refdet import RECIPE
 from engineworks.export.trace import compare_with_torch, to_onnx, trace
 from engineworks.runtime import images
 from engineworks.runtime.bundle import Bundle, read
-from engineworks.runtime.engines.ort import OrtEngine
+from engineworks.runtime.engines import open_engine
 from engineworks.runtime.errors import RunError
 from engineworks.runtime.preprocess import PreprocessSpec, apply
 from engineworks.runtime.references import average, load_references
@@ -272,7 +272,8 @@ class TestInt8:
 
         answers = []
         for each in (graph, to_unsigned(int8)):
-            with closing(OrtEngine(each.SerializeToString(), threads=1)) as engine:
+            content = each.SerializeToString()
+            with closing(open_engine(content, "ort", precision="int8", threads=1)) as engine:
                 answers.append(engine.run({"images": batches[-1]}))
         want, got = answers
         assert compare(got, want)["prototypes"].cosine > 0.995  # what INT8 is allowed
