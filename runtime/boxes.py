@@ -30,6 +30,23 @@ def iou(boxes_N4: Array, others_K4: Array) -> Array:
     return np.asarray(overlap_NK)
 
 
+def covered(boxes_N4: Array, others_K4: Array) -> Array:
+    """Intersection of each box with each other one over the area of the smaller of the two.
+
+    Args:
+        boxes_N4, others_K4: of any float dtype.
+
+    Returns:
+        (N, K) of that dtype in [0, 1]; an empty box has 0 with all.
+    """
+    shared_NK = _shared(boxes_N4, others_K4, 0)
+    shared_NK *= _shared(boxes_N4, others_K4, 1)
+    smaller_NK = np.minimum(areas(boxes_N4)[:, None], areas(others_K4))
+    share_NK = np.zeros_like(shared_NK)
+    np.divide(shared_NK, smaller_NK, out=share_NK, where=smaller_NK > 0)
+    return np.asarray(share_NK)
+
+
 def _shared(boxes_N4: Array, others_K4: Array, axis: int) -> Array:
     """(N, K) length that two boxes share along x (0) or y (1)."""
     low = np.maximum(boxes_N4[:, None, axis], others_K4[:, axis])
@@ -44,7 +61,13 @@ def areas(boxes_N4: Array) -> Array:
 
 
 def nms(
-    boxes_N4: Array, scores_N: Array, classes_N: Array, *, limit: float, max_boxes: int
+    boxes_N4: Array,
+    scores_N: Array,
+    classes_N: Array,
+    *,
+    limit: float,
+    max_boxes: int,
+    part: float | None = None,
 ) -> Array:
     """Greedy non-maximum suppression within each class, from the highest score down.
 
@@ -57,13 +80,18 @@ def nms(
         classes_N: int; boxes of different classes never suppress each other.
         limit: largest IoU of two boxes of a class that are both kept.
         max_boxes: so many are kept at most, of all classes together.
+        part: a box is left out, too, where it and one that was kept share more than so much of the
+            smaller of them: a part of an object, or more than it.
 
     Returns:
         (K,) int indices of the boxes kept, by falling score.
     """
     order = np.argsort(-scores_N, kind="stable")
     boxes, classes = boxes_N4[order], classes_N[order]
-    rivals_NN = (iou(boxes, boxes) > limit) & (classes[:, None] == classes)
+    rivals_NN = iou(boxes, boxes) > limit
+    if part is not None:
+        rivals_NN |= covered(boxes, boxes) > part
+    rivals_NN &= classes[:, None] == classes
     alive = np.ones(len(order), bool)
     kept: list[int] = []
     for i in range(len(order)):

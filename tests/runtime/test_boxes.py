@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engineworks.runtime.boxes import areas, clip, iou, nms, to_image, to_network
+from engineworks.runtime.boxes import areas, clip, covered, iou, nms, to_image, to_network
 from engineworks.runtime.preprocess import PreprocessSpec, apply, place
 from engineworks.runtime.tensors import Array
 
@@ -73,6 +73,22 @@ class TestOverlap:
         assert iou(one, np.array([[2, 0, 4, 2]], np.float32)) == 0
 
 
+class TestCovered:
+    @given(boxes(), boxes())
+    def test_is_the_intersection_over_the_smaller(self, some: Array, others: Array) -> None:
+        overlap = iou(some, others)
+        own, foreign = areas(some)[:, None], areas(others)
+        shared = overlap * (own + foreign) / (1 + overlap)
+        smaller = np.minimum(own, foreign)
+        want = np.divide(shared, smaller, out=np.zeros_like(shared), where=smaller > 0)
+        # float64; areas up to 2e5 and slivers
+        np.testing.assert_allclose(covered(some, others), want, rtol=1e-6, atol=1e-6)
+
+    def test_of_a_box_inside_is_one(self) -> None:
+        one, inside = np.array([[0.0, 0, 9, 9]]), np.array([[2.0, 2, 4, 5]])
+        assert covered(one, inside) == covered(inside, one) == 1
+
+
 class TestSuppression:
     @settings(max_examples=200)
     @given(
@@ -105,6 +121,21 @@ class TestSuppression:
 
         assert 10 < len(kept) < 200
         assert kept.tolist() == plain_nms(found, scores, classes, 0.45, 300)
+
+    def test_leaves_out_parts_and_what_holds_more(self) -> None:
+        whole, inside = [0, 0, 10, 10], [1, 1, 5, 6]  # all of 20 of 100
+        around, beside = [0, 0, 10, 40], [8, 0, 18, 10]  # a quarter; a fifth of either
+        found = np.array([whole, inside, around, beside], np.float64)
+        scores, classes = np.array([0.9, 0.8, 0.7, 0.6]), np.zeros(4, int)
+
+        def kept(part: float | None) -> list[int]:
+            return nms(found, scores, classes, limit=0.45, max_boxes=9, part=part).tolist()
+
+        assert kept(None) == [0, 1, 2, 3]
+        assert kept(0.7) == [0, 3]
+        assert kept(0.1) == [0]
+        other = np.array([0, 1, 2, 0])
+        assert nms(found, scores, other, limit=0.45, max_boxes=9, part=0.1).tolist() == [0, 1, 2]
 
     def test_does_not_reach_over_classes(self) -> None:
         same = np.array([[0, 0, 9, 9]] * 3, np.float32)

@@ -37,6 +37,8 @@ class InferenceConfig(_Part):
     Attributes:
         conf: a candidate needs this score to be an object.
         iou: largest overlap of two objects of a name.
+        part: largest share of the smaller of two objects of a name that the other may cover; null:
+            all of it. For objects of which a part alone is found as well.
         max_objects: of an image.
         max_evaluated: so many frames, evenly spread, are searched for each object in an evaluation,
             half of them with it as far as there are such; null takes all frames.
@@ -44,6 +46,7 @@ class InferenceConfig(_Part):
 
     conf: float = Field(default=0.25, ge=0, le=1)
     iou: float = Field(default=0.45, ge=0, le=1)
+    part: float | None = Field(default=None, ge=0, le=1)
     max_objects: int = Field(default=100, ge=1, le=1_000_000)
     max_evaluated: int | None = Field(default=None, ge=2, le=1 << 31)
 
@@ -92,7 +95,14 @@ def select(
         same_KM = boxes.iou(found, boxes_M4[is_unwanted]) > config.iou
         right = ~(same_KM & (scores_M[is_unwanted] >= scores[:, None])).any(axis=1)
         found, scores, classes = found[right], scores[right], classes[right]
-    kept = boxes.nms(found, scores, classes, limit=config.iou, max_boxes=config.max_objects)
+    kept = boxes.nms(
+        found,
+        scores,
+        classes,
+        limit=config.iou,
+        max_boxes=config.max_objects,
+        part=config.part,
+    )
     return found[kept], scores[kept], classes[kept]
 
 
