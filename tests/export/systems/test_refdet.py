@@ -27,7 +27,7 @@ from engineworks.export.systems.refdet import RECIPE
 from engineworks.export.trace import compare_with_torch, to_onnx, trace
 from engineworks.runtime import images
 from engineworks.runtime.bundle import Bundle, read
-from engineworks.runtime.engines import open_engine
+from engineworks.runtime.engines import open_engine, products_overflow
 from engineworks.runtime.errors import RunError
 from engineworks.runtime.preprocess import PreprocessSpec, apply
 from engineworks.runtime.references import average, load_references
@@ -276,7 +276,10 @@ class TestInt8:
             with closing(open_engine(content, "ort", precision="int8", threads=1)) as engine:
                 answers.append(engine.run({"images": batches[-1]}))
         want, got = answers
-        assert compare(got, want)["prototypes"].cosine > 0.995  # what INT8 is allowed
+        # what INT8 is allowed; steps of weights of 7 bits are twice as large, and 1 - cosine goes
+        # with the square of the error
+        allowed = 0.02 if products_overflow("ort") else 0.005
+        assert compare(got, want)["prototypes"].cosine > 1 - allowed
 
 
 def test_an_encoder_with_patches_of_14_pixels_answers_as_torch_does(tmp_path: Path) -> None:
