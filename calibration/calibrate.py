@@ -20,7 +20,7 @@ from engineworks.calibration.table import GraphRanges, Range, Table, graph_sha25
 from engineworks.calibration.tap import Tap
 from engineworks.runtime.bundle import Bundle
 from engineworks.runtime.errors import CalibrationError
-from engineworks.runtime.systems import open_system
+from engineworks.runtime.systems import exercise, open_system
 
 BATCH_SIZE = 4
 
@@ -110,7 +110,7 @@ def measure(
     ) as system:
         for start in range(0, len(samples), BATCH_SIZE):
             batch = samples[start : start + BATCH_SIZE]
-            system.infer([system.reader.read(sample.path) for sample in batch])
+            exercise(system, [system.reader.read(sample.path) for sample in batch])
             if progress is not None:
                 progress(start + len(batch), len(samples))
     measured = {name: taps[name].histograms for name in tensors}

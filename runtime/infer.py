@@ -37,7 +37,14 @@ from engineworks.runtime.results import Detections
 from engineworks.runtime.signals import unbroken
 from engineworks.runtime.sinks import Item, Sink
 from engineworks.runtime.sources import Source
-from engineworks.runtime.systems import Promptable, Result, ShowsReferences, System
+from engineworks.runtime.systems import (
+    Follows,
+    Promptable,
+    Result,
+    ShowsReferences,
+    Stream,
+    System,
+)
 from engineworks.runtime.tables import COCO_NAME, LINES_NAME, Coco, Tables
 from engineworks.runtime.tensors import Array
 from engineworks.runtime.tracking import Tracks
@@ -94,6 +101,7 @@ def infer(
     overlays: bool = False,
     coco: bool = False,
     track: bool = False,
+    follow: bool = False,
     frame_step: int = 1,
     progress: Progress | None = None,
     say: Say | None = None,
@@ -115,6 +123,8 @@ def infer(
         batch: pictures per call; a live stream is always served one by one.
         coco: only for a system that gives ``Detections``, and not for a live stream.
         track: give detections in a video or stream the numbers of their tracks.
+        follow: let a system that can look for what it found around its last place, in a video or
+            stream, where it would search every frame whole.
         frame_step: only every n-th frame of a video or stream.
         progress: called with (done, total); total is 0 where it is not known.
         say: called with a line per picture, its name and result; not for frames. Of a live stream
@@ -135,6 +145,9 @@ def infer(
     """
     names = _names_for_coco(system, source) if coco else ()
     tracks = Tracks() if track and source.kind != "images" else None
+    run: Stream = system
+    if follow and source.kind != "images" and isinstance(system, Follows):
+        run = system.follower() or system
     summary = summary or Summary()
     references = (
         system.draw_references() if overlays and isinstance(system, ShowsReferences) else None
@@ -164,7 +177,7 @@ def infer(
             for items in decoder.batches():
                 pictures = [item.image for item in items if item.image is not None]
                 begin = time.perf_counter()
-                answers = iter(_answers(system, pictures))
+                answers = iter(_answers(run, pictures))
                 summary.infer_seconds += time.perf_counter() - begin
                 for item in items:
                     keeper.take(item, item.error if item.image is None else next(answers))
@@ -213,17 +226,17 @@ class _Keeper:
         return None
 
 
-def _answers(system: System, pictures: Sequence[Array]) -> Sequence[Result | str]:
+def _answers(run: Stream, pictures: Sequence[Array]) -> Sequence[Result | str]:
     """A result for each picture, or why there is none.
 
     A picture that the system refuses must not take the others of its batch along.
     """
     try:
-        return system.infer(pictures) if pictures else ()
+        return run.infer(pictures) if pictures else ()
     except (InputError, NotFiniteError) as error:
         if len(pictures) == 1:
             return (error.message,)
-        return [_answers(system, [picture])[0] for picture in pictures]
+        return [_answers(run, [picture])[0] for picture in pictures]
 
 
 class _Closing(ExitStack):

@@ -22,7 +22,7 @@ from engineworks.training.run import Run, judged
 from engineworks.training.systems.refdet import task
 from engineworks.training.systems.refdet.config import TaskConfig
 from engineworks.training.systems.refdet.data import Episodes
-from engineworks.training.systems.refdet.match import DetectMatch, Matcher
+from engineworks.training.systems.refdet.match import AT_ONCE, DetectMatch, Matcher
 from engineworks.training.task import Position, Progress
 
 
@@ -48,6 +48,8 @@ def build_matcher(config: TaskConfig, *, weights: bool = True) -> Matcher:
 
 class Task(task.Task):
     """See ``training.task.Task``; data, judging and what a run holds are those of the detector."""
+
+    at_once = AT_ONCE
 
     def read_training(self, data: Path) -> ObjectData:
         """Nothing is learned, so any split will do: a folder may well have none for training."""
@@ -84,20 +86,29 @@ class Task(task.Task):
             "parameters": {
                 "net": sum(p.numel() for p in self.matcher.net.parameters()),
                 "score": sum(p.numel() for p in self.matcher.score.parameters()),
+                "relation": sum(p.numel() for p in self._relation()),
             }
         }
         if self.judged is not None:
             results |= judged(str(self.judged_by), self._judged(self.judged, progress))
         return results
 
+    def _relation(self) -> list[nn.Parameter]:
+        relation = self.matcher.relation
+        return [] if relation is None else list(relation.parameters())
+
     def _judged(self, data: ObjectData, progress: Progress) -> Evaluation:
         detect = DetectMatch(self.matcher, self.config.num_candidates).eval()
         prototypes = {name: self._template(data, name) for name in data.references}
         return self._measured(detect, prototypes, data, progress)
 
-    @torch.no_grad()
     def _template(self, data: ObjectData, name: str) -> Array:
         """(P,) float32 of an object, from all of its references."""
+        return references.mean_template(self.rows(data, name))
+
+    @torch.no_grad()
+    def rows(self, data: ObjectData, name: str) -> Array:
+        """(R, P) float32: each reference of an object."""
         assert self.config.match is not None
         spec, share = self.config.reference_preprocess, self.config.match.object_share
         device = next(self.matcher.parameters()).device
@@ -107,4 +118,4 @@ class Task(task.Task):
             picture = torch.from_numpy(apply(spec, [view.image])).to(device)
             box = torch.from_numpy(np.array([view.box], np.float32)).to(device)
             rows.append(self.matcher.encode(picture, box).cpu().numpy())
-        return references.mean_template(np.concatenate(rows))
+        return np.concatenate(rows)

@@ -102,6 +102,7 @@ class Task:
 
     written = ("labels.json", "references.npz")
     working = ()
+    at_once = 1  # see ``runtime.systems.refdet.detecting.Params``
 
     def __init__(self, config: TaskConfig, data: Path, root: Path, *, weights: bool = True) -> None:
         self.config = config
@@ -283,6 +284,7 @@ class Task:
             self.config.preprocess,
             self.config.inference,
             labels=self.labels,
+            at_once=self.at_once,
             progress=report,
         )
 
