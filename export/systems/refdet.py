@@ -131,6 +131,7 @@ def contents(run: Path) -> Contents:
         ),
         object_share=None if match is None else match.object_share,
         inference=opened.config.inference,
+        learned=tuple(read_json(run, "learned")) if (run / "learned.json").is_file() else (),
         at_once=1 if match is None else AT_ONCE,
         follow=_following(opened.config),
     )

@@ -130,6 +130,7 @@ class System(OpenedSystem):
         self.object_share = params.object_share
         self.widths = params.widths
         self.config = params.inference
+        self.learned = frozenset(params.learned)
         self.at_once = params.at_once
         self.following = params.follow
         self.labels = manifest.labels
@@ -336,6 +337,7 @@ class System(OpenedSystem):
                 self.spec,
                 self.config,
                 labels=self.labels,
+                learned=self.learned,
                 at_once=self.at_once,
                 progress=progress,
             )

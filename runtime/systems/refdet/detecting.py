@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from typing import Annotated
@@ -82,6 +82,7 @@ class Params(_Part):
         object_share: ``encode`` takes references with what is around them, and the object's box:
             share of the picture's shorter side that the object's longer side takes. null: it takes
             the object alone.
+        learned: names of objects that training has shown.
         at_once: objects that ``detect`` is asked for at once where each is judged by itself: more
             than one where it gives candidates of each, whatever it finds of the others.
         follow: how the graph ``follow`` is used; null: there is none.
@@ -91,6 +92,7 @@ class Params(_Part):
     widths: tuple[Annotated[int, Field(ge=1, le=1 << 20)], ...] = Field(min_length=1, max_length=64)
     object_share: float | None = Field(default=None, gt=0, le=1)
     inference: InferenceConfig = InferenceConfig()
+    learned: tuple[str, ...] = ()
     at_once: int = Field(default=1, ge=1, le=1024)
     follow: FollowParams | None = None
 
@@ -207,6 +209,7 @@ def evaluate(
     config: InferenceConfig,
     *,
     labels: Sequence[str] = (),
+    learned: Collection[str] = (),
     at_once: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
@@ -223,14 +226,16 @@ def evaluate(
         frames: with all boxes of these objects.
         read: decodes a frame.
         labels: base classes, which are no prototypes.
-        at_once: see ``Params``.
+        learned, at_once: see ``Params``.
         progress: called with (frames done, frames in all).
 
     Returns:
         map50, map50_95, peak_in_box and recall_fp1, see ``runtime.metrics.DetectionMetrics``;
         map50_swapped, the same as map50 with the other prototype, where there are at least two
-        objects; map50_base and map50_95_base, of the base classes, where a frame shows one; and,
-        where frames are of videos, st_iou, success_auc and precision_20px, see ``runtime.metrics``:
+        objects; map50_seen, map50_novel, both with map50_95 as well, and map50_novel_to_seen, their
+        ratio, where some of the objects were learned and some not; map50_base and map50_95_base, of
+        the base classes, where a frame shows one; and, where frames are of videos, st_iou,
+        success_auc and precision_20px, see ``runtime.metrics``:
         means over the objects of the videos, at ``config.conf``. Decisions: objects missed and
         boxes false, at ``config.conf``.
     """
@@ -240,6 +245,7 @@ def evaluate(
     needed = {other[name]: searched[other[name]] | searched[name] for name in names}
     generous = config.model_copy(update={"conf": min(config.conf, _EVALUATION_CONF)})
     own, swapped, base = DetectionMetrics(), DetectionMetrics(), DetectionMetrics()
+    parts = {"seen": DetectionMetrics(), "novel": DetectionMetrics()}
     shown = sorted({name for frame in frames for name in frame.objects}.intersection(labels))
     everything_NP = np.stack([prototypes[name] for name in names])
     tubes: dict[tuple[str, str], _Tube] = defaultdict(_Tube)
@@ -268,6 +274,8 @@ def evaluate(
             truth_M4 = _truth(frames[i], name)
             own.update(i, name, *answers[name, i], truth_M4)
             swapped.update(i, name, *answers[other[name], i], truth_M4)
+            part = parts["seen" if name in learned else "novel"]
+            part.update(i, name, *answers[name, i], truth_M4)
             if (video := frames[i].video) is not None:
                 tubes[video, name].add(i, *answers[name, i], truth_M4, config.conf)
         if shown and places:
@@ -283,6 +291,12 @@ def evaluate(
     metrics = dict(judged.metrics)
     if len(names) > 1 and metrics:
         metrics["map50_swapped"] = swapped.compute()["map50"]
+    divided = {name: part.compute() for name, part in parts.items()}
+    if all(divided.values()):
+        for part_name, found_there in divided.items():
+            metrics |= {f"{key}_{part_name}": value for key, value in found_there.items()}
+        if metrics["map50_seen"] > 0:
+            metrics["map50_novel_to_seen"] = metrics["map50_novel"] / metrics["map50_seen"]
     metrics |= {f"{key}_base": value for key, value in base.compute().items()}
     if seen := [tube for tube in tubes.values() if tube.truth]:
         for key, measure in _OF_TUBES.items():

@@ -121,6 +121,7 @@ class RelationConfig(Config):
         dropout: share of the places that a step does not see.
         candidates: of an object in a frame that are learned from, at most.
         absent: objects that a frame is also searched for though they are not in it.
+        kept_back: share of the objects that are not learned: ``conf`` is fitted on them.
         synthesis: frames with objects pasted into them, as a share of the frames.
         right: overlap from which a candidate is the object; below ``wrong`` it is not.
         wrong: see ``right``.
@@ -134,6 +135,7 @@ class RelationConfig(Config):
     dropout: float = Field(default=0.1, ge=0, lt=1)
     candidates: int = Field(default=24, ge=1)
     absent: int = Field(default=2, ge=0)
+    kept_back: float = Field(default=0.1, ge=0, lt=1)
     synthesis: float = Field(default=0.5, ge=0)
     right: float = Field(default=0.4, gt=0, le=1)
     wrong: float = Field(default=0.3, ge=0, le=1)

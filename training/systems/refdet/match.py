@@ -121,6 +121,13 @@ class Matcher(nn.Module):
         self.score = scored(config.score, config.bias)
         self.relation = None if config.relation is None else Relation(config.relation, config.cells)
 
+    @torch.no_grad()
+    def calibrate(self, scale: float, shift: float) -> None:
+        """Make logits ``scale`` times as large and add ``shift``, in what judges last."""
+        last = self.score if self.relation is None else self.relation.out
+        last.weight[0] *= scale
+        last.bias[0] = scale * last.bias[0] + shift
+
     def maps(self, pictures_BCHW: Tensor) -> Tensor:
         """(B, C, h, w) on the finest grid: the part of each stage has length 1 at each place."""
         with torch.no_grad():

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -46,6 +47,21 @@ class Task(match_task.Task):
     def read_training(self, data: Path) -> ObjectData:
         return read_objects(data, "train", hold_out=self.config.hold_out)
 
+    def kept_back(self) -> list[str]:
+        """Objects of the training that are not learned; none where there are few."""
+        assert self.config.match is not None and self.config.match.relation is not None
+        names = sorted(self.training.references)
+        num = int(self.config.match.relation.kept_back * len(names))
+        rng = np.random.default_rng(self.config.train.seed)
+        return sorted(rng.permutation(names)[:num].tolist())
+
+    def learned(self) -> list[str]:
+        return sorted(set(self.training.references) - set(self.kept_back()))
+
+    def unlearned(self) -> ObjectData | None:
+        kept = {name: self.training.references[name] for name in self.kept_back()}
+        return ObjectData(self.training.frames, kept) if kept else None
+
     def set_up(self, weights: bool) -> None:
         super().set_up(weights)
         assert self.matcher.relation is not None
@@ -81,7 +97,7 @@ class Task(match_task.Task):
         config = self.config
         assert config.match is not None and config.match.relation is not None
         with section("features"):
-            rows = {name: self.rows(self.training, name) for name in self.training.references}
+            rows = {name: self.rows(self.training, name) for name in self.learned()}
             return collect(
                 DetectMatch(self.matcher, config.num_candidates).eval(),
                 self.training,
