@@ -18,6 +18,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from itertools import product
 from pathlib import Path
 
 import click
@@ -30,10 +31,12 @@ from engineworks.runtime.references import Prototypes, View
 from engineworks.runtime.systems import open_system
 from engineworks.runtime.systems.refdet import System
 from engineworks.runtime.tensors import Array
+from engineworks.runtime.tracking import Tracks
 from engineworks.runtime.video import VideoFile, frames
 from tests.benchmarks.refdet_real import SETS, write_videos
 
 _CROPS = 3
+_HIDDEN = range(60, 90)
 _VIDEOS = ("man", "drone")
 
 
@@ -67,8 +70,10 @@ def videos(system: System, source: Path, out: Path) -> Iterator[tuple[str, dict[
 
 
 def followed(system: System, source: Path, out: Path) -> Iterator[tuple[str, dict[str, float]]]:
-    """Metrics of each video, its object followed from the first frame to the last."""
-    for name in _VIDEOS:
+    """Metrics of each video, its object followed from the first frame to the last; as it is, and
+    with grey frames in the middle.
+    """
+    for name, hidden in product(_VIDEOS, (range(0), _HIDDEN)):
         made = system.encode({name: first_boxes(source, out / name, name)})
         system.prompt(Prototypes((name,), made.rows_NP, made.encoder))
         if (follower := system.follower()) is None:
@@ -79,19 +84,25 @@ def followed(system: System, source: Path, out: Path) -> Iterator[tuple[str, dic
             if each.frame.index is not None
         }
         (path,) = (out / name / "samples" / name).glob("*.mp4")
+        tracks, numbers = Tracks(), dict[int, int | None]()
         found: dict[int, Array] = {}
         seconds = {True: 0.0, False: 0.0}  # searched whole, and not
         for i, each in enumerate(frames(str(path))):
             before, start = follower.num_searched, time.perf_counter()
-            (result,) = follower.infer([each.image])
+            image = np.full_like(each.image, 114) if i in hidden else each.image
+            (result,) = follower.infer([image])
             seconds[follower.num_searched > before] += time.perf_counter() - start
             if result.objects and i in truth:
                 found[i] = np.array(result.objects[0].box, np.float32)
+                numbers[i] = tracks.update(result).objects[0].track
+            else:
+                tracks.update(result)
         num_whole, num_local = follower.num_searched, follower.num_followed
         yield (
-            f"{name}, followed",
+            f"{name}, followed{f', hidden in frames {hidden}' if hidden else ''}",
             {
-                "st_iou": st_iou(found, truth),
+                "numbers": len({number for number in numbers.values() if number is not None}),
+                "st_iou": st_iou(found, {i: t for i, t in truth.items() if i not in hidden}),
                 "success_auc": success_auc(found, truth),
                 "precision_20px": precision_20px(found, truth),
                 "searched": num_whole,
