@@ -162,16 +162,18 @@ def detect(
     return _detect(run, apply(spec, images), sizes, prototypes_NP, spec, config, unwanted)
 
 
-def candidates(run: Run, images_BCHW: Array, prototypes_NP: Array) -> tuple[Array, Array, Array]:
-    """What the network answers, see ``Run``.
+def candidates(
+    run: Run, images_BCHW: Array, prototypes_NP: Array, graph: str = "detect"
+) -> tuple[Array, Array, Array]:
+    """What a graph answers, see ``Run``.
 
     Raises:
-        NotFiniteError: the network's boxes or scores are not finite.
+        NotFiniteError: its boxes or scores are not finite.
     """
     boxes_BM4, scores_BM, classes_BM = run(images_BCHW, prototypes_NP)
     if not (np.isfinite(boxes_BM4).all() and np.isfinite(scores_BM).all()):
         raise NotFiniteError(  # a NaN would pass for a low score
-            "the network's boxes or scores are not finite",
+            f"the '{graph}' graph gave values that are not finite",
             fix="run with --precision float, or export again",
         )
     return boxes_BM4, scores_BM, classes_BM

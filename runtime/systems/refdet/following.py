@@ -102,7 +102,9 @@ class Follower:
         view = centred(params.preprocess, params.share, View(image, (x1, y1, x2, y2)))
         placed_4 = np.array(view.box)
         prototypes_NP = np.concatenate([self._rows[name][None], self._unwanted_KP])
-        found = candidates(self._run, apply(params.preprocess, [view.image]), prototypes_NP)
+        found = candidates(
+            self._run, apply(params.preprocess, [view.image]), prototypes_NP, "follow"
+        )
         boxes_M4, scores_M, classes_M = (each[0] for each in found)
         unwanted = range(1, len(prototypes_NP))
         boxes_K4, scores_K, _ = select(boxes_M4, scores_M, classes_M, self._config, unwanted)
