@@ -119,6 +119,7 @@ class RelationConfig(Config):
         margin: side of their window, in sides of the candidate's box.
         width: of the two hidden layers.
         dropout: share of the places that a step does not see.
+        frames: so many, evenly spread, are learned from; null: all.
         candidates: of an object in a frame that are learned from, at most.
         absent: objects that a frame is also searched for though they are not in it.
         kept_back: share of the objects that are not learned: ``conf`` is fitted on them.
@@ -133,6 +134,7 @@ class RelationConfig(Config):
     margin: float = Field(default=2.0, gt=0)
     width: int = Field(default=64, ge=1)
     dropout: float = Field(default=0.1, ge=0, lt=1)
+    frames: int | None = Field(default=None, ge=1)
     candidates: int = Field(default=24, ge=1)
     absent: int = Field(default=2, ge=0)
     kept_back: float = Field(default=0.1, ge=0, lt=1)

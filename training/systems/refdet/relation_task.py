@@ -96,15 +96,19 @@ class Task(match_task.Task):
     def _candidates(self) -> Candidates:
         config = self.config
         assert config.match is not None and config.match.relation is not None
+        relation, frames = config.match.relation, self.training.frames
+        if relation.frames is not None and relation.frames < len(frames):
+            num = relation.frames
+            frames = tuple(frames[i * len(frames) // num] for i in range(num))
         with section("features"):
             rows = {name: self.rows(self.training, name) for name in self.learned()}
             return collect(
                 DetectMatch(self.matcher, config.num_candidates).eval(),
-                self.training,
+                ObjectData(frames, self.training.references),
                 rows,
                 self._frames,
                 config.preprocess,
-                config.match.relation,
+                relation,
                 shots=config.episodes.shots,
                 seed=config.train.seed,
                 progress=lambda what, done, of: None,
