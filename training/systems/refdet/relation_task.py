@@ -100,6 +100,7 @@ class Task(match_task.Task):
         if relation.frames is not None and relation.frames < len(frames):
             num = relation.frames
             frames = tuple(frames[i * len(frames) // num] for i in range(num))
+        self.matcher.eval()  # its norms are those of the frozen net
         with section("features"):
             rows = {name: self.rows(self.training, name) for name in self.learned()}
             return collect(
