@@ -109,7 +109,7 @@ def _matching(run: Run, config: TaskConfig) -> dict[str, Source]:
                 outputs=("boxes", "scores", "classes"),
                 examples=((shown[:2], rows), (shown[2:], rows[:1])),
                 free={"images": {0: "batch"}, "prototypes": {0: "objects"}},
-                before_choice=None if module.relation else module.before_choice,
+                before_choice=module.before_choice,
                 keep_float=KeepFloat(patterns=(r"(matcher\.)?(score|relation\..*)",)),
             )
             for name, (module, shown) in detects.items()

@@ -331,7 +331,9 @@ class DetectMatch(nn.Module):
         boxes_B4A = self.boxes(found.logits, prototypes_NP)
         boxes_BM4 = boxes_B4A.gather(2, places_BM[:, None].expand(-1, 4, -1)).transpose(1, 2)
         logits_BM = found.logits.flatten(1).gather(1, places_BM)
-        classes_BM = places_BM // found.logits[0, 0].numel()
+        objects = torch.arange(found.logits.shape[1], device=places_BM.device)[:, None, None, None]
+        classes_BA = (objects + torch.zeros_like(found.logits, dtype=torch.int64)).flatten(1)
+        classes_BM = classes_BA.gather(1, places_BM)  # as boxes: exports know a choice by it
         if self.relation is not None:
             windows, facts = self.candidates(found, places_BM, boxes_BM4, prototypes_NP)
             logits_R, moves_R4 = self.relation(windows, facts)
@@ -343,7 +345,11 @@ class DetectMatch(nn.Module):
         return boxes_BM4, scores_BM * is_peak_BM, classes_BM
 
     def before_choice(self, frames_BCHW: Tensor, prototypes_NP: Tensor) -> tuple[Tensor, Tensor]:
-        """What candidates are chosen from: boxes (B, 4, A) and logits (B, A)."""
+        """What candidates are chosen from: boxes (B, 4, A) and logits (B, A). Those that are judged
+        once more stay as they are: boxes (B, N M, 4) and scores (B, N M).
+        """
+        if self.relation is not None:
+            return self.forward(frames_BCHW, prototypes_NP)[:2]
         found = self.matcher(frames_BCHW, prototypes_NP, self.sizes, self.score)
         return self.boxes(found.logits, prototypes_NP), found.logits.flatten(1)
 
