@@ -109,7 +109,7 @@ class TestTheBundle:
                     "prototypes": rng.normal(size=(objects, width)).astype(np.float32),
                 }
                 answer = system.engines["detect"].run(feeds)
-                assert answer["boxes"].shape == (frames, 20, 4)
+                assert answer["boxes"].shape == (frames, 20 * objects, 4)
                 assert answer["classes"].max() < objects
 
     def test_judges_as_training_did(self, run: Run, bundle: Bundle, data: Path) -> None:
