@@ -66,8 +66,8 @@ REFS = click.option(
     callback=there,
     metavar="WHAT",
     help="What to look for: DIR/<object>/*.png, pictures of one object, a file of `refs`, COCO's "
-    "`annotations_*.json`, or a box in a picture or video: [NAME=]FILE[#FRAME]@X,Y,W,H or @MASK. May "
-    "be given several times.",
+    "`annotations_*.json`, or a box in a picture or video: [NAME=]FILE[#FRAME]@X,Y,W,H or @MASK. "
+    "May be given several times.",
 )
 JSON = click.option("--json", "json_file", type=PATH, help="Also write the figures here.")
 
