@@ -175,16 +175,18 @@ class TestTheBundle:
             assert (y1 + y2) / 2 == pytest.approx(32 + i, abs=8)
 
 
+LEARNING = [*SETTINGS, "train.epochs=2", "train.batch_size=16", "match.relation.width=8"]
+
+
+@pytest.fixture(scope="module")
+def learned(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    config = load_config("refdet", Path("learn"), LEARNING)
+    return train(config, data, tmp_path_factory.mktemp("learned") / "run")
+
+
 class TestLearned:
     """``--config learn``: the same net, and one that judges what it matches."""
-
-    SETTINGS = (*SETTINGS, "train.epochs=2", "train.batch_size=16", "match.relation.width=8")
-
-    @pytest.fixture(scope="class")
-    def learned(self, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        config = load_config("refdet", Path("learn"), self.SETTINGS)
-        return train(config, data, tmp_path_factory.mktemp("learned") / "run")
 
     def test_is_exported_with_the_names_of_what_it_learned(
         self, learned: Run, data: Path, tmp_path: Path
@@ -200,7 +202,7 @@ class TestLearned:
 
     def test_goes_on_from_another_run(self, learned: Run, data: Path, tmp_path: Path) -> None:
         AcceleratorState._reset_state(reset_partial_state=True)
-        settings = [*self.SETTINGS, f"warm_start={learned.root}", "train.optimizer.lr=1e-9"]
+        settings = [*LEARNING, f"warm_start={learned.root}", "train.optimizer.lr=1e-9"]
         more = train(load_config("refdet", Path("learn"), settings), data, tmp_path / "run")
         before, after = (load_file(run.weights()) for run in (learned, more))
         learnt = [name for name in before if name.startswith("relation.")]
@@ -212,7 +214,7 @@ class TestLearned:
         self, run: Run, data: Path, tmp_path: Path
     ) -> None:
         AcceleratorState._reset_state(reset_partial_state=True)
-        config = load_config("refdet", Path("learn"), [*self.SETTINGS, f"warm_start={run.root}"])
+        config = load_config("refdet", Path("learn"), [*LEARNING, f"warm_start={run.root}"])
         with pytest.raises(ConfigError, match="has not learned"):
             train(config, data, tmp_path / "run")
 
