@@ -140,7 +140,7 @@ class System(OpenedSystem):
         if self.confidence is None:
             return judged
         in_set_IC = np.exp(log_IC) >= self.confidence.limit
-        called_I = -log_IC.max(axis=1) >= self._border()
+        called_I = self.confidence.unlikeness(log_IC) >= self._border()
         rate = Rate.counted(int(called_I.sum()), len(label_I))
         first, *others = judged.decisions
         warnings = first.warnings if split == "test" else (*first.warnings, _FITTED_ON)
@@ -227,7 +227,7 @@ class System(OpenedSystem):
         return replace(
             result,
             prediction_set=tuple(label for label, p in ranked if p >= limit),
-            is_unknown=bool(-log_C.max() >= self._border()),
+            is_unknown=bool(self.confidence.unlikeness(log_C) >= self._border()),
         )
 
 
