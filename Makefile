@@ -58,7 +58,7 @@ demo-%: $(VENV)/.installed
 	rm -rf demo/$*
 	$(CLI) sample $* --out demo/$*/data
 	$(CLI) train $* --data demo/$*/data --out demo/$*/run $(demo_$*)
-	$(CLI) export demo/$*/run --out demo/$*/bundle --int8 --num-samples 16 --eval demo/$*/data \
+	$(CLI) export demo/$*/run --out demo/$*/bundle --int8 --num-samples 16 --seconds 2 --eval demo/$*/data \
 		--samples $(or $(samples_$*),demo/$*/data/train)
 	$(CLI) infer demo/$*/bundle --source $(or $(pictures_$*),demo/$*/data/test) \
 		--out demo/$*/pictures --jsonl --save-overlays $(infer_$*)

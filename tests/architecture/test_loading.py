@@ -122,6 +122,7 @@ class TestWithoutTorch:
         write_tiny_noising_bundle(tmp_path / "float")
         arguments = ["export", str(tmp_path / "float"), "--out", str(tmp_path / "int8"), "--int8"]
         arguments += ["--samples", str(data), "--num-samples", "4", "--method", "minmax"]
+        arguments += ["--seconds", "0.1"]
         done = python("-c", f"{WITHOUT_TORCH}from engineworks.cli import main; main({arguments!r})")
         assert done.returncode == 0, done.stderr
 
