@@ -137,7 +137,7 @@ def generalised_entropy(log: Array) -> Array:
         (...) float64 >= 0; 0 where one class is certain.
     """
     largest = np.exp(np.sort(log, axis=-1)[..., -LARGEST:])
-    return np.asarray((largest * np.maximum(1 - largest, 0)) ** GAMMA).sum(axis=-1)
+    return np.asarray(((largest * np.maximum(1 - largest, 0)) ** GAMMA).sum(axis=-1))
 
 
 def fit_temperature(logits_NC: Array, labels_N: Array) -> float:
