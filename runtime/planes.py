@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
 from pathlib import Path
 
 import cv2
@@ -129,7 +130,7 @@ def _everywhere(plane_HW: Array, other_HW: Array, dy: int, dx: int) -> bool:
     is much brighter or darker than the rest counts no more than that. Nor is a pattern that repeats
     displaced, whose next period happens to fit by the part of a pixel better.
     """
-    plane_HW, other_HW = _without_extremes(plane_HW), _without_extremes(other_HW)
+    plane_HW, other_HW = map(_without_extremes, _within_one(plane_HW, other_HW))
     rows, columns = _overlap(plane_HW.shape[0], dy), _overlap(plane_HW.shape[1], dx)
     here, moved = plane_HW[rows[0], columns[0]], other_HW[rows[1], columns[1]]
     unmoved = other_HW[rows[0], columns[0]]
@@ -141,6 +142,16 @@ def _everywhere(plane_HW: Array, other_HW: Array, dy: int, dx: int) -> bool:
         if as_they_lie > _ALIKE or not explained:
             return False
     return True
+
+
+def _within_one(*planes_HW: Array) -> list[Array]:
+    """As float32 from -1 to 1, whose squares have sums: by a power of two, which rounds nothing.
+
+    Values so small beside the largest one that float32 cannot hold them become 0.
+    """
+    largest = max(float(np.abs(p, dtype=np.float64).max()) for p in planes_HW)
+    scale = -math.frexp(largest)[1]
+    return [np.ldexp(p.astype(np.float32), scale) for p in planes_HW]
 
 
 def _without_extremes(plane_HW: Array) -> Array:
@@ -201,9 +212,7 @@ def displacement(plane_HW: Array, other_HW: Array) -> tuple[int, int]:
     Args:
         plane_HW, other_HW: (H, W), of one size.
     """
-    a, b = (
-        p.astype(np.float32) - np.float32(p.mean(dtype=np.float64)) for p in (plane_HW, other_HW)
-    )
+    a, b = (p - np.float32(p.mean(dtype=np.float64)) for p in _within_one(plane_HW, other_HW))
     height, width = a.shape
     if min(height, width) < _MIN_SIDE:
         return 0, 0

@@ -14,7 +14,7 @@ from typing import Self
 import cv2
 import numpy as np
 
-from engineworks.runtime import files, images, video
+from engineworks.runtime import draw, files, images, video
 from engineworks.runtime.bundle import Bundle
 from engineworks.runtime.errors import InputError
 from engineworks.runtime.outputs import recorded
@@ -124,7 +124,7 @@ class Report:
         kind, options = ("jpeg", _QUALITY) if photo else ("png", [])
         shrink = _MAX_SIDE / max(image.shape[:2]) if photo else 1
         if shrink < 1:
-            image = cv2.resize(image, None, fx=shrink, fy=shrink, interpolation=cv2.INTER_AREA)
+            image = draw.reduced(image, shrink)
         pixels = cv2.cvtColor(image, cv2.COLOR_RGB2BGR) if image.ndim == 3 else image
         encoded = base64.b64encode(cv2.imencode(f".{kind}", pixels, options)[1].tobytes()).decode()
         text = _escaped(caption)

@@ -193,6 +193,14 @@ class TestAPage:
         np.testing.assert_allclose(stored[500:502].mean(axis=(0, 1)), draw.MARK, atol=8)
         assert len(page.sources[0]) < image.size / 8
 
+    @pytest.mark.parametrize("size", [(1, 5000), (5000, 2)])
+    def test_shows_even_what_is_only_a_line(self, size: tuple[int, int]) -> None:
+        image = np.full((*size, 3), 90, np.uint8)
+
+        stored = Page(Report("t").figure("photo", image, photo=True).html()).picture(0)
+
+        assert sorted(stored.shape[:2]) == [1, 1600]
+
 
 class TestWhatDoesNotFit:
     def test_a_row_of_another_length_is_refused(self) -> None:
