@@ -169,8 +169,8 @@ def main(num: int, seed: int, only: str, limit: float, minutes: float, report: P
     done: dict[str, Outcome] = {(each := json.loads(line))["mutant"]: each for line in lines}
     with tempfile.TemporaryDirectory() as folder, chdir(copy_of(ROOT, Path(folder))):
         sys.path.insert(0, folder)
-        for name in ("numpy", "scipy.stats", "sklearn.metrics", "cv2", "onnx", "hypothesis"):
-            __import__(name)  # not once per mutant
+        for name in ("numpy", "scipy.stats", "sklearn.metrics", "cv2", "onnx", "torch"):
+            __import__(name)  # not once per mutant; pytest wants to load hypothesis by itself
         tests_of = {
             path: tests
             for pattern, tests in MODULES.items()
