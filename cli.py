@@ -19,6 +19,7 @@ from engineworks.commands.doctor import doctor
 from engineworks.commands.export import export
 from engineworks.commands.printing import echo, show_messages
 from engineworks.commands.run import evaluate, infer, refs
+from engineworks.commands.serve import serve
 from engineworks.commands.train import train
 from engineworks.runtime.refusals import explain
 from engineworks.runtime.signals import Stopped, stoppable
@@ -55,7 +56,10 @@ def main(context: click.Context, quiet: bool) -> None:
     show_messages(quiet=quiet)
 
 
-for _command in (sample, check, train, export, infer, evaluate, bench, refs, bundle, bank, doctor):
+_COMMANDS = (
+    sample, check, train, export, infer, evaluate, serve, bench, refs, bundle, bank, doctor,
+)  # fmt: skip
+for _command in _COMMANDS:
     main.add_command(_command)
 
 

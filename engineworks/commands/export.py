@@ -66,6 +66,7 @@ from engineworks.commands.printing import Progress, echo, print_gate, print_pari
     metavar="LIST",
     help="Mixed 16-bit graphs: fp16,bf16.",
 )
+@click.option("--triton", type=PATH, help="Also write a model repository of Triton here.")
 @net_options
 @plan_options
 @THREADS
@@ -75,6 +76,7 @@ def export(
     /,
     source: Path,
     out: Path,
+    triton: Path | None,
     exist_ok: bool,
     **wanted: Any,
 ) -> None:
@@ -103,3 +105,8 @@ def export(
     print_parity(reports)
     print_gate(reports.get("gate", {}))
     echo(out)
+    if triton is not None:
+        from engineworks.runtime.serving.triton import write_repository
+
+        write_repository(made, triton, out.resolve().name, exist_ok=exist_ok)
+        echo(triton)
