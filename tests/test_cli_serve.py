@@ -228,6 +228,23 @@ class TestRest:
         status, answer = server.call("v2/models/noising/infer", b'{"inputs": []}', **headers)
         assert status == 400 and answer["error"]
 
+    @pytest.mark.parametrize("parameters", [["x"], "x", 7])
+    @pytest.mark.parametrize("place", ["request", "input", "output"])
+    def test_refuses_parameters_that_are_none(
+        self, server: Server, place: str, parameters: object
+    ) -> None:
+        one = {"name": "images", "shape": [1, 1, 1, 3], "datatype": "UINT8", "data": [1, 2, 3]}
+        body: dict[str, Any] = {"inputs": [one], "outputs": [{"name": "score"}]}
+        of = {"request": body, "input": one, "output": body["outputs"][0]}
+        of[place]["parameters"] = parameters
+        text = json.dumps(body).encode()
+        headers = {"Content-Type": "application/octet-stream"}
+        headers["Inference-Header-Content-Length"] = str(len(text))
+
+        status, answer = server.call("v2/models/noising/infer", text, **headers)
+
+        assert status == 400 and "'parameters' are no object" in answer["error"]
+
     def test_counts_for_prometheus(self, server: Server, rng: np.random.Generator) -> None:
         server.infer("grpc", "refdet", "images", images_for("refdet", rng))
         with urllib.request.urlopen(f"http://{server.http}/metrics", timeout=60) as reply:
@@ -314,6 +331,24 @@ class TestTheLimits:
         limits = Limits(app, max_bytes=10, timeout_s=0.01)
         asyncio.run(limits({"type": "http", "method": "POST", "headers": []}, receive, send))
         assert sent[0]["status"] == 408
+
+    def test_pass_on_no_error_that_was_answered(self) -> None:
+        from engineworks.runtime.serving.limits import Limits
+
+        asked: list[dict[str, Any]] = []
+
+        async def app(scope: dict[str, Any], *_: object) -> None:
+            asked.append(scope)
+            raise ValueError("uvicorn would print this with its traceback")
+
+        async def receive() -> dict[str, Any]:
+            return {"type": "http.request", "body": b"{}"}
+
+        async def send(_message: dict[str, Any]) -> None: ...
+
+        scope = {"type": "http", "method": "POST", "headers": []}
+        asyncio.run(Limits(app, max_bytes=10, timeout_s=5)(scope, receive, send))
+        assert asked == [scope]
 
     def test_an_answer_that_takes_too_long_is_given_up(self, bundles: Path) -> None:
         with serving(bundles / "noising", "--timeout", "0.0001") as server:

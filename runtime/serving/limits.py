@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 
 from fastapi.responses import JSONResponse
@@ -46,7 +47,8 @@ class Limits:
             await JSONResponse({"error": error}, 408)(scope, receive, send)
             return
         whole: list[_Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
-        await self._app(scope, lambda: _next(whole, receive), send)
+        with suppress(Exception):  # it was answered, and has its log: see protocol.answer_error
+            await self._app(scope, lambda: _next(whole, receive), send)
 
 
 async def _next(whole: list[_Message], receive: _Receive) -> _Message:

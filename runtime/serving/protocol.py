@@ -213,7 +213,7 @@ def _with_binary(body: bytes, length: int, model_name: str) -> InferRequest:
     said = orjson.loads(body[:length])
     at, inputs = length, []
     for one in said["inputs"]:
-        size = (one.get("parameters") or {}).get("binary_data_size")
+        size = _parameters(one).get("binary_data_size")
         if size is None:
             data = one["data"]
         else:
@@ -225,13 +225,19 @@ def _with_binary(body: bytes, length: int, model_name: str) -> InferRequest:
         model_name,
         inputs,
         request_id=None if said.get("id") is None else str(said["id"]),
-        parameters=said.get("parameters"),
+        parameters=_parameters(said),
         request_outputs=[
-            RequestedOutput(str(one["name"]), one.get("parameters"))
-            for one in said.get("outputs") or ()
+            RequestedOutput(str(one["name"]), _parameters(one)) for one in said.get("outputs") or ()
         ]
         or None,
     )
+
+
+def _parameters(said: dict[str, Any]) -> dict[str, Any]:
+    found = said.get("parameters") or {}
+    if not isinstance(found, dict):
+        raise InvalidInput("'parameters' are no object")
+    return found
 
 
 def _input(name: str, shape: list[int], datatype: str, data: bytes | list[Any]) -> InferInput:
