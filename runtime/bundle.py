@@ -525,7 +525,7 @@ def set_budget(bundle: Bundle, name: str, budget: float) -> Bundle:
                 f"bundle {bundle.root} keeps no scores behind the threshold '{name}'",
                 fix="give a number, or train and export again with this engineworks",
             )
-        source = f"false-reject budget {budget:g} on {held_out.count} held-out training pictures"
+        source = f"false-reject budget {budget:g} on {held_out.count} held-out pictures"
         return border(held_out, budget), source
 
     return _moved(bundle, name, of)
