@@ -143,6 +143,10 @@ class TestAConfidence:
         want = log_softmax(logits.astype(np.float64) / fitted.temperature)
         np.testing.assert_array_equal(fitted.log_probabilities(logits), want)
 
+    def test_is_not_changed(self) -> None:
+        with pytest.raises(ValidationError, match="frozen"):
+            Confidence.fit(*drawn(20, 0))[0].limit = 0.5  # type: ignore[misc]
+
     def test_needs_pictures(self) -> None:
         with pytest.raises(InputError, match="labelled pictures"):
             Confidence.fit(np.zeros((0, 3), np.float32), np.zeros(0, int))
@@ -154,7 +158,13 @@ class TestAConfidence:
         assert caught.value.fix is not None
 
     @pytest.mark.parametrize(
-        "change", [{"temperature": 0.0}, {"limit": 1.5}, {"coverage": 1.0}, {"num_pictures": 0}]
+        "change",
+        [
+            *({"temperature": each} for each in (0.0, 2000.0)),
+            *({"limit": each} for each in (-0.1, 1.5)),
+            *({name: each} for name in ("coverage", "budget") for each in (0.0, 1.0)),
+            {"num_pictures": 0},
+        ],
     )
     def test_of_no_sense_is_refused(self, change: dict[str, float]) -> None:
         content = Confidence.fit(*drawn(20, 0))[0].model_dump() | change
