@@ -18,6 +18,7 @@ from engineworks.commands.data import check, sample
 from engineworks.commands.doctor import doctor
 from engineworks.commands.export import export
 from engineworks.commands.printing import echo, show_messages
+from engineworks.commands.report import report
 from engineworks.commands.run import evaluate, infer, refs
 from engineworks.commands.serve import serve
 from engineworks.commands.train import train
@@ -57,7 +58,7 @@ def main(context: click.Context, quiet: bool) -> None:
 
 
 _COMMANDS = (
-    sample, check, train, export, infer, evaluate, serve, bench, refs, bundle, bank, doctor,
+    sample, check, train, export, infer, evaluate, serve, bench, report, refs, bundle, bank, doctor,
 )  # fmt: skip
 for _command in _COMMANDS:
     main.add_command(_command)

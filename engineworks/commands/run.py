@@ -115,7 +115,7 @@ def infer(
 
 
 def _write_report(report: Path, system: System, source: str, out: Path, summary: Summary) -> None:
-    from engineworks.runtime.report import of_inference
+    from engineworks.runtime.pages import of_inference
     from engineworks.runtime.verdict import unjudged
 
     note = unjudged(system.bundle.manifest, system.precision)
@@ -129,7 +129,7 @@ def _write_report(report: Path, system: System, source: str, out: Path, summary:
         "failed": summary.num_failed,
         "images per second": f"{summary.images_per_second:.1f}",
     }
-    of_inference(system.bundle, out, facts).write(report)
+    of_inference(system.bundle, out, facts, failures=summary.failures).write(report)
 
 
 @click.command(name="eval")
