@@ -33,7 +33,7 @@ def decide(
         reasons.append("the machine was not quiet while this was timed")
     ship = "int8" if pays and (gate["passed"] if gate else unjudged) else "float"
     if not gate:
-        asked = "INT8 ships unjudged because --unjudged says so"
+        asked = "--unjudged lets INT8 ship all the same, where it pays"
         fix = "pass --eval DIR with labelled data, or --unjudged to ship INT8 without"
         reasons.append(f"{_UNMEASURED}: {asked if unjudged else fix}")
     elif gate["passed"]:
