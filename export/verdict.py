@@ -18,6 +18,7 @@ from engineworks.runtime import bench
 from engineworks.runtime.bundle import Bundle
 from engineworks.runtime.engines import BACKENDS, Engine
 from engineworks.runtime.systems import open_engines
+from engineworks.runtime.usual import REPORT
 from engineworks.runtime.verdict import decide, describe
 
 _PRECISIONS = ("float", "bf16", "int8", "int8-bf16")  # whose speed the verdict names
@@ -48,6 +49,7 @@ def verdict(job: Job) -> None:
     decided = decide(gate, speed, unjudged=config.unjudged)
     reports: dict[str, Any] = {
         **{k: v for k, v in job.manifest.reports.items() if k not in _REPORTS},
+        REPORT: made.usual.model_dump(mode="json"),
         "calibration": {
             "method": made.table.method,
             "percentile": made.table.percentile,

@@ -29,7 +29,7 @@ from engineworks.runtime.metrics import ClassificationMetrics, log_softmax
 from engineworks.runtime.preprocess import PreprocessSpec, apply
 from engineworks.runtime.results import Classification
 from engineworks.runtime.sources import PICTURES
-from engineworks.runtime.systems.opened import OpenedSystem
+from engineworks.runtime.systems.opened import OpenedSystem, in_turn
 from engineworks.runtime.tensors import Array
 
 NAME = "paco"
@@ -93,6 +93,7 @@ class System(OpenedSystem):
         self._fitted: Fitted = "int8" if self.precision.startswith("int8") else "float"
         self.confidence = self.params.confidence.get(self._fitted)
 
+    @in_turn
     def infer(self, images: Sequence[Array]) -> list[Classification]:
         """Classify images.
 

@@ -33,7 +33,7 @@ from engineworks.runtime.labels import Labelled
 from engineworks.runtime.metrics import AnomalyMetrics, CandidateMetrics, false_reject_threshold
 from engineworks.runtime.preprocess import PlanesSpec, apply
 from engineworks.runtime.results import Candidate, DefectMap
-from engineworks.runtime.systems.opened import OpenedSystem
+from engineworks.runtime.systems.opened import OpenedSystem, in_turn
 from engineworks.runtime.tensors import Array
 
 NAME = "stripe"
@@ -343,6 +343,7 @@ class System(OpenedSystem):
         self.spec = manifest.preprocess
         self.threshold = manifest.thresholds["candidate"].value
 
+    @in_turn
     def infer(self, images: Sequence[Array]) -> list[DefectMap]:
         """Look for what only the target shows.
 
