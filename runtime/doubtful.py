@@ -211,5 +211,5 @@ def _is_ours(path: Path) -> bool:
 
 def _npy(image: Array) -> bytes:
     content = io.BytesIO()
-    np.save(content, image, allow_pickle=False)
+    np.save(content, image)
     return content.getvalue()
