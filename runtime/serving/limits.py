@@ -47,7 +47,8 @@ class Limits:
             await JSONResponse({"error": error}, 408)(scope, receive, send)
             return
         whole: list[_Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
-        with suppress(Exception):  # it was answered, and has its log: see protocol.answer_error
+        # answered, and in its log: protocol.answer_error; or the server does not wait any longer
+        with suppress(Exception, asyncio.CancelledError):
             await self._app(scope, lambda: _next(whole, receive), send)
 
 

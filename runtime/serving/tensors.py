@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from engineworks.runtime import budgets, headers
 from engineworks.runtime.errors import InputError
 from engineworks.runtime.planes import DTYPES, PLANES
 from engineworks.runtime.results import (
@@ -81,7 +82,8 @@ def pictures(reader: Reader, feeds: Mapping[str, Array], *, max_pictures: int) -
         max_pictures: that a request may bring.
 
     Raises:
-        InputError: none or both of them, another shape or dtype, too many.
+        InputError: none or both of them, another shape or dtype, too many; more pixels than
+            ``budgets.REQUEST_PIXELS`` allows.
         ImageError: a picture that cannot be decoded.
     """
     if len(feeds) != 1 or not feeds.keys() <= {RAW, ENCODED}:
@@ -99,6 +101,10 @@ def pictures(reader: Reader, feeds: Mapping[str, Array], *, max_pictures: int) -
         if given.dtype != np.object_:
             raise InputError(f"'{ENCODED}' is {given.dtype}", fix="send BYTES, a file each")
         files = [_content(item) for item in given.ravel()]
+        # 100 KB may unpack to 400 MB, each of them, and a map is as large as its picture
+        sizes = [header for file in files if (header := headers.parse(file))]
+        asked = sum(header.height * header.width for header in sizes)
+        budgets.REQUEST_PIXELS.check(asked, "the request")
         return [reader.decode(file, f"picture {i}") for i, file in enumerate(files)]
     dtypes = DTYPES if reader is PLANES else ("uint8",)
     if given.ndim != 4 or given.shape[3] != 3 or given.dtype.name not in dtypes:

@@ -162,6 +162,18 @@ class TestPictures:
         with pytest.raises(ImageError, match="picture 0"):
             pictures(PICTURES, {"encoded": given}, max_pictures=1)
 
+    def test_have_no_more_pixels_together_than_allowed(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        file = cv2.imencode(".png", np.zeros((30, 40, 3), np.uint8))[1].tobytes()
+        given = {"encoded": np.array([[file]] * 2, object)}
+        monkeypatch.setenv("ENGINEWORKS_MAX_REQUEST_PIXELS", "2400")
+        assert len(pictures(PICTURES, given, max_pictures=2)) == 2
+
+        monkeypatch.setenv("ENGINEWORKS_MAX_REQUEST_PIXELS", "2399")
+        with pytest.raises(InputError, match="the request asks for 2,400 pixels"):
+            pictures(PICTURES, given, max_pictures=2)
+
     def test_have_names_that_the_reader_knows(self) -> None:
         assert [t.datatype for t in inputs(PICTURES)] == ["UINT8", "BYTES"]
         assert [t.datatype for t in inputs(PLANES)] == ["FP32", "BYTES"]
