@@ -32,6 +32,7 @@ from engineworks.runtime.errors import (
 from engineworks.runtime.evaluation import Evaluation
 from engineworks.runtime.systems import open_system
 from engineworks.runtime.testing import write_parts, write_tiny_noising_bundle
+from engineworks.runtime.usual import Usual
 from engineworks.runtime.verdict import describe
 
 SIZE = (64, 64)
@@ -214,6 +215,10 @@ class TestABuild:
 
         assert reports["calibration"]["num_samples"] == 6
         assert len(reports["calibration"]["output_error"]) == 5
+        usual = Usual.in_reports(reports)
+        assert usual is not None and usual.num == 6
+        assert 0 < usual.brightness[0] <= usual.brightness[-1] < 255
+        assert usual.score is not None and usual.score[0] < usual.score[-1]
         assert set(reports["parity_int8"]) == set(reports["speed"]) == {"openvino", "ort"}
         parity = reports["parity_int8"]["ort"]["features"]["features"]
         # INT8 steps of 1/127 of the range: the mean vector stays within a few degrees
