@@ -256,6 +256,18 @@ class TestRest:
         assert any(line.startswith("engineworks_bundle{") and 'digest="' in line for line in counts)
 
 
+def test_an_answer_does_not_wait_for_the_acknowledgement_of_its_head() -> None:
+    code = (  # in a process of its own: kserve and tritonclient cannot live in one
+        "import socket; from engineworks.runtime.serving.server import listen\n"
+        "with listen('127.0.0.1', 0) as server, socket.create_connection(server.getsockname()):\n"
+        "    print(server.accept()[0].getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert int(done.stdout) != 0
+
+
 def test_it_listens_at_this_machine_alone(server: Server) -> None:
     for address in (server.http, server.grpc):
         assert address.startswith("127.0.0.1:")
