@@ -324,6 +324,22 @@ class TestASwap:
             assert float(answer.as_numpy("threshold")[0, 0]) == 8.0
 
 
+def test_requests_that_wait_are_joined_where_that_is_asked_for(
+    bundles: Path, tmp_path: Path
+) -> None:
+    """As ``System.infer`` joins them; answers are those of a list of pictures."""
+    options = ["--max-batch", 4, "--max-wait-ms", 5, "--keep", tmp_path, "doubtful:1MB"]
+    image = np.zeros((1, 64, 64, 3), np.uint8)
+    with serving(bundles / "noising", *options) as server, ThreadPoolExecutor(8) as pool:
+        asked = [
+            pool.submit(server.infer, "grpc", "noising", "images", image, "score")
+            for _ in range(16)
+        ]
+        scores = {float(each.result().as_numpy("score")[0, 0]) for each in asked}
+    assert max(scores) - min(scores) < 1e-4 * max(scores)
+    assert (tmp_path / "noising").is_dir()
+
+
 class TestTheLimits:
     def test_cut_off_a_request_that_does_not_arrive(self) -> None:
         from engineworks.runtime.serving.limits import Limits

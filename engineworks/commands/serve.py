@@ -50,6 +50,26 @@ from engineworks.commands.printing import echo, warn
     show_default=True,
     help="Seconds for a request to arrive, and for its answer.",
 )
+@click.option(
+    "--max-batch",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Join pictures of requests that wait; above 1 an answer may differ in its last bits.",
+)
+@click.option(
+    "--max-wait-ms",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="How long a request waits for others to be joined to.",
+)
+@click.option(
+    "--keep",
+    nargs=2,
+    metavar="DIR doubtful:SIZE",
+    help="Keep pictures near the border, or unlike the calibration's, in DIR/<model>.",
+)
 @click.option("--tls-cert", "certificate", type=PATH, help="PEM file; serves TLS.")
 @click.option("--tls-key", "key", type=PATH, help="PEM file of its private key.")
 def serve(
@@ -59,6 +79,9 @@ def serve(
     max_mb: int,
     max_pictures: int,
     max_requests: int,
+    max_batch: int,
+    max_wait_ms: float,
+    keep: tuple[str, str] | None,
     **options: Any,
 ) -> None:
     """Serve each BUNDLE by the Open Inference Protocol v2, REST and gRPC.
@@ -70,12 +93,13 @@ def serve(
     from engineworks.runtime.doctor import need
 
     need("kserve", "serve")
+    from engineworks.runtime.doubtful import limit_of
     from engineworks.runtime.serving.models import Model
     from engineworks.runtime.serving.server import Config
     from engineworks.runtime.serving.server import serve as run_server
 
     def open_prepared(folder: Path) -> Any:
-        system = open_bundle(folder)
+        system = open_bundle(folder, max_batch=max_batch, max_wait_ms=max_wait_ms)
         prepare(system)
         return system
 
@@ -84,12 +108,14 @@ def serve(
         for given in bundles:
             name, is_named, folder = given.rpartition("=")
             path = Path(folder if is_named else given)
+            name = name or path.resolve().name
             model = Model(
-                name or path.resolve().name,
+                name,
                 path,
                 open_prepared,
                 max_requests=max_requests,
                 max_pictures=max_pictures,
+                keep=None if keep is None else (Path(keep[0]) / name, limit_of(keep[1])),
             )
             stack.callback(model.close)
             echo(model.describe())

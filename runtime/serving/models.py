@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import threading
 import time
@@ -13,12 +14,16 @@ from typing import Any
 
 from prometheus_client import Counter, Gauge, Histogram
 
+from engineworks.runtime.doubtful import Doubtful
 from engineworks.runtime.errors import BusyError, EngineworksError, InputError, UsageError
 from engineworks.runtime.serving.tensors import Tensor, answers, blank, inputs, outputs, pictures
-from engineworks.runtime.systems import System
+from engineworks.runtime.sinks import Item
+from engineworks.runtime.systems import Result, System
 from engineworks.runtime.tensors import Array
 
 Open = Callable[[Path], System]
+
+_log = logging.getLogger(__name__)
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -40,12 +45,19 @@ class _Opened:
 
     system: System
     outputs: tuple[Tensor, ...]
+    kept: Doubtful | None = None
     num_requests: int = 0
     done: threading.Event = field(default_factory=threading.Event)
 
     @property
     def digest(self) -> str:
         return self.system.bundle.manifest.digest
+
+    def close(self) -> None:
+        """Release the system, and leave the folder of doubtful pictures as it is to be."""
+        if self.kept is not None:
+            self.kept.__exit__()
+        self.system.close()
 
     @property
     def labels(self) -> tuple[str, str, str, str]:
@@ -69,6 +81,7 @@ class Model:
         *,
         max_requests: int = 64,
         max_pictures: int = 64,
+        keep: tuple[Path, int] | None = None,
     ) -> None:
         """Verify, open and warm the bundle.
 
@@ -76,6 +89,7 @@ class Model:
             open_bundle: verifies and opens; it may also tell the system what to look for.
             max_requests: that run or wait at a time; others are refused.
             max_pictures: that a request may bring.
+            keep: folder for doubtful pictures, and how many bytes they may take; None keeps none.
 
         Raises:
             UsageError: a name that is no part of an address.
@@ -91,6 +105,8 @@ class Model:
         self._open_bundle = open_bundle
         self._max_requests = max_requests
         self._max_pictures = max_pictures
+        self._keep = keep
+        self._keeping = threading.Lock()
         self._lock = threading.Lock()
         self._swapping = threading.Lock()
         self._num_requests = 0
@@ -158,6 +174,7 @@ class Model:
                 images = pictures(opened.system.reader, feeds, max_pictures=self._max_pictures)
                 results = opened.system.infer(images)
                 made = answers(results)
+                self._keep_doubtful(opened, images, results)
             _PICTURES.labels(self.name).inc(len(images))
             outcome = "ok"
             return {name: made[name] for name in wanted or known}, opened.digest
@@ -194,7 +211,7 @@ class Model:
                 if not old.num_requests:
                     old.done.set()
             old.done.wait()
-            old.system.close()
+            old.close()
             _BUNDLE.remove(self.name, *old.labels)
             _BUNDLE.labels(self.name, *opened.labels).set(1)
             _SWAPS.labels(self.name, "done").inc()
@@ -202,7 +219,20 @@ class Model:
 
     def close(self) -> None:
         """Release the system; requests have ended."""
-        self._opened.system.close()
+        self._opened.close()
+
+    def _keep_doubtful(
+        self, opened: _Opened, images: Sequence[Array], results: Sequence[Result]
+    ) -> None:
+        """Keep pictures that are worth a look; where that fails, the answer is none the worse."""
+        if opened.kept is None:
+            return
+        with self._keeping:
+            try:
+                for image, result in zip(images, results, strict=True):
+                    opened.kept.add(Item(self.name, image), result=result, image=image)
+            except OSError as error:
+                _log.warning("%s: a doubtful picture is not kept: %s", self.name, error)
 
     def _open(self) -> _Opened:
         system = self._open_bundle(self.folder)
@@ -213,7 +243,10 @@ class Model:
         except BaseException:
             system.close()
             raise
-        return _Opened(system, outputs(type(result)))
+        opened = _Opened(system, outputs(type(result)))
+        if self._keep is not None:
+            opened.kept = Doubtful(system, *self._keep).__enter__()
+        return opened
 
     @contextmanager
     def _leased(self) -> Iterator[_Opened]:

@@ -65,7 +65,7 @@ def gate() -> Gate:
 def make(folder: Path, gate: Gate) -> Iterator[Callable[..., Model]]:
     made: list[Model] = []
 
-    def model(**options: int) -> Model:
+    def model(**options: Any) -> Model:
         made.append(Model("part", folder, gate, **options))
         return made[-1]
 
@@ -158,3 +158,28 @@ class TestASwap:
         with pytest.raises(BundleError):
             model.swap()
         ask(model)
+
+
+class TestWhatIsDoubtful:
+    def test_is_kept_across_a_swap(
+        self, make: Callable[..., Model], folder: Path, tmp_path: Path
+    ) -> None:
+        model = make(keep=(tmp_path / "kept", 1 << 20))
+        score = float(ask(model)[0]["score"][0, 0])
+        assert list((tmp_path / "kept").rglob("*.png")) == []
+        set_threshold(read(folder), "image", score)  # at the border: who knows
+        model.swap()
+        for _ in range(2):
+            ask(model)
+        kept = list((tmp_path / "kept").rglob("*.png"))
+        assert len(kept) == 2 and all(path.with_suffix(".json").is_file() for path in kept)
+
+    def test_that_cannot_be_kept_costs_no_answer(
+        self, make: Callable[..., Model], folder: Path, tmp_path: Path
+    ) -> None:
+        score = float(ask(make())[0]["score"][0, 0])
+        set_threshold(read(folder), "image", score)
+        model = make(keep=(tmp_path / "kept", 1 << 20))
+        shutil.rmtree(tmp_path / "kept")
+        (tmp_path / "kept").write_text("a file stands where the folder was")
+        assert ask(model)[0]["score"][0, 0] == score
