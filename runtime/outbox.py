@@ -12,8 +12,10 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Protocol, Self
 from urllib.parse import SplitResult, urlsplit
@@ -204,11 +206,11 @@ class Outbox:
         """What an earlier run has left."""
         found = sorted(path for path in self._folder.glob("*.jsonl") if path.stem.isdecimal())
         self._parts = [_Part(path, grows=False) for path in found]
-        position = self._folder / _POSITION
-        if self._parts and position.exists():
-            at = json.loads(position.read_bytes())
-            if at["part"] == self._parts[0].path.name:
-                self._parts[0].skip(int(at["bytes"]))
+        # without a position that can be read (a power cut), what was sent is sent once more
+        with suppress(FileNotFoundError, ValueError, LookupError, TypeError):
+            at = json.loads((self._folder / _POSITION).read_bytes())
+            if self._parts and at["part"] == self._parts[0].path.name:
+                self._parts[0].skip(max(0, int(at["bytes"])))
         self.num_waiting = sum(part.num_left for part in self._parts)
 
     def _work(self) -> None:
@@ -229,6 +231,10 @@ class Outbox:
                     return
                 part = next(part for part in self._parts if part.num_left)
                 lines = part.next(_MAX_BATCH)
+            if not _is_record(lines[0]):
+                self._set_aside(part, lines[0], "a line of the queue is no result")
+                continue
+            lines = list(takewhile(_is_record, lines))
             try:
                 self._sender.send([_message(line) for line in lines])
             except NotSentError as error:
@@ -260,7 +266,7 @@ class Outbox:
     def _set_aside(self, part: _Part, line: bytes, reason: str) -> None:
         if self._refused is None:
             self._refused = files.Lines(self._folder / f"refused-{self._run}.jsonl")
-        self._refused.add(line.decode())
+        self._refused.add(line.decode("utf-8", "surrogateescape"))
         self._say(f"{self._sender.name}: {reason}; the result is in {self._refused.path}")
         self._forget(part, [line])
 
@@ -277,6 +283,13 @@ class Outbox:
             first = self._parts[0]
             at = {"part": first.path.name, "bytes": first.sent_bytes}
         files.write(self._folder / _POSITION, json.dumps(at), durable=False)
+
+
+def _is_record(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _message(line: bytes) -> Message:

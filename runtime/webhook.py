@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import http.client
+import string
+import time
 from base64 import b64encode
 from collections.abc import Sequence
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 from engineworks import __version__
 from engineworks.runtime.outbox import Message, NotSentError, split_address
 from engineworks.runtime.texts import hide_secrets
 
 _TIMEOUT_S = 10.0
+_MAX_ANSWER = 1 << 16  # bytes
 _REFUSED = (400, 413, 415, 422)  # of what is sent, and not of who sends or when
 
 
@@ -33,7 +36,8 @@ class Webhook:
         kind = http.client.HTTPConnection if parts.scheme == "http" else http.client.HTTPSConnection
         assert parts.hostname is not None
         self._connection = kind(parts.hostname, parts.port, timeout=_TIMEOUT_S)
-        self._target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        self._target = quote(target, safe=string.punctuation)
         self._headers = {
             "Content-Type": "application/json",
             "User-Agent": f"engineworks/{__version__}",
@@ -59,8 +63,9 @@ class Webhook:
         try:
             self._connection.request("POST", self._target, body, self._headers)
             response = self._connection.getresponse()
-            response.read()
-        except (OSError, http.client.HTTPException) as error:
+            if not _read_whole(response):
+                self._connection.close()
+        except (OSError, UnicodeError, http.client.HTTPException) as error:
             self._connection.close()
             raise NotSentError(f"cannot be reached ({error or type(error).__name__})") from error
         if response.status // 100 != 2 and response.status not in _REFUSED:
@@ -70,3 +75,14 @@ class Webhook:
 
     def close(self) -> None:
         self._connection.close()
+
+
+def _read_whole(response: http.client.HTTPResponse) -> bool:
+    """Read an answer, which nobody looks at; False where it is long or does not come to an end."""
+    until_s, size = time.monotonic() + _TIMEOUT_S, 0
+    while part := response.read1(_MAX_ANSWER):
+        size += len(part)
+        if size > _MAX_ANSWER or time.monotonic() > until_s:
+            return False
+    response.close()
+    return True

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import http.server
 import json
 import shutil
@@ -139,6 +140,34 @@ class TestAnOutbox:
         assert second.levels() == list(range(20, 51))
         assert not folder.exists()
 
+    @pytest.mark.parametrize(
+        "position", [b"", b"\0\0", b"[]", b"null", b'{"part": 1}', b'{"part": "00000001.jsonl"}']
+    )
+    def test_sends_once_more_what_a_power_cut_left_without_a_position(
+        self, folder: Path, position: bytes
+    ) -> None:
+        folder.mkdir()
+        (folder / "00000001.jsonl").write_bytes(b'{"level": 1}\n{"level": 2}\n')
+        (folder / "position.json").write_bytes(position)
+        receiver = Receiver()
+        with Outbox(folder, receiver):
+            pass
+        assert receiver.levels() == [1, 2]
+
+    def test_sets_aside_what_is_no_result(self, folder: Path) -> None:
+        folder.mkdir()
+        broken = [b"\0\0\0", b"\xff\xfe", b"[1]", b"[" * 100_000]
+        lines = [b'{"level": 1}', *broken, b'{"level": 2}']
+        (folder / "00000001.jsonl").write_bytes(b"".join(line + b"\n" for line in lines))
+        said: list[str] = []
+        receiver = Receiver()
+        with Outbox(folder, receiver, say=said.append):
+            pass
+        assert receiver.levels() == [1, 2]
+        (aside,) = folder.glob("refused-*")
+        assert aside.read_bytes().splitlines() == broken
+        assert all("no result" in line for line in said) and len(said) == len(broken)
+
     def test_keeps_no_file_of_what_was_sent(
         self, folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -205,6 +234,7 @@ class Server:
         self.got: list[Any] = []
         self.headers: list[dict[str, str]] = []
         self.statuses: list[int] = []  # of the next answers; 200 behind them
+        self.endless = False
         self.refuses = -1  # a level
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -219,6 +249,12 @@ class Server:
                     outer.got += content
                     outer.headers.append(dict(self.headers.items()) | {"path": self.path})
                 self.send_response(status)
+                if outer.endless:
+                    self.end_headers()
+                    with contextlib.suppress(OSError):  # until nobody listens any more
+                        while True:
+                            self.wfile.write(bytes(10_000))
+                    return
                 self.send_header("Content-Length", "2")
                 self.end_headers()
                 self.wfile.write(b"ok")
@@ -286,6 +322,17 @@ class TestAWebhook:
             put(box, *range(6))
         assert sorted(set(server.levels())) == [0, 1, 2, 4, 5]
         assert len(list(folder.glob("refused-*"))) == 1
+
+    def test_may_talk_without_end(self, folder: Path, server: Server) -> None:
+        server.endless = True
+        with Outbox(folder, Webhook(f"http://127.0.0.1:{server.port}")) as box:
+            put(box, 1)
+        assert box.num_sent == 1
+
+    def test_may_have_any_letters_in_its_address(self, folder: Path, server: Server) -> None:
+        with Outbox(folder, Webhook(f"http://127.0.0.1:{server.port}/é x%20?y=ü")) as box:
+            put(box, 1)
+        assert server.headers[0]["path"] == "/%C3%A9%20x%20?y=%C3%BC"
 
     @pytest.mark.parametrize("address", ["example.org", "ftp://a/b", "http://", "http://a:x/"])
     def test_needs_an_address(self, address: str) -> None:
