@@ -71,6 +71,14 @@ class TestCandidates:
         # of one image's four false candidates one is allowed: what scores above the second counts
         assert metrics.compute()["recall_at_1_false"] == 0.5
 
+    def test_where_no_budget_is_used_up_all_finds_count(self) -> None:
+        metrics = CandidateMetrics(radius=0)
+        false = Candidate(x=0, y=0, score=0.9)
+        true = Candidate(x=20, y=20, score=0.1)
+        metrics.update([false, true], 1, self.mask((20, 20, 1, 1)))
+
+        assert metrics.compute()["recall_at_1_false"] == 1.0
+
     def test_a_find_that_scores_like_the_false_candidate_too_many_comes_after_it(self) -> None:
         for score, share in ((0.5, 0.0), (0.51, 1.0)):
             metrics = CandidateMetrics(radius=0)
