@@ -49,14 +49,35 @@ class TestBatches:
             assert own == [str(path) for path in camera.source.paths]
 
     def test_are_shared_fairly_by_those_that_have_more(self) -> None:
-        with Feeds([pictures("a", 100), pictures("b", 100)], 4) as feeds:
+        """Also where there are more of them than fit in a batch."""
+        with Feeds([pictures(name, 100) for name in "abc"], 2) as feeds:
             batches, taken = feeds.batches(), []
-            for _ in range(20):
-                for feed in feeds:  # both have more than their share
+            for _ in range(30):
+                for feed in feeds:  # all have more than their share
                     with feed.buffer.changed:
                         assert feed.buffer.changed.wait_for(lambda f=feed: f.buffer.is_full, 30)
                 taken += [place for place, _ in next(batches)]
-        assert (taken.count(0), taken.count(1)) == (40, 40)
+        assert [taken.count(place) for place in range(3)] == [20, 20, 20]
+
+    def test_do_not_wait_for_more_than_a_source_can_hold(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(module, "_TICK_S", 3600.0)
+        free = threading.Event()
+
+        def read(_path: Path) -> Array:
+            assert free.wait(30)
+            return grey(0)
+
+        small = pictures("b", 6)
+        cameras = [pictures("hangs", 1, Reader(read)), Camera("b", small.source, buffer=2)]
+        with Feeds(cameras, 8) as feeds:
+            found: list[str] = []
+            for batch in feeds.batches():
+                found += names(batch)
+                if len(found) >= 2:
+                    free.set()
+        assert len(found) == 7
 
     def test_go_on_without_a_source_that_hangs(self) -> None:
         free = threading.Event()

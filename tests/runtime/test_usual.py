@@ -64,6 +64,10 @@ class TestDrift:
         assert set(both.signs) == {"brightness", "score"}
         assert "130" in both.signs["brightness"] and "101 to 119" in both.signs["brightness"]
 
+    def test_is_of_the_middle_nine_tenths(self) -> None:
+        assert drift_of([100.5] * 60).signs and drift_of([119.5] * 60).signs
+        assert drift_of([101.5] * 60).signs == drift_of([118.5] * 60).signs == {}
+
     def test_is_none_where_pictures_are_alike_as_those_of_a_fixed_camera_are(self) -> None:
         assert drift_of([110.0] * 300).signs == {}
 
