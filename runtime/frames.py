@@ -6,7 +6,7 @@ from collections import OrderedDict
 from pathlib import Path
 
 from engineworks.runtime import images
-from engineworks.runtime.objects import Frame, Reference
+from engineworks.runtime.objects import Frame, Reference, coco_references
 from engineworks.runtime.references import Picture, View, alone
 from engineworks.runtime.tensors import Array
 from engineworks.runtime.video import VideoFile
@@ -95,3 +95,14 @@ class Frames:
         if len(self._open) > _MAX_OPEN:
             self._open.popitem(last=False)[1].close()
         return video.read(frame.index)
+
+
+def read_coco_references(path: Path) -> dict[str, list[Picture]]:
+    """The pictures of what a COCO file names or shows; see ``runtime.objects.coco_references``.
+
+    Raises:
+        InputError, DatasetError, ImageError: as there, or a picture that cannot be read.
+    """
+    frames = Frames(0)
+    found = coco_references(path)
+    return {name: [frames.view(each) for each in references] for name, references in found.items()}

@@ -34,7 +34,7 @@ from pydantic import FiniteFloat, NonNegativeInt, TypeAdapter
 
 from engineworks.runtime import folders, images, labels
 from engineworks.runtime.coco import MIN_AREA, CocoFile, Part, clipped, validated
-from engineworks.runtime.errors import DatasetError
+from engineworks.runtime.errors import DatasetError, InputError
 from engineworks.runtime.folders import Tally
 from engineworks.runtime.labels import Box, Faults, Item, Labelled
 from engineworks.runtime.names import file_name
@@ -273,6 +273,32 @@ def _chosen(path: Path, file: CocoFile, wanted: Set[str]) -> dict[str, tuple[Ref
             f"{path} has no reference of '{missing[0]}'", fix="name at least one annotation of each"
         )
     return references
+
+
+def coco_references(path: Path) -> dict[str, tuple[Reference, ...]]:
+    """References that a COCO file names or shows: a few boxes of each category.
+
+    Args:
+        path: ``annotations_<split>.json`` beside ``images/``.
+
+    Raises:
+        InputError: the file is not called so.
+        DatasetError: as ``read_objects``.
+    """
+    prefix, _, split = path.stem.partition("_")
+    if prefix != "annotations" or not split:
+        raise InputError(
+            f"{path} is no annotations_<split>.json",
+            fix="call a COCO file so, and put its pictures into images/ beside it",
+        )
+    file = CocoFile(path.parent, split)
+    file.faults.check(path)
+    frames = _frames(file)
+    wanted = {name for each in frames for name in each.objects}
+    chosen = path.with_name(f"references_{split}.json")
+    if chosen.is_file():
+        return _chosen(chosen, file, wanted)
+    return {name: _cut_out(frames, name) for name in sorted(wanted)}
 
 
 def _frames(file: CocoFile) -> list[LabelledFrame]:

@@ -193,10 +193,12 @@ def read_references(*paths: Path) -> dict[str, list[Picture]]:
 
     Args:
         paths: each a folder with a folder of pictures per object, named like it; a folder of
-            pictures of one object; a single picture; or a box in a picture or in a frame of a
-            video: ``[NAME=]FILE[#FRAME]@X,Y,W,H``, in pixels from the top left corner, frames
-            counted from 0. What has no name is named like its folder or file. All references of a
-            name are of one object.
+            pictures of one object; a single picture; a box in a picture or in a frame of a video:
+            ``[NAME=]FILE[#FRAME]@X,Y,W,H``, in pixels from the top left corner, frames counted from
+            0; the box around a mask, a picture of the same size that is 0 beside the object:
+            ``[NAME=]FILE[#FRAME]@MASK``; or COCO's ``annotations_<split>.json``, see
+            ``runtime.objects``: a few boxes of each of its categories. What has no name is named
+            like its folder or file. All references of a name are of one object.
 
     Returns:
         name -> pictures, both in alphabetical order.
@@ -217,21 +219,14 @@ def read_references(*paths: Path) -> dict[str, list[Picture]]:
 
 
 _BOXED = re.compile(
-    r"(?:(?P<name>[^=/]+)=)?(?P<file>[^=].*?)(?:#(?P<frame>\d+))?@(?P<box>[-+.\d]+(?:,[-+.\d]+){3})"
+    r"(?:(?P<name>[^=/]+)=)?(?P<file>[^=].*?)(?:#(?P<frame>\d+))?"
+    r"@(?:(?P<box>[-+.\d]+(?:,[-+.\d]+){3})|(?P<mask>[^@]+\.\w+))"
 )
 
 
 def _view(boxed: re.Match[str]) -> View:
     """The picture and the box of a text that ``_BOXED`` matches."""
     path = Path(boxed["file"])
-    try:
-        x, y, width, height = map(float, boxed["box"].split(","))
-    except ValueError:
-        x = y = width = height = 0.0
-    if not (width > 0 and height > 0):
-        raise InputError(
-            f"'@{boxed['box']}' behind {path} is no box", fix="write @X,Y,W,H with W and H above 0"
-        )
     if not path.is_file():
         raise InputError(f"there is nothing at {path}", fix="give a picture, or a video")
     if boxed["frame"] is None:
@@ -241,17 +236,55 @@ def _view(boxed: re.Match[str]) -> View:
             if (index := int(boxed["frame"])) >= len(video):
                 raise InputError(f"{path} has no frame {index}, the last one is {len(video) - 1}")
             image = video.read(index)
+    return View(image, _masked(boxed, image) if boxed["mask"] else _boxed(boxed, image))
+
+
+def _boxed(boxed: re.Match[str], image: Array) -> Box:
+    """The box xyxy that a text names."""
+    path = boxed["file"]
+    try:
+        x, y, width, height = map(float, boxed["box"].split(","))
+    except ValueError:
+        x = y = width = height = 0.0
+    if not (width > 0 and height > 0):
+        raise InputError(
+            f"'@{boxed['box']}' behind {path} is no box", fix="write @X,Y,W,H with W and H above 0"
+        )
     if x < 0 or y < 0 or x + width > image.shape[1] or y + height > image.shape[0]:
         raise InputError(
             f"the box {boxed['box']} lies outside of {path}, of "
             f"{image.shape[1]} x {image.shape[0]} pixels",
             fix="give x, y, width and height in pixels of the picture",
         )
-    return View(image, (x, y, x + width, y + height))
+    return x, y, x + width, y + height
+
+
+def _masked(boxed: re.Match[str], image: Array) -> Box:
+    """The box xyxy around what a mask shows."""
+    path = Path(boxed["mask"])
+    if not path.is_file():
+        raise InputError(f"there is no mask at {path}", fix="give FILE@X,Y,W,H or FILE@MASK")
+    mask = images.read_mask(path) > 0
+    if mask.shape != image.shape[:2]:
+        raise InputError(
+            f"the mask {path} has {mask.shape[1]} x {mask.shape[0]} pixels, {boxed['file']} has "
+            f"{image.shape[1]} x {image.shape[0]}",
+            fix="give a mask of the picture's size",
+        )
+    if not mask.any():
+        raise InputError(f"the mask {path} shows nothing", fix="what is not 0 is the object")
+    columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
+    return float(columns[0]), float(rows[0]), columns[-1] + 1.0, rows[-1] + 1.0
 
 
 def _read(path: Path) -> dict[str, list[Picture]]:
     """Pictures of objects that lie in a folder or a file."""
+    if path.suffix == ".json":
+        from engineworks.runtime.frames import (
+            read_coco_references,
+        )  # which knows references as well
+
+        return read_coco_references(path)
     if path.is_file():
         files = {path.stem: PICTURES.find([path], Tally())}
     elif path.is_dir():

@@ -54,7 +54,7 @@ SIGNED = click.option(
 def there(_context: object, _option: object, paths: tuple[Path, ...]) -> tuple[Path, ...]:
     """What is no box in a file must exist; as click calls it."""
     for path in paths:
-        if "@" not in path.name and not path.exists():
+        if "@" not in str(path) and not path.exists():
             raise click.BadParameter(f"path '{path}' does not exist.")
     return paths
 
@@ -65,8 +65,9 @@ REFS = click.option(
     multiple=True,
     callback=there,
     metavar="WHAT",
-    help="What to look for: DIR/<object>/*.png, pictures of one object, a file of `refs`, or a box "
-    "in a picture or video: [NAME=]FILE[#FRAME]@X,Y,W,H. May be given several times.",
+    help="What to look for: DIR/<object>/*.png, pictures of one object, a file of `refs`, COCO's "
+    "`annotations_*.json`, or a box in a picture or video: [NAME=]FILE[#FRAME]@X,Y,W,H or @MASK. "
+    "May be given several times.",
 )
 JSON = click.option("--json", "json_file", type=PATH, help="Also write the figures here.")
 

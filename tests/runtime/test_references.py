@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from fractions import Fraction
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from engineworks.runtime.references import (
     save_references,
 )
 from engineworks.runtime.tensors import Array
+from engineworks.runtime.testing import write_scenes
 from engineworks.runtime.video import VideoWriter
 
 
@@ -144,6 +146,28 @@ class TestABox:
         assert abs(float(view.image.mean()) - 160) < 5  # the codec's loss
         with pytest.raises(InputError, match="no frame 3"):
             read_references(tmp_path / "film.mp4#3@4,5,10,12")
+
+    def test_lies_around_what_a_mask_shows(self, tmp_path: Path) -> None:
+        images.write(tmp_path / "table.png", picture(9, (8, 10)))
+        mask = np.zeros((8, 10, 3), np.uint8)
+        mask[2:5, 3:9] = 1
+        images.write(tmp_path / "cup.png", mask)
+
+        (view,) = read_references(Path(f"cup={tmp_path}/table.png@{tmp_path}/cup.png"))["cup"]
+
+        assert isinstance(view, View)
+        assert view.box == (3, 2, 9, 5)
+
+    def test_of_a_mask_that_does_not_fit_is_refused(self, tmp_path: Path) -> None:
+        images.write(tmp_path / "a.png", picture(9, (8, 10)))
+        images.write(tmp_path / "small.png", picture(1, (4, 4)))
+        images.write(tmp_path / "empty.png", np.zeros((8, 10, 3), np.uint8))
+        with pytest.raises(InputError, match="4 x 4 pixels"):
+            read_references(tmp_path / f"a.png@{tmp_path}/small.png")
+        with pytest.raises(InputError, match="shows nothing"):
+            read_references(tmp_path / f"a.png@{tmp_path}/empty.png")
+        with pytest.raises(InputError, match="no mask at"):
+            read_references(tmp_path / f"a.png@{tmp_path}/none.png")
 
     @pytest.mark.parametrize("box", ["0,0,0,4", "0,0,4,-1", "1.2.3,0,4,4"])
     def test_of_no_area_is_refused(self, box: str, tmp_path: Path) -> None:
@@ -298,3 +322,39 @@ class TestAFileOfReferences:
         np.savez(tmp_path / "o.npz", names=np.array(["a"]), pictures=np.zeros((2, 3), np.uint8))
         with pytest.raises(InputError, match="pictures with their names"):
             load_references(tmp_path / "o.npz")
+
+
+class TestCoco:
+    def test_gives_boxes_of_each_category(self, tmp_path: Path) -> None:
+        data = write_scenes(tmp_path / "data")
+
+        found = read_references(data / "annotations_train.json")
+
+        names = {
+            each["name"]
+            for each in json.loads((data / "annotations_train.json").read_text())["categories"]
+        }
+        assert set(found) == names
+        assert all(isinstance(view, View) for views in found.values() for view in views)
+
+    def test_takes_those_that_a_file_names(self, tmp_path: Path) -> None:
+        data = write_scenes(tmp_path / "data")
+        labels = json.loads((data / "annotations_train.json").read_text())
+        chosen = {}
+        for i, each in enumerate(labels["annotations"]):
+            each["id"] = i
+            chosen[str(each["category_id"])] = [i]
+        (data / "annotations_train.json").write_text(json.dumps(labels))
+        (data / "references_train.json").write_text(json.dumps(chosen))
+
+        found = read_references(data / "annotations_train.json")
+
+        assert {len(views) for views in found.values()} == {1}
+        x, y, width, height = labels["annotations"][next(iter(chosen.values()))[0]]["bbox"]
+        boxes = [view.box for views in found.values() for view in views if isinstance(view, View)]
+        assert (x, y, x + width, y + height) in boxes
+
+    def test_under_another_name_is_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "labels.json").write_text("{}")
+        with pytest.raises(InputError, match="annotations_<split>"):
+            read_references(tmp_path / "labels.json")
