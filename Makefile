@@ -2,13 +2,15 @@
 PYTHON ?= python3
 VENV := .venv
 GPU_VENV := .venv-gpu
+# kserve wants older versions of protobuf and psutil than the others would take
+SERVE_VENV := .venv-serve
 CLI := $(VENV)/bin/python cli.py
 
 SYSTEMS := noising paco refdet stripe
 # Weights of the backbone: none (random, so that no download is needed) | hub | FILE.safetensors
 WEIGHTS ?= none
 
-.PHONY: help demo test test-training test-commands test-export test-runtime campaign mutants lint docs bench test-gpu
+.PHONY: help demo test test-training test-commands test-export test-runtime test-serve campaign mutants lint docs bench test-gpu
 .DEFAULT_GOAL := help
 
 help:
@@ -19,16 +21,23 @@ help:
 	@echo "make lint      ruff, mypy, import borders"
 	@echo "make docs      the documentation as a site, in build/docs"
 	@echo "make bench     the commands behind docs/benchmarks.md [DATA=DIR WEIGHTS=hub BACKBONE=NAME]"
+	@echo "make test-serve  the tests of the server, in an environment of its own"
 	@echo "make test-gpu  the tests that need a CUDA device; a skip is a failure"
 
 # --- set-up --------------------------------------------------------------------------------------
 
 $(VENV)/.installed: EXTRAS := cpu,refdet,train,docs,dev
 $(GPU_VENV)/.installed: EXTRAS := gpu,refdet,train,dev
+$(SERVE_VENV)/.installed: EXTRAS := cpu,refdet,serve,clients,dev
 %/.installed: setup.cfg pyproject.toml
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("engineworks needs Python 3.11 or newer")'
 	$(PYTHON) -m venv $*
 	$*/bin/python -m pip install --quiet --editable ".[$(EXTRAS)]"
+	touch $@
+
+# of this wheel only the server is used, which asks for no NumPy
+$(SERVE_VENV)/.triton: $(SERVE_VENV)/.installed
+	$(SERVE_VENV)/bin/python -m pip install --quiet --no-deps nvidia-pytriton==0.7.0
 	touch $@
 
 # --- demo ----------------------------------------------------------------------------------------
@@ -58,7 +67,7 @@ demo-%: $(VENV)/.installed
 	rm -rf demo/$*
 	$(CLI) sample $* --out demo/$*/data
 	$(CLI) train $* --data demo/$*/data --out demo/$*/run $(demo_$*)
-	$(CLI) export demo/$*/run --out demo/$*/bundle --int8 --num-samples 16 --eval demo/$*/data \
+	$(CLI) export demo/$*/run --out demo/$*/bundle --int8 --num-samples 16 --seconds 2 --eval demo/$*/data \
 		--samples $(or $(samples_$*),demo/$*/data/train)
 	$(CLI) infer demo/$*/bundle --source $(or $(pictures_$*),demo/$*/data/test) \
 		--out demo/$*/pictures --jsonl --save-overlays $(infer_$*)
@@ -105,6 +114,10 @@ mutants: $(VENV)/.installed
 
 test-gpu: $(GPU_VENV)/.installed
 	REQUIRE_GPU=1 $(GPU_VENV)/bin/python -m pytest -m gpu
+
+# without torch, as on a machine that serves
+test-serve: $(SERVE_VENV)/.triton
+	$(SERVE_VENV)/bin/python -m pytest tests/runtime/serving tests/test_cli_serve.py
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff format --check .

@@ -18,7 +18,9 @@ from engineworks.commands.data import check, sample
 from engineworks.commands.doctor import doctor
 from engineworks.commands.export import export
 from engineworks.commands.printing import echo, show_messages
+from engineworks.commands.report import report
 from engineworks.commands.run import evaluate, infer, refs
+from engineworks.commands.serve import serve
 from engineworks.commands.train import train
 from engineworks.runtime.refusals import explain
 from engineworks.runtime.signals import Stopped, stoppable
@@ -55,7 +57,10 @@ def main(context: click.Context, quiet: bool) -> None:
     show_messages(quiet=quiet)
 
 
-for _command in (sample, check, train, export, infer, evaluate, bench, refs, bundle, bank, doctor):
+_COMMANDS = (
+    sample, check, train, export, infer, evaluate, serve, bench, report, refs, bundle, bank, doctor,
+)  # fmt: skip
+for _command in _COMMANDS:
     main.add_command(_command)
 
 

@@ -20,19 +20,25 @@ from engineworks.calibration.table import GraphRanges, Range, Table, graph_sha25
 from engineworks.calibration.tap import Tap
 from engineworks.runtime.bundle import Bundle
 from engineworks.runtime.errors import CalibrationError
-from engineworks.runtime.systems import exercise, open_system
+from engineworks.runtime.systems import Follows, open_system
+from engineworks.runtime.usual import Usual, brightness, score_of
 
 BATCH_SIZE = 4
 
 
 @dataclass(frozen=True)
 class Histograms:
-    """What one pass saw: graph -> tensor -> histogram and channel means, and with what."""
+    """What one pass saw: graph -> tensor -> histogram and channel means, and with what.
+
+    Attributes:
+        usual: what the samples are like.
+    """
 
     bundle: Bundle
     samples: tuple[Sample, ...]
     graphs: Mapping[str, Mapping[str, Histogram]]
     means: Mapping[str, Mapping[str, ChannelMean]]
+    usual: Usual
 
     def table(self, method: str, *, percentile: float = ranges.DEFAULT_PERCENTILE) -> Table:
         """Ranges by one method, with their provenance.
@@ -105,12 +111,19 @@ def measure(
         )
         for name, graph in graphs.items()
     }
+    seen: list[tuple[float, float | None]] = []
     with closing(
         open_system(bundle, backend="ort", precision="float", threads=threads, engines=taps)
     ) as system:
         for start in range(0, len(samples), BATCH_SIZE):
             batch = samples[start : start + BATCH_SIZE]
-            exercise(system, [system.reader.read(sample.path) for sample in batch])
+            images = [system.reader.read(sample.path) for sample in batch]
+            seen += [
+                (brightness(image), score_of(result))
+                for image, result in zip(images, system.infer(images), strict=True)
+            ]
+            if isinstance(system, Follows):
+                system.rehearse(images)
             if progress is not None:
                 progress(start + len(batch), len(samples))
     measured = {name: taps[name].histograms for name in tensors}
@@ -121,7 +134,7 @@ def measure(
                 fix="keep that graph float, or give samples that reach it",
             )
     means = {name: taps[name].means for name in tensors}
-    return Histograms(bundle, tuple(samples), measured, means)
+    return Histograms(bundle, tuple(samples), measured, means, Usual.of(seen))
 
 
 def calibrate(

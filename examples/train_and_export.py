@@ -27,7 +27,9 @@ def train_and_export(out: Path) -> dict[str, float]:
     data = testing.write_parts(out / "data", num_train=16, num_good=8, num_defective=8)
     overrides = ("backbone.weights=none", "backbone.stages=[1]", "preprocess.size=[64, 64]")
     run = train(load_config("noising", overrides=overrides), data, out / "run")
-    config = ExportConfig(int8=True, samples=data / "train", num_samples=8, evaluation=data)
+    config = ExportConfig(
+        int8=True, samples=data / "train", num_samples=8, evaluation=data, seconds=1.0
+    )
     bundle = export_bundle(run.root, out / "bundle", config, say=print)
     with open_bundle(bundle.root, NoisingSystem) as system:
         print(system.precision, "ships")

@@ -36,6 +36,8 @@ class ExportConfig:
         unjudged: ship INT8 that nothing has judged, where it pays.
         sensitivity: measure each node's cost, and put the worst back to float while the gate fails.
         fail_on_drop: raise where the gate fails; needs ``evaluation``.
+        seconds: that float and INT8 are timed beside each other on each backend, at least five
+            turns of each all the same.
         halves: 16-bit types to write mixed ONNX graphs in.
         plans: precisions to build plans of, names in ``PLANS``; those of 16 bits imply their graph.
         plan: how plans are built.
@@ -56,6 +58,7 @@ class ExportConfig:
     unjudged: bool = False
     sensitivity: bool = False
     fail_on_drop: bool = False
+    seconds: float = 10.0
     halves: tuple[str, ...] = ()
     plans: tuple[str, ...] = ()
     plan: PlanConfig = field(default_factory=PlanConfig)

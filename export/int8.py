@@ -89,6 +89,7 @@ def calibrate(job: Job) -> None:
         table=next(iter(tables.values())),
         errors={},
         num_samples=len(samples),
+        usual=histograms.usual,
     )
     if len(tables) > 1:
         _take_nearest(job, tables)

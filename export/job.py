@@ -16,6 +16,7 @@ from engineworks.export.quantize import KeepFloat
 from engineworks.export.sensitivity import NodeCost
 from engineworks.runtime.bundle import Bundle
 from engineworks.runtime.plans import Profile
+from engineworks.runtime.usual import Usual
 
 Say = Callable[[str], None]
 Progress = Callable[[str, int, int], None]
@@ -32,6 +33,7 @@ class Calibration:
         table: the ranges that were taken.
         errors: method of ranges -> error of the outputs; empty where a method was asked for.
         num_samples: images that were shown.
+        usual: what they are like.
         costs: graph name -> what each node costs, the worst first; empty where nobody asked.
     """
 
@@ -41,6 +43,7 @@ class Calibration:
     table: Table
     errors: Mapping[str, float]
     num_samples: int
+    usual: Usual
     costs: Mapping[str, list[NodeCost]] = field(default_factory=dict)
 
 

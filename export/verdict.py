@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from typing import Any
 
+from engineworks.export.config import ExportConfig
 from engineworks.export.gate import int8_backends
 from engineworks.export.job import Job
 from engineworks.export.parity import Feeds, answers, compare
@@ -17,10 +18,10 @@ from engineworks.runtime import bench
 from engineworks.runtime.bundle import Bundle
 from engineworks.runtime.engines import BACKENDS, Engine
 from engineworks.runtime.systems import open_engines
+from engineworks.runtime.usual import REPORT
 from engineworks.runtime.verdict import decide, describe
 
 _PRECISIONS = ("float", "bf16", "int8", "int8-bf16")  # whose speed the verdict names
-_SPEED_SECONDS = 10.0  # per backend
 # what export says of INT8; of an earlier one, and of 16-bit graphs that are gone, nothing stays
 _REPORTS = (
     "calibration",
@@ -44,10 +45,11 @@ def verdict(job: Job) -> None:
     gate = job.manifest.reports["gate"] if config.evaluation is not None else {}
     parity = _parity(job.bundle, made.feeds, config.threads)
     job.say("timing float against INT8")
-    speed = _speed(job.bundle, made.feeds, config.threads)
+    speed = _speed(job.bundle, made.feeds, config)
     decided = decide(gate, speed, unjudged=config.unjudged)
     reports: dict[str, Any] = {
         **{k: v for k, v in job.manifest.reports.items() if k not in _REPORTS},
+        REPORT: made.usual.model_dump(mode="json"),
         "calibration": {
             "method": made.table.method,
             "percentile": made.table.percentile,
@@ -85,7 +87,7 @@ def _parity(bundle: Bundle, feeds: Feeds, threads: int | None) -> dict[str, Any]
     return report
 
 
-def _speed(bundle: Bundle, feeds: Feeds, threads: int | None) -> dict[str, Any]:
+def _speed(bundle: Bundle, feeds: Feeds, config: ExportConfig) -> dict[str, Any]:
     """Float against INT8 network time on one sample, contenders taking turns, per backend.
 
     Of the graphs that every sample meets: what runs once, when a system is opened, is left out.
@@ -97,14 +99,14 @@ def _speed(bundle: Bundle, feeds: Feeds, threads: int | None) -> dict[str, Any]:
         with ExitStack() as stack:
             contenders = {}
             for precision in [p for p in _PRECISIONS if p in BACKENDS[backend].variants]:
-                engines = stack.enter_context(_opened(bundle, backend, precision, threads))
+                engines = stack.enter_context(_opened(bundle, backend, precision, config.threads))
 
                 def call(engines: Mapping[str, Engine] = engines) -> None:
                     for name in every:
                         engines[name].run(feeds[name][0])
 
                 contenders[precision] = call
-            timings = bench.interleave(contenders, max_seconds=_SPEED_SECONDS)
+            timings = bench.interleave(contenders, max_seconds=config.seconds)
         ratio = bench.ratio(timings["float"], timings["int8"])
         report[backend] = {
             "p50_ms": {name: timing.p50_ms for name, timing in timings.items()},

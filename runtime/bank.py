@@ -6,22 +6,18 @@ FAISS' flat index is the reference for every other search of the project and the
 from __future__ import annotations
 
 import copy
-import os
 import threading
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-# FAISS' OpenMP threads would spin after each call and take the cores from the engine's threads;
-# OpenMP reads this once, when it is loaded
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import faiss
+import numpy as np
 
 from engineworks.runtime import files
 from engineworks.runtime.coreset import Progress, greedy_k_centre
 from engineworks.runtime.errors import BankError
 from engineworks.runtime.tensors import Array
+from engineworks.runtime.threads import available_threads, in_parts
 
 _QUERY_BLOCK = 4096
 # fewer are measured row by row: FAISS would repack the whole bank for its product, and the threads
@@ -57,6 +53,7 @@ class Bank:
         self._mean = rows.mean(axis=0)
         self._index = _flat_index(rows - self._mean)
         self._few, self._spare = _FEW_QUERIES, 0
+        self._threads: int | None = None  # as many as a search is told
 
     def __len__(self) -> int:
         return len(self.rows_MD)
@@ -65,12 +62,15 @@ class Bank:
     def width(self) -> int:
         return int(self.rows_MD.shape[1])
 
-    def search(self, queries_ND: Array, k: int) -> tuple[Array, Array]:
+    def search(
+        self, queries_ND: Array, k: int, *, threads: int | None = None
+    ) -> tuple[Array, Array]:
         """The exact K nearest rows of each query.
 
         Args:
             queries_ND: (N, D) float32.
             k: how many; at most M are returned.
+            threads: None takes all cores that this process may use.
 
         Returns:
             Distances (N, K) float32, Euclidean, ascending, each computed from the difference of
@@ -82,22 +82,30 @@ class Bank:
         """
         queries = self.check(queries_ND)
         k = min(k, len(self))
-        if len(queries) < self._few:
-            everything = np.broadcast_to(np.arange(len(self)), (len(queries), len(self)))
-            squared = self.squared_distances(queries, everything)
-            indices = np.argpartition(squared, k - 1, axis=1)[:, :k]
-            squared = np.take_along_axis(squared, indices, axis=1)
-        else:
-            candidates = min(k + self._spare, len(self))
-            blocks = range(0, len(queries), _QUERY_BLOCK)
-            indices = np.concatenate(
-                [
-                    self._index.search(queries[i : i + _QUERY_BLOCK] - self._mean, candidates)[1]
-                    for i in blocks
-                ]
-            )
-            squared = self.squared_distances(queries, indices)
-        distances, indices = ascending(squared, indices)
+        nearest = self._of_few if len(queries) < self._few else self._of_many
+        found = in_parts(
+            lambda part: nearest(queries[part], k),
+            len(queries),
+            self._threads or threads or available_threads(),
+        )
+        distances, indices = (np.concatenate(each) for each in zip(*found, strict=True))
+        return distances, indices
+
+    def _of_few(self, queries: Array, k: int) -> tuple[Array, Array]:
+        everything = np.broadcast_to(np.arange(len(self)), (len(queries), len(self)))
+        squared = self.squared_distances(queries, everything)
+        indices = np.argpartition(squared, k - 1, axis=1)[:, :k]
+        return ascending(np.take_along_axis(squared, indices, axis=1), indices)
+
+    def _of_many(self, queries: Array, k: int) -> tuple[Array, Array]:
+        _bound_faiss()
+        candidates = min(k + self._spare, len(self))
+        found = [np.empty((0, candidates), np.int64)]
+        for start in range(0, len(queries), _QUERY_BLOCK):
+            block = queries[start : start + _QUERY_BLOCK] - self._mean
+            found.append(self._index.search(block, candidates)[1])
+        indices = np.concatenate(found)
+        distances, indices = ascending(self.squared_distances(queries, indices), indices)
         return distances[:, :k], indices[:, :k]
 
     def on_gpu(self, *, half: bool = False) -> Bank:
@@ -119,7 +127,7 @@ class Bank:
             )
         twin = copy.copy(self)
         twin._index = _GpuIndex(self._index, half=half)
-        twin._few, twin._spare = 0, _SPARE_ON_GPU
+        twin._few, twin._spare, twin._threads = 0, _SPARE_ON_GPU, 1
         return twin
 
     def squared_distances(self, queries_ND: Array, indices_NC: Array) -> Array:
@@ -135,6 +143,7 @@ class Bank:
         queries = self.check(queries_ND)
         indices = np.ascontiguousarray(indices_NC, np.int64)
         squared = np.empty(indices.shape, np.float32)
+        _bound_faiss()
         faiss.fvec_L2sqr_by_idx(  # type: ignore[attr-defined]  # not in FAISS' stubs
             faiss.swig_ptr(squared),
             faiss.swig_ptr(queries),
@@ -214,6 +223,14 @@ class Bank:
                 fix="use the bank with the graph that it was built with",
             )
         return np.ascontiguousarray(queries_ND, np.float32)
+
+
+def _bound_faiss() -> None:
+    """Keep FAISS, and the BLAS in it, from starting threads for the one that calls it now.
+
+    OpenMP counts them for each calling thread anew: many callers would have as many teams.
+    """
+    faiss.omp_set_num_threads(1)
 
 
 def _flat_index(rows_MD: Array) -> Any:

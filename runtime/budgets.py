@@ -59,6 +59,7 @@ class Budget:
 
 FILE_BYTES = Budget("ENGINEWORKS_MAX_FILE_BYTES", 1 << 30, "bytes")
 PIXELS = Budget("ENGINEWORKS_MAX_PIXELS", 1 << 27, "pixels")
+REQUEST_PIXELS = Budget("ENGINEWORKS_MAX_REQUEST_PIXELS", 1 << 25, "pixels per request")
 FRAME_PIXELS = Budget("ENGINEWORKS_MAX_FRAME_PIXELS", 1 << 26, "pixels per frame")
 ARRAY_BYTES = Budget("ENGINEWORKS_MAX_ARRAY_BYTES", 1 << 30, "bytes of arrays")
 YAML_NODES = Budget("ENGINEWORKS_MAX_YAML_NODES", 100_000, "values")

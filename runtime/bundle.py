@@ -36,6 +36,7 @@ from engineworks.runtime.files import NewFolder, is_temporary, recover
 from engineworks.runtime.files import write as write_file
 from engineworks.runtime.preprocess import PlanesSpec, PreprocessSpec
 from engineworks.runtime.tensors import TensorSpec
+from engineworks.runtime.usual import Usual
 
 FORMAT = "engineworks-bundle"
 SCHEMA_VERSION = 1
@@ -155,6 +156,7 @@ class Manifest(_Part):
         if "verdict" in reports:
             _Verdict.model_validate(reports["verdict"])
         _Gate.model_validate(reports.get("gate", {}))
+        Usual.in_reports(reports)
         gate = reports.get("gate") or {}
         TypeAdapter(dict[str, Any]).validate_python(gate)
         _DECISIONS.validate_python(gate.get("decisions", {}))
@@ -525,7 +527,7 @@ def set_budget(bundle: Bundle, name: str, budget: float) -> Bundle:
                 f"bundle {bundle.root} keeps no scores behind the threshold '{name}'",
                 fix="give a number, or train and export again with this engineworks",
             )
-        source = f"false-reject budget {budget:g} on {held_out.count} held-out training pictures"
+        source = f"false-reject budget {budget:g} on {held_out.count} held-out pictures"
         return border(held_out, budget), source
 
     return _moved(bundle, name, of)

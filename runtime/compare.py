@@ -23,7 +23,7 @@ from engineworks.runtime.errors import InputError
 _FACTS = ("cpu", "gpu", "cores", "threads", "system", "python")
 
 
-class _Row(BaseModel):
+class Timed(BaseModel):
     """What is read of a row; the report holds more."""
 
     model_config = ConfigDict(frozen=True)
@@ -40,13 +40,15 @@ class _Row(BaseModel):
         return self.covers, self.batch, self.name, self.precision
 
 
-class _Report(BaseModel):
+class Timings(BaseModel):
+    """What is read of a report of ``bench``."""
+
     model_config = ConfigDict(frozen=True)
 
     environment: dict[str, Any]
     bundle_digest: str
     inputs: dict[str, Any]
-    rows: tuple[_Row, ...]
+    rows: tuple[Timed, ...]
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,8 @@ class Pair:
         doubts: of which report the figures were not stable, in words; empty where both were.
     """
 
-    first: _Row
-    second: _Row
+    first: Timed
+    second: Timed
 
     @property
     def ratio(self) -> float:
@@ -92,7 +94,7 @@ def compare(first: Path, second: Path) -> Comparison:
     Raises:
         InputError: a file is missing, is no report of ``bench``, or they share no row.
     """
-    reports = [_read(first), _read(second)]
+    reports = [read(first), read(second)]
     rows = [{row.key: row for row in report.rows} for report in reports]
     shared = [key for key in rows[0] if key in rows[1]]
     if not shared:
@@ -107,9 +109,14 @@ def compare(first: Path, second: Path) -> Comparison:
     )
 
 
-def _read(path: Path) -> _Report:
+def read(path: Path) -> Timings:
+    """A report of ``bench``.
+
+    Raises:
+        InputError: it is none.
+    """
     try:
-        return _Report.model_validate_json(path.read_bytes())
+        return Timings.model_validate_json(path.read_bytes())
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error}") from error
     except ValidationError as error:
@@ -120,7 +127,7 @@ def _read(path: Path) -> _Report:
         ) from error
 
 
-def _missing(have: dict[tuple[str, int, str, str], _Row], other: Any) -> tuple[str, ...]:
+def _missing(have: dict[tuple[str, int, str, str], Timed], other: Any) -> tuple[str, ...]:
     return tuple(
         f"{name} {precision}, {covers}, batch {batch}"
         for covers, batch, name, precision in have
@@ -128,7 +135,7 @@ def _missing(have: dict[tuple[str, int, str, str], _Row], other: Any) -> tuple[s
     )
 
 
-def _differences(first: _Report, second: _Report) -> dict[str, tuple[str, str]]:
+def _differences(first: Timings, second: Timings) -> dict[str, tuple[str, str]]:
     found = {name: (first.environment.get(name), second.environment.get(name)) for name in _FACTS}
     found["bundle"] = (first.bundle_digest[:12], second.bundle_digest[:12])
     found["images"] = (first.inputs.get("sha256"), second.inputs.get("sha256"))

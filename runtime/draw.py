@@ -187,7 +187,7 @@ def grid(pictures: Sequence[Array]) -> Array:
     columns = min(range(1, num + 1), key=lambda n: max(n * width, -(-num // n) * height))
     rows = -(-num // columns)
     scale = min(1.0, _SHEET_SIDE / (columns * width), _SHEET_SIDE / (rows * height))
-    small = [_reduced(picture, scale) for picture in pictures]
+    small = [reduced(picture, scale) for picture in pictures]
     height, width = np.max([picture.shape[:2] for picture in small], axis=0)
     cells = [_centred(picture, height, width) for picture in small]
     cells += [_ground(height, width)] * (rows * columns - num)
@@ -198,7 +198,7 @@ def grid(pictures: Sequence[Array]) -> Array:
 
 def thumbnail(image: Array, side: int) -> Array:
     """Average an image down until no side is longer; a smaller one stays as it is."""
-    return _reduced(image, min(1.0, side / max(image.shape[:2])))
+    return reduced(image, min(1.0, side / max(image.shape[:2])))
 
 
 def confusion_matrix(counts_CC: Array, labels: Sequence[str]) -> Array:
@@ -301,7 +301,8 @@ def _fitting(line: str, size: Sequence[int]) -> float:
     return scale
 
 
-def _reduced(image: Array, scale: float) -> Array:
+def reduced(image: Array, scale: float) -> Array:
+    """The image at ``scale`` times its size, averaged; no side gets lost."""
     height, width = (max(1, round(side * scale)) for side in image.shape[:2])
     return np.asarray(cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA))
 

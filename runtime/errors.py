@@ -14,6 +14,7 @@
         ├── BundleError       a bundle is missing, corrupt, of another schema or system
         ├── BankError         a memory bank cannot be built, read or searched
         ├── InUseError        another process is writing there
+        ├── BusyError         a server has as much to do as it may, or it took too long
         ├── ResourceError     the operating system refuses: no file, no right, no room, no memory
         ├── BackendError      a backend, device or package that was asked for is not there
         ├── EngineError       a graph cannot be loaded or run
@@ -95,6 +96,10 @@ class BankError(EngineworksError):
 
 
 class InUseError(EngineworksError):
+    pass
+
+
+class BusyError(EngineworksError):
     pass
 
 

@@ -104,6 +104,7 @@ def check_size(data: bytes, name: str, *, all_pages: bool = False) -> None:
     """
     try:
         sizes = _sizes(data, MAX_PAGES + 1 if all_pages else 1)
+        _check_chunks(data)
     except (struct.error, IndexError, OverflowError, ValueError) as error:
         raise ImageError(
             f"{name} is corrupt: its header breaks off", fix="copy it again"
@@ -167,15 +168,29 @@ def _orientation(exif_blocks: Iterable[bytes]) -> int:
     return 1
 
 
+def _chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Of a PNG, up to its end: name, and where the content begins and ends."""
+    at, name = len(_PNG), b""
+    while at + 8 <= len(data) and name != b"IEND":
+        length, name = struct.unpack_from(">I4s", data, at)
+        yield name, at + 8, at + 8 + length
+        at += 12 + length
+
+
+def _check_chunks(data: bytes) -> None:
+    """Of a whole PNG: the decoder takes memory for what a chunk says that it holds.
+
+    Raises:
+        ValueError: more than the file has.
+    """
+    if data.startswith(_PNG) and any(end > len(data) for _, _, end in _chunks(data)):
+        raise ValueError("a chunk is longer than the file")
+
+
 def _exif_blocks(data: bytes) -> Iterator[bytes]:
     """Those of a PNG or WebP."""
     if data.startswith(_PNG):
-        at = len(_PNG)
-        while at + 8 <= len(data):
-            length, name = struct.unpack_from(">I4s", data, at)
-            if name == b"eXIf":
-                yield data[at + 8 : at + 8 + length]
-            at += 12 + length
+        yield from (data[begin:end] for name, begin, end in _chunks(data) if name == b"eXIf")
     elif data[8:12] == _WEBP:
         at = 12
         while at + 8 <= len(data):

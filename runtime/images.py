@@ -143,20 +143,29 @@ def write(path: Path, image: Array) -> None:
     Raises:
         ImageError: a suffix of another format, or a size that the format cannot hold.
     """
-    if path.suffix.lower() not in _WRITTEN:
+    # not forced onto the disk: that takes longer than encoding, and it can be made again
+    files.write(path, encode(image, path.suffix, str(path)), durable=False)
+
+
+def encode(image: Array, suffix: str, name: str = "a picture") -> bytes:
+    """As ``write``, without a file.
+
+    Args:
+        name: what errors call it.
+    """
+    if suffix.lower() not in _WRITTEN:
         raise ImageError(
-            f"{path} has no suffix that pictures are written with",
+            f"{name} has no suffix that pictures are written with",
             fix=f"use one of {', '.join(sorted(_WRITTEN))}",
         )
     pixels = cv2.cvtColor(image, cv2.COLOR_RGB2BGR) if image.ndim == 3 else image
     try:
-        done, encoded = cv2.imencode(path.suffix, pixels)
+        done, encoded = cv2.imencode(suffix, pixels)
     except cv2.error as error:
-        raise ImageError(f"{path} cannot be encoded: {error.err}") from error
+        raise ImageError(f"{name} cannot be encoded: {error.err}") from error
     if not done:
-        raise ImageError(f"{path}: the format cannot hold {image.shape}", fix="write it as .png")
-    # not forced onto the disk: that takes longer than encoding, and it can be made again
-    files.write(path, encoded.tobytes(), durable=False)
+        raise ImageError(f"{name}: the format cannot hold {image.shape}", fix="write it as .png")
+    return bytes(encoded.tobytes())
 
 
 def check(path: Path) -> None:

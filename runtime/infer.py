@@ -1,36 +1,33 @@
-"""A whole source through a system: decoding and drawing overlap inference, results keep the order.
+"""Whole sources through a system: decoding and drawing overlap inference, results keep the order.
 
-    source -> decoder thread -> bounded queue -> system.infer -> JSON lines, CSV, COCO's JSON
-                                                            `--> drawing threads -> overlays and
-                                                                 their overview, or a video
+    source -> decoder thread -> its buffer -+-> system.infer -+-> JSON lines, CSV, COCO's JSON
+    source -> decoder thread -> its buffer -+                 |-> drawing threads -> overlays and
+                                                              |   their overview, or a video
+                                                              `-> what hears of all sources
 
 Tables and videos grow under their own names and are put on the disk every few seconds: whatever
 ends the process, what was found until then stands in them; ``infer.json`` says whether it is all. A
-live stream has no queue: its newest frame is taken, one at a time, until Ctrl-C.
+live stream has its newest frame taken, until Ctrl-C. One source or many, there is one loop.
 """
 
 from __future__ import annotations
 
-import queue
-import threading
+import json
+import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from signal import SIGINT
 from typing import Any
 
-from engineworks.runtime import images, live, video
-from engineworks.runtime.decoding import Frame
-from engineworks.runtime.errors import (
-    ImageError,
-    InputError,
-    NotFiniteError,
-    UsageError,
-    VideoError,
-)
-from engineworks.runtime.outputs import Outputs
+from engineworks.runtime import files, images, video
+from engineworks.runtime.cameras import Camera
+from engineworks.runtime.counters import Counters
+from engineworks.runtime.errors import InputError, NotFiniteError, UsageError, VideoError
+from engineworks.runtime.feeds import Feeds
+from engineworks.runtime.outputs import Outputs, Status
 from engineworks.runtime.overlays import Overlays
 from engineworks.runtime.overlays import planned as planned_overlays
 from engineworks.runtime.results import Detections
@@ -48,18 +45,22 @@ from engineworks.runtime.systems import (
 from engineworks.runtime.tables import COCO_NAME, LINES_NAME, Coco, Tables
 from engineworks.runtime.tensors import Array
 from engineworks.runtime.tracking import Tracks
+from engineworks.runtime.usual import Drift, Usual
 
 Progress = Callable[[int, int], None]
 Say = Callable[[str], None]
 
-REFERENCES_NAME = "references.jpg"  # what a system knows objects by
+_log = logging.getLogger(__name__)
 
-_QUEUE_BATCHES = 2  # decoded ahead of inference
+REFERENCES_NAME = "references.jpg"  # what a system knows objects by
+COUNTERS_NAME = "counters.json"  # of several sources, or of a stream
+
+_COUNT_S, _TELL_S = 5.0, 30.0  # between two times that counters are written, and told
 
 
 @dataclass
 class Summary:
-    """What came of a source.
+    """What came of the sources.
 
     Attributes:
         failures: (name, message) of every picture or stream that could not be read, and of results
@@ -69,7 +70,8 @@ class Summary:
             is spent beside it, in the decoder's thread (0 for a live stream).
         num_dropped: frames of a live stream that were skipped to stay current.
         files: what was written.
-        freezes: (time, seconds) of a live stream's pictures that stood still.
+        freezes: (time, seconds) of live streams' pictures that stood still.
+        counters: of each source, by its name; the only one has none.
     """
 
     num_done: int = 0
@@ -81,6 +83,7 @@ class Summary:
     num_dropped: int = 0
     files: list[Path] = field(default_factory=list)
     freezes: list[tuple[float, float]] = field(default_factory=list)
+    counters: dict[str, Counters] = field(default_factory=dict)
 
     @property
     def num_failed(self) -> int:
@@ -93,7 +96,7 @@ class Summary:
 
 def infer(
     system: System,
-    source: Source,
+    source: Source | Sequence[Camera],
     out: Path,
     *,
     batch: int = 8,
@@ -106,8 +109,9 @@ def infer(
     progress: Progress | None = None,
     say: Say | None = None,
     summary: Summary | None = None,
+    sinks: Sequence[Sink] = (),
 ) -> Summary:
-    """Run a system over a source.
+    """Run a system over a source, or over several at the same time.
 
     Writes into ``out``: ``results.csv``, the scalar fields of each result, its header from the
     first one; ``<field>.csv`` for a field that lists objects, a line for each, once there is any;
@@ -119,17 +123,24 @@ def infer(
     aside where it did not come to its end; see ``runtime.outputs``.
     ``system.draw`` is called in other threads than ``system.infer``.
 
+    Of several sources each has its own folder of these, ``out/<name>``, and its pictures share
+    batches with those of the others. A source that ends, fails or is slow holds up no other; a live
+    stream is tried again for ever. Of several sources, or of a stream, ``counters.json`` says every
+    few seconds what came of each until now.
+
     Args:
-        batch: pictures per call; a live stream is always served one by one.
+        source: one, or named ones; see ``runtime.cameras``.
+        batch: pictures per call; of a live stream never more than wait, mostly one.
         coco: only for a system that gives ``Detections``, and not for a live stream.
         track: give detections in a video or stream the numbers of their tracks.
         follow: let a system that can look for what it found around its last place, in a video or
             stream, where it would search every frame whole.
-        frame_step: only every n-th frame of a video or stream.
+        frame_step: only every n-th frame of a video or stream; of cameras they say it themselves.
         progress: called with (done, total); total is 0 where it is not known.
-        say: called with a line per picture, its name and result; not for frames. Of a live stream
-            with what happens to it, from another thread.
+        say: called with a line per picture, its name and result; not for frames. Of several sources
+            or a stream, with counters; of streams with what happens to them, from another thread.
         summary: is filled and returned; it is whole also where an error or interrupt is raised.
+        sinks: take the results of all sources too; opened and closed here.
 
     Returns:
         Counts and times. Pictures that cannot be read, or that the system refuses, are in
@@ -143,61 +154,125 @@ def infer(
         KeyboardInterrupt: passed on, after the results until then are in their files; Ctrl-C on a
             live stream is the ordinary end and not raised.
     """
-    names = _names_for_coco(system, source) if coco else ()
-    tracks = Tracks() if track and source.kind != "images" else None
-    run: Stream = system
-    if follow and source.kind != "images" and isinstance(system, Follows):
-        run = system.follower() or system
+    cameras = [Camera("", source, frame_step)] if isinstance(source, Source) else list(source)
     summary = summary or Summary()
-    references = (
-        system.draw_references() if overlays and isinstance(system, ShowsReferences) else None
-    )
-    planned = _planned(source, jsonl, coco, overlays)
-    planned += [] if references is None else [REFERENCES_NAME]
-    outputs = Outputs(out, planned, source.paths)
-    total = _num_expected(source, frame_step)
+    channels = [
+        _Channel(system, camera, out / camera.name, jsonl, overlays, coco, track, follow)
+        for camera in cameras
+    ]
+    folders = [channel.outputs for channel in channels]
+    if cameras[0].name:  # beside theirs, one of all sources
+        folders.insert(0, Outputs(out, [], []))
+    live = any(camera.source.kind == "stream" for camera in cameras)
+    total = _num_expected(cameras)
     start = time.perf_counter()
-    size = 1 if source.kind == "stream" else batch
     with _Closing() as stack:
-        stack.callback(_tell, summary, outputs, start)
-        stack.enter_context(outputs)
-        if references is not None:
-            images.write(out / REFERENCES_NAME, references)
-        # the first says of each result whether it can be used
-        sinks: list[Sink] = [stack.enter_context(Tables(outputs, jsonl=jsonl))]
-        if coco:
-            sinks.append(stack.enter_context(Coco(out, names)))
-        if overlays:
-            sinks.append(stack.enter_context(Overlays(system, out, source, frame_step)))
-        decoder = _Decoder(source, frame_step, size, say)
-        stack.callback(decoder.tell, summary)
-        stack.enter_context(decoder)
-        keeper = _Keeper(sinks, tracks, summary, say)
+        stack.callback(_tell, summary, folders, start)
+        for outputs in folders:
+            stack.enter_context(outputs)
+        together = [stack.enter_context(sink) for sink in sinks]
+        keepers = [channel.opened(stack, together, summary, say) for channel in channels]
+        path = folders[0].add(COUNTERS_NAME) if live or cameras[0].name else None
+        feeds = Feeds(cameras, batch, say)
+        counting = _Counting(feeds, keepers, summary, path, say)
+        stack.callback(counting.end)
+        stack.enter_context(feeds)
         try:
-            for items in decoder.batches():
-                pictures = [item.image for item in items if item.image is not None]
+            for taken in feeds.batches():
+                asked = [
+                    (channels[place].run, item.image)
+                    for place, item in taken
+                    if item.image is not None
+                ]
                 begin = time.perf_counter()
-                answers = iter(_answers(run, pictures))
+                answers = iter(_answered(asked))
                 summary.infer_seconds += time.perf_counter() - begin
-                for item in items:
-                    keeper.take(item, item.error if item.image is None else next(answers))
-                if progress:
+                for place, item in taken:
+                    answer = item.error if item.image is None else next(answers)
+                    keepers[place].take(item, answer)
+                counting.go_on()
+                if progress and taken:
                     progress(summary.num_done + summary.num_failed, total)
-            outputs.status = "finished"
+            _end(folders, "finished")
         except KeyboardInterrupt as stopped:
-            ordinary = source.kind == "stream" and getattr(stopped, "number", SIGINT) == SIGINT
-            outputs.status = "finished" if ordinary else "stopped"
+            ordinary = live and getattr(stopped, "number", SIGINT) == SIGINT
+            _end(folders, "finished" if ordinary else "stopped")
             if not ordinary:
                 raise
     return summary
+
+
+def _end(folders: Sequence[Outputs], status: Status) -> None:
+    for outputs in folders:
+        outputs.status = status
+
+
+class _Channel:
+    """One source's folder of results, and what writes there."""
+
+    def __init__(
+        self,
+        system: System,
+        camera: Camera,
+        out: Path,
+        jsonl: bool,
+        overlays: bool,
+        coco: bool,
+        track: bool,
+        follow: bool,
+    ) -> None:
+        self._system = system
+        self._camera = camera
+        self._out = out
+        self._jsonl, self._overlays = jsonl, overlays
+        self._names = _names_for_coco(system, camera.source) if coco else None
+        moving = camera.source.kind != "images"
+        self._tracks = Tracks() if track and moving else None
+        # what answers for its pictures
+        self.run: Stream = system
+        if follow and moving and isinstance(system, Follows):
+            self.run = system.follower() or system
+        self._references = (
+            system.draw_references() if overlays and isinstance(system, ShowsReferences) else None
+        )
+        planned = _planned(camera.source, jsonl, coco, overlays)
+        planned += [] if self._references is None else [REFERENCES_NAME]
+        self.outputs = Outputs(out, planned, camera.source.paths)
+
+    def opened(
+        self, stack: ExitStack, together: Sequence[Sink], summary: Summary, say: Say | None
+    ) -> _Keeper:
+        """What keeps its results, open until the stack closes.
+
+        Args:
+            together: take those of all sources.
+        """
+        if self._references is not None:
+            images.write(self._out / REFERENCES_NAME, self._references)
+        # the first says of each result whether it can be used
+        sinks: list[Sink] = [stack.enter_context(Tables(self.outputs, jsonl=self._jsonl))]
+        if self._names is not None:
+            sinks.append(stack.enter_context(Coco(self._out, self._names)))
+        if self._overlays:
+            drawing = Overlays(self._system, self._out, self._camera.source, self._camera.step)
+            sinks.append(stack.enter_context(drawing))
+        usual = Usual.in_reports(self._system.bundle.manifest.reports)
+        counters = summary.counters[self._camera.name] = Counters(drift=Drift(usual))
+        return _Keeper([*sinks, *together], self._tracks, summary, counters, say)
 
 
 class _Keeper:
     """Hands results to the sinks, and counts what came of them."""
 
     def __init__(
-        self, sinks: Sequence[Sink], tracks: Tracks | None, summary: Summary, say: Say | None
+        self,
+        sinks: Sequence[Sink],
+        tracks: Tracks | None,
+        summary: Summary,
+        counters: Counters,
+        say: Say | None,
     ) -> None:
+        self.counters = counters
         self._sinks = sinks
         self._tracks = tracks
         self._summary = summary
@@ -209,7 +284,8 @@ class _Keeper:
         if error is None:
             self._summary.num_done += 1
             return
-        self._summary.failures.append((item.name, error))
+        self._summary.failures.append((_name_of(item), error))
+        self.counters.num_failed += 1
         for sink in self._sinks:
             sink.failed(item, error)
 
@@ -221,9 +297,93 @@ class _Keeper:
         for sink in self._sinks:
             if error := sink.add(item, item.image, result):
                 return error
+        self.counters.answered(item, result)
         if self._say and item.time_s is None:
-            self._say(f"{item.name}: {result.summary()}")
+            self._say(f"{_name_of(item)}: {result.summary()}")
         return None
+
+
+def _name_of(item: Item) -> str:
+    return f"{item.camera}: {item.name}" if item.camera else item.name
+
+
+class _Counting:
+    """Writes and tells what came of each source until now, every now and then and at the end."""
+
+    def __init__(
+        self,
+        feeds: Feeds,
+        keepers: Sequence[_Keeper],
+        summary: Summary,
+        path: Path | None,
+        say: Say | None,
+    ) -> None:
+        """Begin.
+
+        Args:
+            path: of the file; None: only the summary is filled, at the end.
+        """
+        self._feeds = feeds
+        self._keepers = keepers
+        self._summary = summary
+        self._path = path
+        self._say = say or (lambda _: None)
+        self._written_s = self._told_s = time.monotonic()
+        self._drifted: dict[str, set[str]] = {name: set() for name in summary.counters}
+
+    def go_on(self) -> None:
+        """Do what is due."""
+        if time.monotonic() - self._written_s >= _COUNT_S:
+            self._written_s = time.monotonic()
+            self._watch()
+            if self._path is not None:
+                self._write(tell=time.monotonic() - self._told_s >= _TELL_S)
+
+    def end(self) -> None:
+        """Of a run that is over."""
+        self._watch()
+        self._count()
+        if self._path is not None:
+            self._write(tell=True)
+
+    def _watch(self) -> None:
+        """Tell of what has drifted since it was last looked at."""
+        for name, counters in self._summary.counters.items():
+            signs = counters.drift.signs
+            for what in signs.keys() - self._drifted[name]:
+                _log.warning("drift: %s%s", f"{name}: " if name else "", signs[what])
+            self._drifted[name] = set(signs)
+
+    def _count(self) -> None:
+        summary = self._summary
+        for feed, keeper in zip(self._feeds, self._keepers, strict=True):
+            keeper.counters.num_seen = feed.buffer.num_seen
+            keeper.counters.num_dropped = feed.buffer.num_dropped
+            keeper.counters.num_reconnects = feed.num_reconnects
+        summary.wait_seconds = self._feeds.wait_seconds
+        summary.decode_seconds = sum(feed.decode_seconds for feed in self._feeds)
+        summary.num_dropped = sum(each.num_dropped for each in summary.counters.values())
+        summary.freezes = [freeze for feed in self._feeds for freeze in feed.freezes]
+
+    def _write(self, *, tell: bool) -> None:
+        assert self._path is not None
+        self._count()
+        named = self._summary.counters
+        table = {"sources": {name: each.to_json() for name, each in named.items()}}
+        files.write(self._path, json.dumps(table, indent=1) + "\n", durable=False)
+        if tell:
+            self._told_s = time.monotonic()
+            for name, each in named.items():
+                self._say(f"{name}: {each.line()}" if name else each.line())
+
+
+def _answered(asked: Sequence[tuple[Stream, Array]]) -> list[Result | str]:
+    """Of each picture what the one beside it answers: pictures of one are a batch of its own."""
+    found: dict[int, Result | str] = {}
+    for run in {id(run): run for run, _ in asked}.values():
+        places = [place for place, (other, _) in enumerate(asked) if other is run]
+        found |= zip(places, _answers(run, [asked[place][1] for place in places]), strict=True)
+    return [found[place] for place in range(len(asked))]
 
 
 def _answers(run: Stream, pictures: Sequence[Array]) -> Sequence[Result | str]:
@@ -247,9 +407,9 @@ class _Closing(ExitStack):
             return super().__exit__(*error)
 
 
-def _tell(summary: Summary, outputs: Outputs, start: float) -> None:
+def _tell(summary: Summary, folders: Sequence[Outputs], start: float) -> None:
     summary.seconds = time.perf_counter() - start
-    summary.files = outputs.written()
+    summary.files = [path for outputs in folders for path in outputs.written()]
 
 
 def _planned(source: Source, jsonl: bool, coco: bool, overlays: bool) -> list[str]:
@@ -258,7 +418,13 @@ def _planned(source: Source, jsonl: bool, coco: bool, overlays: bool) -> list[st
     return [*planned, *(planned_overlays(source) if overlays else [])]
 
 
-def _num_expected(source: Source, step: int) -> int:
+def _num_expected(cameras: Sequence[Camera]) -> int:
+    """How many pictures will come of all, 0 where that is not known."""
+    counts = [_num_of(camera.source, camera.step) for camera in cameras]
+    return sum(counts) if all(counts) else 0
+
+
+def _num_of(source: Source, step: int) -> int:
     """How many pictures will come, 0 where that is not known."""
     if source.num_images is not None:
         return source.num_images
@@ -268,111 +434,6 @@ def _num_expected(source: Source, step: int) -> int:
         return -(-video.info(source.address).num_frames // step)
     except VideoError:
         return 0  # the decoder meets the same error and reports it
-
-
-class _Decoder:
-    """Decodes in a thread, a bounded number of pictures ahead, in order."""
-
-    def __init__(self, source: Source, step: int, batch: int, say: Say | None) -> None:
-        self.wait_seconds = 0.0
-        self.decode_seconds = 0.0
-        self.num_dropped = 0
-        self.freezes: list[tuple[float, float]] = []
-        self._say = say or (lambda _: None)
-        self._source = source
-        self._step = step
-        self._batch = batch
-        self._queue: queue.Queue[Item | BaseException | None] = queue.Queue(_QUEUE_BATCHES * batch)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._work, daemon=True)
-        self._live: live.LiveStream | None = None
-
-    def __enter__(self) -> _Decoder:
-        if self._source.kind == "stream":  # has a thread of its own
-            self._live = live.LiveStream(self._source.address, step=self._step, say=self._say)
-        else:
-            self._thread.start()
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        self._stop.set()
-        if self._live is not None:
-            self.num_dropped, self.freezes = self._live.num_dropped, self._live.freezes
-            self._live.close()
-        else:
-            self._thread.join()
-
-    def tell(self, summary: Summary) -> None:
-        """Note what decoding took."""
-        summary.wait_seconds = self.wait_seconds
-        summary.decode_seconds = self.decode_seconds
-        summary.num_dropped = self.num_dropped
-        summary.freezes = self.freezes
-
-    def batches(self) -> Iterator[list[Item]]:
-        """Lists of up to ``batch`` items, until the source ends."""
-        source = self._queued() if self._live is None else self._frames(self._live)
-        items: list[Item] = []
-        while True:
-            begin = time.perf_counter()
-            item = next(source, None)
-            self.wait_seconds += time.perf_counter() - begin
-            if item is not None:
-                items.append(item)
-            if items and (item is None or len(items) == self._batch):
-                yield items
-                items = []
-            if item is None:
-                return
-
-    def _queued(self) -> Iterator[Item]:
-        while (item := self._queue.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-
-    def _work(self) -> None:
-        last: BaseException | None = None
-        try:
-            if self._source.kind == "images":
-                source = self._pictures()
-            else:
-                source = self._frames(video.frames(self._source.address, step=self._step))
-            while True:
-                begin = time.perf_counter()
-                item = next(source, None)
-                self.decode_seconds += time.perf_counter() - begin
-                if item is None or not self._put(item):
-                    break
-        except BaseException as error:  # handed over: the consumer raises it
-            last = error
-        self._put(last)
-
-    def _put(self, item: Item | BaseException | None) -> bool:
-        """Queue an item; False once the consumer has gone."""
-        while not self._stop.is_set():
-            try:
-                self._queue.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def _pictures(self) -> Iterator[Item]:
-        for path in self._source.paths:
-            try:
-                yield Item(str(path), self._source.reader.read(path))
-            except ImageError as error:
-                yield Item(str(path), error=error.message)
-
-    def _frames(self, frames: Iterable[Frame]) -> Iterator[Item]:
-        name = self._source.name
-        try:
-            for frame in frames:
-                yield Item(name, frame.image, index=frame.index, time_s=frame.time_s)
-        except VideoError as error:
-            # what was decoded before stands; the source as a whole counts as failed
-            yield Item(name, error=error.message)
 
 
 def _names_for_coco(system: System, source: Source) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import av
 import numpy as np
 
+from engineworks.runtime.buffers import Buffer
 from engineworks.runtime.decoding import (
     TIMEOUT_S,
     Frame,
@@ -22,7 +23,7 @@ from engineworks.runtime.errors import VideoError
 from engineworks.runtime.tensors import Array
 from engineworks.runtime.texts import hide_secrets
 
-# waits between attempts, about two minutes; then the stream is given up
+# waits between attempts, about two minutes; then the stream is given up, unless others go on
 _RECONNECT_S = (0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 30.0, 30.0)
 _FROZEN_S = 10.0  # a camera's noise never stands still for so long
 _FROZEN_STEP = 8  # of the pixels that are compared
@@ -46,25 +47,30 @@ class LiveStream:
         address: a webcam's number (Video4Linux) or an address such as ``rtsp://...``.
         step: only every ``step``-th frame is offered.
         say: called from another thread with a line for each reconnection and frozen picture.
+        buffer: takes the frames, in the place of one that keeps the newest.
+        patient: an address is tried for ever, also where it cannot be opened at the start.
 
     Attributes:
         freezes: (time, seconds) of the pictures that stood still, the last one until now.
     """
 
     def __init__(
-        self, address: str, *, step: int = 1, say: Callable[[str], None] = lambda _: None
+        self,
+        address: str,
+        *,
+        step: int = 1,
+        say: Callable[[str], None] = lambda _: None,
+        buffer: Buffer[Frame] | None = None,
+        patient: bool = False,
     ) -> None:
-        self.num_dropped = 0
         self.num_reconnects = 0
         self.freezes: list[tuple[float, float]] = []
         self._say = say
         self._name = hide_secrets(address)
         self._address = address
         self._step = step
-        self._changed = threading.Condition()
-        self._newest: Frame | None = None
-        self._error: BaseException | None = None
-        self._ended = False
+        self._buffer = Buffer[Frame](1, drops=True) if buffer is None else buffer
+        self._patient = patient
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
@@ -75,35 +81,32 @@ class LiveStream:
     def __exit__(self, *_error: object) -> None:
         self.close()
 
+    @property
+    def num_dropped(self) -> int:
+        """Frames that made room for newer ones."""
+        return self._buffer.num_dropped
+
     def __iter__(self) -> Iterator[Frame]:
         """Frames until the stream ends or ``close``.
 
         Raises:
             VideoError: it cannot be opened, or stays broken after all attempts.
         """
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._newest is not None or self._ended)
-                frame, self._newest = self._newest, None
-            if frame is None:
-                if self._error is not None:
-                    raise self._error
-                return
-            yield frame
+        return iter(self._buffer)
 
     def close(self) -> None:
         """Stop decoding; waits for the read that is under way."""
         self._closing.set()
+        self._buffer.close()
         self._thread.join(timeout=TIMEOUT_S)
 
     def _work(self) -> None:
         try:
             self._read()
         except BaseException as error:  # handed over: the consumer raises it
-            self._error = error
-        with self._changed:
-            self._ended = True
-            self._changed.notify_all()
+            self._buffer.end(error)
+        else:
+            self._buffer.end()
 
     def _read(self) -> None:
         clock, still = _Clock(), _Still()
@@ -121,22 +124,24 @@ class LiveStream:
                         if index % self._step == 0:
                             frame = Frame(index, time_s, upright(decoded))
                             self._note(still.since(frame), time_s)
-                            self._offer(frame)
+                            self._buffer.put(frame)
                         index += 1
                     if container.duration:
                         return
                 problem = "the stream ended"
             except (VideoError, av.FFmpegError) as error:
-                if index == 0:
+                if index == 0 and not self._patient:
                     raise
                 problem = error.message if isinstance(error, VideoError) else error.strerror
-            if attempt == len(_RECONNECT_S):
+            if attempt == len(_RECONNECT_S) and not self._patient:
                 raise VideoError(
                     f"{self._name}: {problem}; gave up after {attempt} attempts",
                     fix="check the address and the camera",
                 )
-            self._say(f"{self._name}: {problem}; connecting again in {_RECONNECT_S[attempt]:g} s")
-            if self._closing.wait(_RECONNECT_S[attempt]):
+            pause_s = _RECONNECT_S[min(attempt, len(_RECONNECT_S) - 1)]
+            if attempt < len(_RECONNECT_S):
+                self._say(f"{self._name}: {problem}; connecting again in {pause_s:g} s")
+            if self._closing.wait(pause_s):
                 return
             attempt += 1
             self.num_reconnects += 1
@@ -152,12 +157,6 @@ class LiveStream:
                 f"{self._name}: the picture has not changed since {since_s:.1f} s: is it frozen?"
             )
         self.freezes.append((since_s, now_s - since_s))
-
-    def _offer(self, frame: Frame) -> None:
-        with self._changed:
-            self.num_dropped += self._newest is not None
-            self._newest = frame
-            self._changed.notify_all()
 
 
 class _Clock:

@@ -21,7 +21,7 @@ from engineworks.runtime import budgets
 from engineworks.runtime.errors import InputError
 from engineworks.runtime.tensors import Array
 
-_MAGIC = b"\x93NUMPY"
+MAGIC = b"\x93NUMPY"
 _READERS = {(1, 0): npy_format.read_array_header_1_0, (2, 0): npy_format.read_array_header_2_0}
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 # what Python's parser, NumPy's reading of a type and the unpacking of an archive end in
@@ -80,7 +80,7 @@ def decode_archive(data: bytes, name: str) -> dict[str, Array]:
 
 def _decode(data: bytes) -> Array:
     file = io.BytesIO(data)
-    if not data.startswith(_MAGIC):
+    if not data.startswith(MAGIC):
         raise ValueError("it does not begin as one")
     reader = _READERS.get(npy_format.read_magic(file))
     if reader is None:

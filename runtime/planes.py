@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
 from pathlib import Path
 
 import cv2
@@ -94,19 +95,29 @@ def read(path: str | Path) -> Array:
     path = Path(path)
     found = files(path)
     if len(found) == 1:
-        planes_HWC = _read_file(path)
-        if planes_HWC.shape[2] not in _NUM_CHANNELS:
-            raise ImageError(
-                f"{path} has {planes_HWC.shape[2]} planes, not target and two references",
-                fix="give files with 3 planes, or the folders target, ref1 and ref2 with one each",
-            )
-        image = np.ascontiguousarray(planes_HWC[..., :3])
-        _check_registered(path, image)
-        return image
+        return decode(images.content(path), str(path))
     return read_triplet(found[0], found[1], found[-1])
 
 
-def _check_registered(path: Path, planes_HWC: Array) -> None:
+def decode(data: bytes, name: str) -> Array:
+    """As ``read``, of one file that holds all three planes.
+
+    Args:
+        data: the content of the file.
+        name: what errors call it.
+    """
+    planes_HWC = _decode(data, name)
+    if planes_HWC.shape[2] not in _NUM_CHANNELS:
+        raise ImageError(
+            f"{name} has {planes_HWC.shape[2]} planes, not target and two references",
+            fix="give files with 3 planes, or the folders target, ref1 and ref2 with one each",
+        )
+    image = np.ascontiguousarray(planes_HWC[..., :3])
+    _check_registered(name, image)
+    return image
+
+
+def _check_registered(name: str, planes_HWC: Array) -> None:
     """Refuse an image whose references are displaced, by what lies in its middle."""
     height, width = planes_HWC.shape[:2]
     top, left = max(0, height - _CHECKED_SIDE) // 2, max(0, width - _CHECKED_SIDE) // 2
@@ -116,7 +127,7 @@ def _check_registered(path: Path, planes_HWC: Array) -> None:
         too_far = np.hypot(dy, dx) > MAX_SHIFT
         if too_far and _everywhere(middle[..., 0], middle[..., plane], dy, dx):
             raise ImageError(
-                f"reference {plane} of {path} is displaced against its target by {dy:+d} rows and "
+                f"reference {plane} of {name} is displaced against its target by {dy:+d} rows and "
                 f"{dx:+d} columns, more than {MAX_SHIFT:g} pixels",
                 fix="register the captures, or pair the right ones",
             )
@@ -129,7 +140,7 @@ def _everywhere(plane_HW: Array, other_HW: Array, dy: int, dx: int) -> bool:
     is much brighter or darker than the rest counts no more than that. Nor is a pattern that repeats
     displaced, whose next period happens to fit by the part of a pixel better.
     """
-    plane_HW, other_HW = _without_extremes(plane_HW), _without_extremes(other_HW)
+    plane_HW, other_HW = map(_without_extremes, _within_one(plane_HW, other_HW))
     rows, columns = _overlap(plane_HW.shape[0], dy), _overlap(plane_HW.shape[1], dx)
     here, moved = plane_HW[rows[0], columns[0]], other_HW[rows[1], columns[1]]
     unmoved = other_HW[rows[0], columns[0]]
@@ -141,6 +152,16 @@ def _everywhere(plane_HW: Array, other_HW: Array, dy: int, dx: int) -> bool:
         if as_they_lie > _ALIKE or not explained:
             return False
     return True
+
+
+def _within_one(*planes_HW: Array) -> list[Array]:
+    """As float32 from -1 to 1, whose squares have sums: by a power of two, which rounds nothing.
+
+    Values so small beside the largest one that float32 cannot hold them become 0.
+    """
+    largest = max(float(np.abs(p, dtype=np.float64).max()) for p in planes_HW)
+    scale = -math.frexp(largest)[1]
+    return [np.ldexp(p.astype(np.float32), scale) for p in planes_HW]
 
 
 def _without_extremes(plane_HW: Array) -> Array:
@@ -201,9 +222,7 @@ def displacement(plane_HW: Array, other_HW: Array) -> tuple[int, int]:
     Args:
         plane_HW, other_HW: (H, W), of one size.
     """
-    a, b = (
-        p.astype(np.float32) - np.float32(p.mean(dtype=np.float64)) for p in (plane_HW, other_HW)
-    )
+    a, b = (p - np.float32(p.mean(dtype=np.float64)) for p in _within_one(plane_HW, other_HW))
     height, width = a.shape
     if min(height, width) < _MIN_SIDE:
         return 0, 0
@@ -242,7 +261,9 @@ def write(path: Path, planes_HWC: Array) -> None:
         )
 
 
-PLANES = Reader(read, SUFFIXES, lambda path: not is_reference(path), files, takes_video=False)
+PLANES = Reader(
+    read, SUFFIXES, lambda path: not is_reference(path), files, takes_video=False, decode=decode
+)
 
 
 def _overlap(length: int, shift: int) -> tuple[slice, slice]:
@@ -260,7 +281,7 @@ def _correlation(a: Array, b: Array) -> float:
 
 def _read_plane(path: Path) -> Array:
     """(H, W) of a file with one plane, or with equal colours."""
-    planes_HWC = _read_file(path)
+    planes_HWC = _decode(images.content(path), str(path))
     if planes_HWC.shape[2] != 1 and (planes_HWC[..., :3] != planes_HWC[..., :1]).any():
         raise ImageError(
             f"{path} has {planes_HWC.shape[2]} planes, where one is expected",
@@ -269,37 +290,36 @@ def _read_plane(path: Path) -> Array:
     return np.ascontiguousarray(planes_HWC[..., 0])
 
 
-def _read_file(path: Path) -> Array:
+def _decode(data: bytes, name: str) -> Array:
     """(H, W, C) in the file's own dtype, one of ``DTYPES``."""
-    data = images.content(path)
-    if path.suffix.lower() == ".npy":
-        planes = _from_npy(data, path)
+    if data.startswith(npy.MAGIC) or name.lower().endswith(".npy"):
+        planes = _from_npy(data, name)
     else:
-        parts = tiff.split_planes(data, str(path))
-        pages = [page for part in parts for page in images.decode_pages(part, str(path))]
+        parts = tiff.split_planes(data, name)
+        pages = [page for part in parts for page in images.decode_pages(part, name)]
         stored = [page if page.ndim == 3 else page[..., None] for page in pages]
         if len({(page.shape, page.dtype) for page in stored}) > 1:
             raise ImageError(
-                f"{path} has pages of different sizes or types",
+                f"{name} has pages of different sizes or types",
                 fix="save one image per file, without a preview",
             )
         planes = np.concatenate(stored, axis=2)
         if len(stored) == 1 and tiff.is_tiff(data) and planes.shape[2] in _NUM_CHANNELS:
             planes[..., :3] = planes[..., 2::-1].copy()  # the decoder has turned the order round
     if not planes.size:
-        raise ImageError(f"{path} has no pixels", fix="leave it out")
+        raise ImageError(f"{name} has no pixels", fix="leave it out")
     if planes.dtype.name not in DTYPES:
         raise ImageError(
-            f"{path} holds {planes.dtype}", fix=f"save it as one of {', '.join(DTYPES)}"
+            f"{name} holds {planes.dtype}", fix=f"save it as one of {', '.join(DTYPES)}"
         )
     if planes.dtype == np.float32 and not np.isfinite(planes).all():
-        raise ImageError(f"{path} holds values that are not finite", fix="mend it or leave it out")
+        raise ImageError(f"{name} holds values that are not finite", fix="mend it or leave it out")
     return planes
 
 
-def _from_npy(data: bytes, path: Path) -> Array:
+def _from_npy(data: bytes, name: str) -> Array:
     try:
-        array = npy.decode(data, str(path))
+        array = npy.decode(data, name)
     except InputError as error:
         raise ImageError(error.message, fix=error.fix) from error
     if array.ndim == 2:
@@ -309,5 +329,5 @@ def _from_npy(data: bytes, path: Path) -> Array:
     if array.ndim == 3 and array.shape[0] in _NUM_CHANNELS:
         return array.transpose(1, 2, 0)
     raise ImageError(
-        f"{path} holds an array of shape {array.shape}", fix="save it as (3, H, W) or (H, W, 3)"
+        f"{name} holds an array of shape {array.shape}", fix="save it as (3, H, W) or (H, W, 3)"
     )

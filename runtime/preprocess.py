@@ -13,6 +13,7 @@ import cv2
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
+from engineworks.runtime import budgets
 from engineworks.runtime.errors import InputError
 from engineworks.runtime.planes import check_planes
 from engineworks.runtime.tensors import Array
@@ -145,10 +146,16 @@ def place(spec: PreprocessSpec, image: Array, *, nearest: bool = False) -> Array
 
     Returns:
         (height, width) or (height, width, C) with ``spec.size``.
+
+    Raises:
+        InputError: so narrow that, for its middle to be cut out, it would have to become larger
+            than ``budgets.PIXELS`` allows.
     """
     height, width = image.shape[:2]
     affine = placement(spec, height, width)
     new_width, new_height = round(affine[0, 0] * width), round(affine[1, 1] * height)
+    enlarged = f"an image of {height} x {width}, enlarged to {new_height} x {new_width},"
+    budgets.PIXELS.check(new_height * new_width, enlarged)
     if nearest:
         image = _resize(image, new_height, new_width, cv2.INTER_NEAREST_EXACT)
     elif spec.interpolation == "area":

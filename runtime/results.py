@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from engineworks.runtime.tensors import Array
@@ -70,6 +70,11 @@ class Classification:
     embedding_F: Array
     prediction_set: tuple[str, ...] | None = None
     is_unknown: bool | None = None
+
+    @property
+    def score(self) -> float:
+        """The probability."""
+        return self.probability
 
     def to_json(self) -> dict[str, Any]:
         """Names and plain numbers for one JSON line; the embedding is left out.
@@ -212,9 +217,16 @@ class Detections:
 
     Attributes:
         objects: what was found, best first.
+        border: score that an object needed.
     """
 
     objects: tuple[Detection, ...]
+    border: float | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def score(self) -> float:
+        """Of the best object; 0 where nothing was found."""
+        return float(self.objects[0].score) if self.objects else 0.0
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for one JSON line, with a list of the objects."""

@@ -144,7 +144,7 @@ class FastSearch:
         queries_ND = self.bank.check(queries_ND)
         self.searched += len(queries_ND)
         if self._engine is None:
-            return self.bank.search(queries_ND, self.k)
+            return self.bank.search(queries_ND, self.k, threads=self._threads)
         found = [
             self._search_tile(queries_ND[i : i + self._tile])
             for i in range(0, len(queries_ND), self._tile)
@@ -168,8 +168,10 @@ class FastSearch:
             return repeated
 
         self.repeated += sum(in_parts(answer, len(queries), self._threads))
-        if saturated.any():  # FAISS has threads of its own
-            distances[saturated], indices[saturated] = self.bank.search(queries[saturated], self.k)
+        if saturated.any():
+            distances[saturated], indices[saturated] = self.bank.search(
+                queries[saturated], self.k, threads=self._threads
+            )
             self.repeated += int(saturated.sum())
         return distances, indices
 

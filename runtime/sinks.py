@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, Self
 
 from engineworks.runtime.systems import Result
@@ -17,6 +17,8 @@ class Item:
         name: path of the picture, or name of the video or stream.
         image: (H, W, 3), as the system's reader gives it.
         index, time_s: of a frame: its number, and seconds since the start.
+        camera: name of its source, where there are several.
+        arrived_s: when it was decoded, of ``time.monotonic``.
     """
 
     name: str
@@ -24,6 +26,12 @@ class Item:
     error: str | None = None
     index: int | None = None
     time_s: float | None = None
+    camera: str = ""
+    arrived_s: float | None = None
+
+    def arrived(self, now_s: float) -> Item:
+        """The same, decoded at that time."""
+        return replace(self, arrived_s=now_s)
 
 
 class Sink(Protocol):

@@ -11,7 +11,7 @@ from typing import Literal
 from engineworks.runtime import folders
 from engineworks.runtime.errors import InputError
 from engineworks.runtime.folders import Tally
-from engineworks.runtime.images import SUFFIXES, read
+from engineworks.runtime.images import SUFFIXES, decode, read
 from engineworks.runtime.tensors import Array
 from engineworks.runtime.texts import hide_secrets
 
@@ -29,6 +29,7 @@ class Reader:
         is_image: False for a file that is only a part of the image that another one names.
         files: all files of the image that a path names; raises an ImageError where one is missing.
         takes_video: whether a video's frames are images of the system as well.
+        decode: likewise the content of a file that is an image by itself, and what errors call it.
     """
 
     read: Callable[[Path], Array]
@@ -36,6 +37,7 @@ class Reader:
     is_image: Callable[[Path], bool] = lambda _: True
     files: Callable[[Path], tuple[Path, ...]] = lambda path: (path,)
     takes_video: bool = True
+    decode: Callable[[bytes, str], Array] = decode
 
     def find(self, files: Iterable[Path], left_out: Tally) -> list[Path]:
         """The files that name images; those of other suffixes go to ``left_out``."""

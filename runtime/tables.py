@@ -78,8 +78,7 @@ class Tables:
         Returns:
             None, or why the result cannot be used; then nothing is written.
         """
-        height, width = image.shape[:2]
-        record = {**_origin(item), "width": width, "height": height, **result.to_json()}
+        record = record_of(item, image, result)
         try:
             line = json.dumps(record, allow_nan=False)
         except ValueError:
@@ -95,7 +94,7 @@ class Tables:
 
     def failed(self, item: Item, error: str) -> None:
         """Note that there is no result for a picture."""
-        self._line(json.dumps({**_origin(item), "error": error}))
+        self._line(json.dumps(failure_of(item, error)))
         self._sync()
 
     def _open(self, name: str) -> _Table:
@@ -185,9 +184,21 @@ class Coco:
             self._write(("," if self._num_found > 1 else "") + "\n" + json.dumps(annotation))
 
 
+def record_of(item: Item, image: Array, result: Result) -> dict[str, Any]:
+    """A result as JSON has it: where it is from, the picture's size, and what the system says."""
+    height, width = image.shape[:2]
+    return {**_origin(item), "width": width, "height": height, **result.to_json()}
+
+
+def failure_of(item: Item, error: str) -> dict[str, Any]:
+    """Likewise, of a picture without a result."""
+    return {**_origin(item), "error": error}
+
+
 def _origin(item: Item) -> dict[str, Any]:
     """Where a record comes from."""
-    origin: dict[str, Any] = {_ORIGIN: item.name}
+    origin: dict[str, Any] = {"camera": item.camera} if item.camera else {}
+    origin[_ORIGIN] = item.name
     if item.index is not None:
         origin["frame"] = item.index
     if item.time_s is not None:

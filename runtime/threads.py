@@ -1,24 +1,25 @@
-"""How many CPU threads this process may use, NumPy on all of them, and what a fork leaves of it."""
+"""How many CPU threads this process may use, who has them, NumPy and FAISS on all of them."""
 
 from __future__ import annotations
 
 import math
 import os
-import sys
+import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 import cv2
+from threadpoolctl import ThreadpoolController
 
 Part = TypeVar("Part")
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _OWN_CGROUPS = Path("/proc/self/cgroup")
-
-_forked = False  # whether this process began as a copy of one that may have had threads
 
 
 def available_threads() -> int:
@@ -34,22 +35,79 @@ def available_threads() -> int:
 
 
 def bound_pools(threads: int) -> None:
-    """Bound the threads that OpenCV and FAISS keep for the whole process.
+    """Bound the threads that OpenCV and NumPy's BLAS keep for the whole process.
 
-    In a process that was forked off FAISS stays at one: OpenMP waits there for threads that did not
-    come along.
+    FAISS' need no bound: ``runtime.bank`` calls it from the threads of ``in_parts`` alone.
     """
     cv2.setNumThreads(threads)
-    if faiss := sys.modules.get("faiss"):
-        faiss.omp_set_num_threads(1 if _forked else threads)
+    ThreadpoolController().select(internal_api="openblas").limit(limits=threads)
+
+
+class _Ask:
+    """For threads, by somebody who waits at ``granted`` until ``has`` them."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self.has = False
+        self.granted = threading.Lock()
+        self.granted.acquire()
+
+
+class Lending:
+    """So many CPU threads, lent in the order in which they are asked for.
+
+    Who waits for many is not overtaken by those that want few.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = self._free = size
+        self._lock = threading.Lock()
+        self._waiting: deque[_Ask] = deque()
+        self._local = threading.local()
+
+    @contextmanager
+    def lent(self, threads: int) -> Iterator[None]:
+        """Have threads to oneself; all there are, where that is fewer.
+
+        Within such a block another one changes nothing: who has threads waits for no more.
+        """
+        if getattr(self._local, "lent", False):
+            yield
+            return
+        ask = _Ask(min(threads, self._size))
+        self._local.lent = True
+        try:
+            with self._lock:
+                self._waiting.append(ask)
+                self._serve()
+            ask.granted.acquire()
+            yield
+        finally:
+            self._local.lent = False
+            with self._lock:
+                if ask.has:
+                    self._free += ask.threads
+                elif ask in self._waiting:  # interrupted while it waited
+                    self._waiting.remove(ask)
+                self._serve()
+
+    def _serve(self) -> None:
+        while self._waiting and self._waiting[0].threads <= self._free:
+            ask = self._waiting.popleft()
+            self._free -= ask.threads
+            ask.has = True
+            ask.granted.release()
+
+
+@cache
+def cores() -> Lending:
+    """The threads that all calls of this process share."""
+    return Lending(available_threads())
 
 
 def _after_fork() -> None:
-    global _forked
-    _forked = True
     _helpers.cache_clear()  # their threads did not come along
-    if faiss := sys.modules.get("faiss"):
-        faiss.omp_set_num_threads(1)
+    cores.cache_clear()  # nor did those that had some
 
 
 def in_parts(work: Callable[[slice], Part], count: int, threads: int) -> list[Part]:

@@ -93,7 +93,7 @@ class Tracks:
                 numbers[i] = self._numbers[own]
                 self._seen[numbers[i]] = found, frame
         objects = (replace(f, track=numbers.get(i)) for i, f in enumerate(result.objects))
-        return Detections(tuple(objects))
+        return replace(result, objects=tuple(objects))
 
     def _returned(self, found: Detection, going_on: Set[int]) -> int | None:
         """The number of the one track that this may be again."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,7 +33,7 @@ def decide(
         reasons.append("the machine was not quiet while this was timed")
     ship = "int8" if pays and (gate["passed"] if gate else unjudged) else "float"
     if not gate:
-        asked = "INT8 ships unjudged because --unjudged says so"
+        asked = "--unjudged lets INT8 ship all the same, where it pays"
         fix = "pass --eval DIR with labelled data, or --unjudged to ship INT8 without"
         reasons.append(f"{_UNMEASURED}: {asked if unjudged else fix}")
     elif gate["passed"]:
@@ -86,3 +87,26 @@ def unjudged(manifest: Manifest, precision: str) -> str | None:
     if not precision.startswith("int8") or manifest.reports.get("gate"):
         return None
     return f"{precision} is unjudged: {_UNMEASURED} when this bundle was exported"
+
+
+PARITY_HEADER = ("parity", "output", "max rel", "mean rel", "cosine", "cosine, worst 1 %")
+
+
+def parity_rows(reports: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """How far each stage of an export is from the one before, per graph output, as text."""
+    stages = {"torch to ONNX": reports.get("parity", {}).get("torch-float", {})}
+    for kind, graphs in reports.get("parity_half", {}).items():
+        stages[f"float to {kind}"] = graphs
+    for backend, graphs in reports.get("parity_int8", {}).items():
+        stages[f"float to INT8, {backend}"] = graphs
+    return [
+        (
+            stage,
+            f"{graph}.{output}",
+            *(f"{parity.get(key, math.nan):.2e}" for key in ("max_rel", "mean_rel")),
+            *(f"{parity.get(key, math.nan):.6f}" for key in ("cosine", "cosine_worst1pct")),
+        )
+        for stage, graphs in stages.items()
+        for graph, outputs in graphs.items()
+        for output, parity in outputs.items()
+    ]

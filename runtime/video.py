@@ -65,10 +65,13 @@ def info(path: str | Path) -> VideoInfo:
         return VideoInfo(Fraction(stream.average_rate or LIVE_RATE), _num_indexed(stream))
 
 
-def frames(path: str | Path, *, step: int = 1) -> Iterator[Frame]:
+def frames(path: str | Path, *, step: int = 1, threads: int | None = None) -> Iterator[Frame]:
     """Every ``step``-th frame of a video file, none lost.
 
     Damaged places are left out and reported at the end, after everything that can be decoded.
+
+    Args:
+        threads: of the decoder; None takes all cores.
 
     Raises:
         VideoError: it cannot be opened; or, after the last frame, it is damaged or ends before the
@@ -77,6 +80,7 @@ def frames(path: str | Path, *, step: int = 1) -> Iterator[Frame]:
     with open_file(path) as container:
         stream = video_stream(container, path)
         stream.thread_type = "AUTO"
+        stream.codec_context.thread_count = threads or 0
         tally = Tally()
         clock = _Clock(stream)
         index, last_s = 0, 0.0

@@ -122,6 +122,7 @@ def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
         "int8": cli(
             *("export", floats, "--out", bundle, "--int8", "--samples", data / "train"),
             *("--num-samples", 4, "--method", "minmax", "--eval", data, "--seed", 3),
+            *("--seconds", 0.1),
         ),
     }
     for name, answer in said.items():
@@ -207,7 +208,7 @@ class TestTrainAndExport:
         answer = cli(
             *("export", strict.root, "--out", tmp_path / "out", "--int8", "--fail-on-drop"),
             *("--samples", data / "train", "--num-samples", 2, "--method", "minmax"),
-            *("--eval", data),
+            *("--eval", data, "--seconds", 0.1),
         )
         assert answer.code == 1
         assert "lost more than allowed" in answer.err

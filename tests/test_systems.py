@@ -42,7 +42,15 @@ class TestASystem:
         assert name == module.NAME
         offered = {member for member, _ in inspect.getmembers(module.System, inspect.isfunction)}
         assert {"infer", "draw", "evaluate", "close"} <= offered
-        wanted = ["bundle", "engines", "backend", "precision", "threads"]
+        wanted = [
+            "bundle",
+            "engines",
+            "backend",
+            "precision",
+            "threads",
+            "max_batch",
+            "max_wait_ms",
+        ]
         assert list(inspect.signature(module.System).parameters) == wanted
 
     @pytest.mark.train

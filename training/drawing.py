@@ -50,11 +50,12 @@ def light(rng: Generator, canvas: Array, *, gain: float, slope: float, warmth: f
     """
     height, width = canvas.shape[:2]
     angle, strength = rng.uniform(0, 2 * np.pi), rng.uniform(0, slope)
-    y, x = np.mgrid[:height, :width].astype(np.float32)
-    ramp = (x / width - 0.5) * np.cos(angle) + (y / height - 0.5) * np.sin(angle)
+    across_W = (np.arange(width) / width - 0.5) * np.cos(angle)
+    down_H = (np.arange(height) / height - 0.5) * np.sin(angle)
     colour = 1 + rng.uniform(-warmth, warmth) * np.array([1.0, 0.0, -1.0])
-    level = rng.uniform(1 - gain, 1 + gain) * (1 + strength * 2 * ramp)
-    return np.asarray(canvas * level[..., None] * colour)
+    mean = rng.uniform(1 - gain, 1 + gain)
+    level_HW = (mean * (1 + strength * 2 * (down_H[:, None] + across_W))).astype(np.float32)
+    return np.asarray(canvas * level_HW[..., None] * colour.astype(np.float32))
 
 
 def camera(rng: Generator, canvas: Array) -> Array:

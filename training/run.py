@@ -122,6 +122,25 @@ def write_history(root: Path, history: Sequence[Mapping[str, float]]) -> None:
     files.write(root / "metrics.csv", text.getvalue())
 
 
+def read_history(root: Path) -> list[dict[str, str]]:
+    """The rows of metrics.csv, an epoch each; none where no epoch is done.
+
+    Raises:
+        RunError: it is damaged.
+    """
+    path = root / "metrics.csv"
+    if not path.is_file():
+        return []
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return [
+                {name: value or "" for name, value in row.items() if name}
+                for row in csv.DictReader(file)
+            ]
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise RunError(f"{path} is damaged: {error}", fix="copy the run again") from error
+
+
 def judged(split: str, evaluation: Evaluation) -> dict[str, JsonValue]:
     """What a record keeps of an evaluation: metrics by the split's name, and ``decisions``."""
     content = evaluation.to_json()

@@ -124,6 +124,25 @@ def sbom(folder: Path, out: Path | None) -> None:
         write_json(out, bill)
 
 
+@bundle.command()
+@click.argument("folder", type=PATH)
+@OUT
+@click.option("--name", help="Of the model [the bundle's folder].")
+@EXIST_OK
+def triton(folder: Path, out: Path, name: str | None, exist_ok: bool) -> None:
+    """Write a bundle as a model repository of Triton.
+
+    The whole system is a model of the Python backend; each graph is one of its own, for servers
+    with ONNX Runtime or TensorRT.
+    """
+    from engineworks.runtime.bundle import read
+    from engineworks.runtime.serving.triton import write_repository
+
+    name = name or folder.resolve().name
+    for model in write_repository(read(folder), out, name, exist_ok=exist_ok):
+        echo(model)
+
+
 @click.group()
 def bank() -> None:
     """Change the memory bank of a trained bundle."""

@@ -49,6 +49,13 @@ from engineworks.commands.printing import Progress, echo, print_gate, print_pari
 @click.option("--eval", "evaluation", type=FOLDER, help="Labelled data for the accuracy gate.")
 @click.option("--unjudged", is_flag=True, help="Ship INT8 without --eval to judge it.")
 @click.option("--fail-on-drop", is_flag=True, help="Exit 1 where the gate fails or cannot judge.")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    default=10.0,
+    show_default=True,
+    help="For timing float against INT8, per backend.",
+)
 @click.option("--sensitivity", is_flag=True, help="Cost of each node; worst back to float.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the choice of samples.")
 @click.option(
@@ -59,6 +66,7 @@ from engineworks.commands.printing import Progress, echo, print_gate, print_pari
     metavar="LIST",
     help="Mixed 16-bit graphs: fp16,bf16.",
 )
+@click.option("--triton", type=PATH, help="Also write a model repository of Triton here.")
 @net_options
 @plan_options
 @THREADS
@@ -68,6 +76,7 @@ def export(
     /,
     source: Path,
     out: Path,
+    triton: Path | None,
     exist_ok: bool,
     **wanted: Any,
 ) -> None:
@@ -96,3 +105,8 @@ def export(
     print_parity(reports)
     print_gate(reports.get("gate", {}))
     echo(out)
+    if triton is not None:
+        from engineworks.runtime.serving.triton import write_repository
+
+        write_repository(made, triton, out.resolve().name, exist_ok=exist_ok)
+        echo(triton)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from engineworks.runtime.bundle import Bundle
     from engineworks.runtime.systems import System
 
-OpenBundle: TypeAlias = "Callable[[Path], System]"
+OpenBundle: TypeAlias = "Callable[..., System]"  # of a path, and of what else open_bundle takes
 Prepare: TypeAlias = "Callable[[System], None]"
 
 PATH = click.Path(path_type=Path)
@@ -90,17 +90,19 @@ def engine_options(command: Callable[..., None]) -> Callable[..., None]:
         signers: tuple[Path, ...],
         **options: Any,
     ) -> None:
-        def open_bundle(bundle: Path) -> System:
+        def open_bundle(bundle: Path, **more: Any) -> System:
             from engineworks.runtime import systems
 
-            return systems.open_bundle(
+            opened: System = systems.open_bundle(
                 bundle,
                 backend=backend,
                 precision=precision,
                 threads=threads,
                 signers=signers,
                 host_code=host_code,
+                **more,
             )
+            return opened
 
         command(*arguments, open_bundle=open_bundle, **options)
 

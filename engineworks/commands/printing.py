@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -152,24 +151,9 @@ def print_gate(gate: dict[str, Any]) -> None:
 
 def print_parity(reports: dict[str, Any]) -> None:
     """How far each stage is from the one before, per graph output."""
-    stages = {"torch to ONNX": reports.get("parity", {}).get("torch-float", {})}
-    for kind, graphs in reports.get("parity_half", {}).items():
-        stages[f"float to {kind}"] = graphs
-    for backend, graphs in reports.get("parity_int8", {}).items():
-        stages[f"float to INT8, {backend}"] = graphs
-    rows = [
-        (
-            stage,
-            f"{graph}.{output}",
-            *(f"{parity.get(key, math.nan):.2e}" for key in ("max_rel", "mean_rel")),
-            *(f"{parity.get(key, math.nan):.6f}" for key in ("cosine", "cosine_worst1pct")),
-        )
-        for stage, graphs in stages.items()
-        for graph, outputs in graphs.items()
-        for output, parity in outputs.items()
-    ]
-    header = ("parity", "output", "max rel", "mean rel", "cosine", "cosine, worst 1 %")
-    print_table("same feeds through both", header, rows)
+    from engineworks.runtime.verdict import PARITY_HEADER, parity_rows
+
+    print_table("same feeds through both", PARITY_HEADER, parity_rows(reports))
 
 
 def print_results(results: dict[str, Any]) -> None:

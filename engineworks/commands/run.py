@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,13 +35,22 @@ from engineworks.runtime.signals import Stopped
 from engineworks.runtime.texts import hide_secrets
 
 if TYPE_CHECKING:
+    from engineworks.runtime.cameras import Camera
     from engineworks.runtime.infer import Summary
+    from engineworks.runtime.outbox import Outbox
     from engineworks.runtime.systems import System
 
 
 @click.command()
 @click.argument("bundle", type=PATH)
-@click.option("--source", required=True, help="File, folder, glob, list.txt, video, 0, rtsp://...")
+@click.option(
+    "--source",
+    "sources",
+    required=True,
+    multiple=True,
+    help="File, folder, glob, list.txt, video, 0, rtsp://..., or a list of cameras.yaml. May be "
+    "given several times: all are read at once, each into its own folder of OUT.",
+)
 @OUT
 @engine_options
 @prompt_options
@@ -55,6 +65,15 @@ if TYPE_CHECKING:
     "--save-overlays", "overlays", is_flag=True, help="Write pictures (a video: annotated)."
 )
 @click.option("--report", type=PATH, help="Also write one HTML page, with pictures if saved.")
+@click.option("--post", metavar="URL", help="Send results there as they come, as JSON.")
+@click.option(
+    "--mqtt", metavar="mqtt://HOST/TOPIC", help="Send results to a broker as they come, as JSON."
+)
+@click.option(
+    "--keep",
+    metavar="doubtful:SIZE",
+    help="Keep pictures near the border, or unlike the calibration's, in OUT/doubtful: 500MB.",
+)
 @click.option("--frame-step", type=click.IntRange(min=1), default=1, help="Every n-th frame.")
 @EXIST_OK
 @click.pass_context
@@ -62,31 +81,39 @@ def infer(
     context: click.Context,
     /,
     bundle: Path,
-    source: str,
+    sources: tuple[str, ...],
     out: Path,
     open_bundle: OpenBundle,
     prepare: Prepare,
     no_track: bool,
     no_follow: bool,
     report: Path | None,
+    post: str | None,
+    mqtt: str | None,
+    keep: str | None,
+    frame_step: int,
     exist_ok: bool,
     **wanted: Any,
 ) -> None:
     """Run a BUNDLE on images or video, without PyTorch."""
+    from engineworks.runtime.cameras import open_cameras
+    from engineworks.runtime.doubtful import FOLDER_NAME, Doubtful, limit_of
     from engineworks.runtime.infer import Summary
     from engineworks.runtime.infer import infer as run_infer
     from engineworks.runtime.outputs import is_free
-    from engineworks.runtime.sources import open_source
     from engineworks.runtime.systems import Promptable
     from engineworks.runtime.verdict import unjudged
 
     if not exist_ok and not is_free(out):
         raise UsageError(f"{out} is not empty", fix="choose another --out, or pass --exist-ok")
     tell = say(context)
+    limit_bytes = None if keep is None else limit_of(keep)
     summary, stopped = Summary(), None
+    outboxes = _outboxes(out, post, mqtt, tell)
     with open_bundle(bundle) as system:
-        opened = open_source(source, system.reader)
+        cameras = open_cameras(sources, system.reader, step=frame_step)
         prepare(system)
+        kept = [] if limit_bytes is None else [Doubtful(system, out / FOLDER_NAME, limit_bytes)]
         tell(f"{system.backend}, {system.precision}")
         if note := unjudged(system.bundle.manifest, system.precision):
             warn(note)
@@ -94,8 +121,9 @@ def infer(
             with Progress(context) as show:
                 run_infer(
                     system,
-                    opened,
+                    cameras,
                     out,
+                    sinks=[*outboxes, *kept],
                     track=isinstance(system, Promptable) and not no_track,
                     follow=not no_follow,
                     progress=partial(show, "inference"),
@@ -106,35 +134,75 @@ def infer(
         except Stopped as signal:
             stopped = signal
     if report is not None:
-        _write_report(report, system, source, out, summary)
+        _write_reports(report, system, cameras, out, summary)
     for name, message in summary.failures:
         warn(f"skipped {name}: {message}")
     echo(
         f"{summary.num_done} done, {summary.num_failed} failed, "
         f"{summary.images_per_second:.1f} images/s, results in {out}"
     )
+    for doubtful in kept:
+        echo(f"{doubtful.num_kept} doubtful pictures in {out / FOLDER_NAME}")
+    for outbox in outboxes:
+        if outbox.num_waiting or outbox.num_lost:
+            warn(f"{outbox.num_waiting} results are not sent yet, {outbox.num_lost} are lost")
     if stopped is not None:
         raise stopped
-    if summary.num_failed:
+    if summary.num_failed or any(box.num_waiting or box.num_lost for box in outboxes):
         context.exit(1)
 
 
-def _write_report(report: Path, system: System, source: str, out: Path, summary: Summary) -> None:
-    from engineworks.runtime.report import of_inference
+def _outboxes(
+    out: Path, post: str | None, mqtt: str | None, tell: Callable[[str], None]
+) -> list[Outbox]:
+    """Where results are sent, each with its queue in the folder of results."""
+    from engineworks.runtime.outbox import Outbox
+
+    boxes: list[Outbox] = []
+    if post is not None:
+        from engineworks.runtime.webhook import Webhook
+
+        boxes.append(Outbox(out / "outbox-post", Webhook(post), say=tell))
+    if mqtt is not None:
+        from engineworks.runtime.mqtt import Mqtt
+
+        boxes.append(Outbox(out / "outbox-mqtt", Mqtt(mqtt), say=tell))
+    return boxes
+
+
+def _write_reports(
+    report: Path, system: System, cameras: Sequence[Camera], out: Path, summary: Summary
+) -> None:
+    """A page of each source: of named ones ``<report>-<name>.html``."""
+    for camera in cameras:
+        page = report.with_stem(f"{report.stem}-{camera.name}") if camera.name else report
+        _write_report(page, system, camera, out / camera.name, summary)
+
+
+def _write_report(
+    report: Path, system: System, camera: Camera, out: Path, summary: Summary
+) -> None:
+    from engineworks.runtime.pages import of_inference
     from engineworks.runtime.verdict import unjudged
 
     note = unjudged(system.bundle.manifest, system.precision)
     facts = {
-        "source": hide_secrets(source),
+        "source": hide_secrets(camera.text),
         "bundle": system.bundle.root,
         "digest": system.bundle.manifest.digest,
         "backend": f"{system.backend}, {system.precision}",
         **({"accuracy": note} if note else {}),
-        "done": summary.num_done,
-        "failed": summary.num_failed,
+        "done": summary.counters[camera.name].num_done,
+        "failed": summary.counters[camera.name].num_failed,
         "images per second": f"{summary.images_per_second:.1f}",
     }
-    of_inference(system.bundle, out, facts).write(report)
+    of_camera = f"{camera.name}: " if camera.name else ""
+    failures = [
+        (name.removeprefix(of_camera), message)
+        for name, message in summary.failures
+        if name.startswith(of_camera)
+    ]
+    of_inference(system.bundle, out, facts, failures=failures).write(report)
 
 
 @click.command(name="eval")

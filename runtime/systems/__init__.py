@@ -70,8 +70,13 @@ class System(Protocol):
     def infer(self, images: Sequence[Array]) -> Sequence[Result]:
         """One result per image; images are (H, W, 3) of any size, as ``reader`` gives them.
 
+        May be called from any number of threads: calls wait for their turn, and all together take
+        no more CPU threads than the system was opened with. Answers are those of one thread, bit
+        for bit, unless ``open_bundle`` was asked to join calls to batches.
+
         Raises:
             InputError: an image of another dtype or layout, or an empty one.
+            EngineError: the system is closed.
         """
         ...
 
@@ -92,7 +97,10 @@ class System(Protocol):
         ...
 
     def close(self) -> None:
-        """Release engines, devices and memory; closing twice is allowed."""
+        """Refuse further calls, let those that run or wait have their answers, release all.
+
+        Closing twice is allowed, also from several threads.
+        """
         ...
 
     def __enter__(self) -> Self: ...
@@ -441,12 +449,15 @@ def open_system(
     threads: int | None = None,
     engines: Mapping[str, Engine] | None = None,
     host_code: bool = False,
+    max_batch: int = 1,
+    max_wait_ms: float = 0.0,
 ) -> System:
     """Open a verified bundle for inference.
 
     Args:
         engines: use these instead of opening the bundle's graphs (tests, calibration).
         host_code: see ``open_engines``.
+        max_batch, max_wait_ms: see ``open_bundle``.
 
     Raises:
         UsageError, BackendError, BundleError, EngineError: see ``choose`` and ``open_engine``.
@@ -464,7 +475,13 @@ def open_system(
     if engines is None:
         engines = open_engines(bundle, backend, precision, threads=threads, host_code=host_code)
     system: System = module.System(
-        bundle, engines, backend=backend, precision=precision, threads=threads
+        bundle,
+        engines,
+        backend=backend,
+        precision=precision,
+        threads=threads,
+        max_batch=max_batch,
+        max_wait_ms=max_wait_ms,
     )
     bound_pools(threads or available_threads())
     return system
@@ -480,6 +497,8 @@ def open_bundle(
     threads: int | None = None,
     signers: Sequence[Path] = (),
     host_code: bool = False,
+    max_batch: int = 1,
+    max_wait_ms: float = 0.0,
 ) -> AnySystem: ...
 
 
@@ -493,6 +512,8 @@ def open_bundle(
     threads: int | None = None,
     signers: Sequence[Path] = (),
     host_code: bool = False,
+    max_batch: int = 1,
+    max_wait_ms: float = 0.0,
 ) -> System: ...
 
 
@@ -505,6 +526,8 @@ def open_bundle(
     threads: int | None = None,
     signers: Sequence[Path] = (),
     host_code: bool = False,
+    max_batch: int = 1,
+    max_wait_ms: float = 0.0,
 ) -> System:
     """Verify a bundle and open it for inference.
 
@@ -516,10 +539,14 @@ def open_bundle(
             ``tensorrt``, ``ort-cuda`` or ``ort-tensorrt``.
         precision: ``auto`` takes what the bundle's verdict ships; otherwise ``float``, ``int8``,
             ``int8-bf16``, ``bf16`` or ``fp16``.
-        threads: CPU threads; None takes all cores that this process may use.
+        threads: CPU threads, of all calls together; None takes all cores that this process may use.
+            Of several systems each takes so many, and all together no more than there are cores.
         signers: public keys; one of them must have signed the bundle where any is given.
         host_code: let TensorRT plans bring program code of their own, as version-compatible ones
             do: only plans that you built yourself.
+        max_batch: images of calls that wait are joined to batches of so many. Above 1 an answer may
+            differ in its last bits from that of a picture by itself, as it may in a longer list.
+        max_wait_ms: how long a call waits for others that it can be joined to.
 
     Raises:
         BundleError: no bundle there, a changed or broken one, another system than ``kind``, not
@@ -538,7 +565,13 @@ def open_bundle(
             fix=f"open it with the class of '{name}', or with none",
         )
     return open_system(
-        bundle, backend=backend, precision=precision, threads=threads, host_code=host_code
+        bundle,
+        backend=backend,
+        precision=precision,
+        threads=threads,
+        host_code=host_code,
+        max_batch=max_batch,
+        max_wait_ms=max_wait_ms,
     )
 
 

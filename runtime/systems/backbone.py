@@ -25,7 +25,7 @@ from engineworks.runtime.preprocess import PreprocessSpec, apply
 from engineworks.runtime.results import Embedding
 from engineworks.runtime.sources import PICTURES
 from engineworks.runtime.spool import Spool
-from engineworks.runtime.systems.opened import OpenedSystem
+from engineworks.runtime.systems.opened import OpenedSystem, in_turn
 from engineworks.runtime.tensors import Array
 
 NAME = "backbone"
@@ -105,6 +105,7 @@ class System(OpenedSystem):
         self.params = self.bundle.params(Params)
         self.spec = self.bundle.manifest.preprocess
 
+    @in_turn
     def infer(self, images: Sequence[Array]) -> list[Embedding]:
         """Describe images.
 

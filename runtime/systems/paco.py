@@ -29,7 +29,7 @@ from engineworks.runtime.metrics import ClassificationMetrics, log_softmax
 from engineworks.runtime.preprocess import PreprocessSpec, apply
 from engineworks.runtime.results import Classification
 from engineworks.runtime.sources import PICTURES
-from engineworks.runtime.systems.opened import OpenedSystem
+from engineworks.runtime.systems.opened import OpenedSystem, in_turn
 from engineworks.runtime.tensors import Array
 
 NAME = "paco"
@@ -93,6 +93,7 @@ class System(OpenedSystem):
         self._fitted: Fitted = "int8" if self.precision.startswith("int8") else "float"
         self.confidence = self.params.confidence.get(self._fitted)
 
+    @in_turn
     def infer(self, images: Sequence[Array]) -> list[Classification]:
         """Classify images.
 
@@ -140,7 +141,7 @@ class System(OpenedSystem):
         if self.confidence is None:
             return judged
         in_set_IC = np.exp(log_IC) >= self.confidence.limit
-        called_I = -log_IC.max(axis=1) >= self._border()
+        called_I = self.confidence.unlikeness(log_IC) >= self._border()
         rate = Rate.counted(int(called_I.sum()), len(label_I))
         first, *others = judged.decisions
         warnings = first.warnings if split == "test" else (*first.warnings, _FITTED_ON)
@@ -227,7 +228,7 @@ class System(OpenedSystem):
         return replace(
             result,
             prediction_set=tuple(label for label, p in ranked if p >= limit),
-            is_unknown=bool(-log_C.max() >= self._border()),
+            is_unknown=bool(self.confidence.unlikeness(log_C) >= self._border()),
         )
 
 

@@ -33,7 +33,7 @@ from engineworks.runtime.labels import Labelled
 from engineworks.runtime.metrics import AnomalyMetrics, CandidateMetrics, false_reject_threshold
 from engineworks.runtime.preprocess import PlanesSpec, apply
 from engineworks.runtime.results import Candidate, DefectMap
-from engineworks.runtime.systems.opened import OpenedSystem
+from engineworks.runtime.systems.opened import OpenedSystem, in_turn
 from engineworks.runtime.tensors import Array
 
 NAME = "stripe"
@@ -263,6 +263,7 @@ def evaluate(
     config: InferenceConfig,
     *,
     threshold: float | None = None,
+    check: Callable[[Array], None] = planes.check_planes,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Metrics of a network on labelled images; one ruler for validation and for the INT8 gate.
@@ -270,11 +271,13 @@ def evaluate(
     Args:
         run: see ``defect_maps``.
         threshold: decision border for candidates, where there is one already.
+        check: raises an InputError for an image that inference would refuse.
 
     Returns:
         The keys of ``runtime.metrics.AnomalyMetrics`` and ``CandidateMetrics``, and what the
         threshold decides of whole images, of defects and of candidates. Images that cannot be
-        read, or whose captures are displaced, are in ``failures``, as in inference.
+        read, whose captures are displaced, or that ``check`` refuses, are in ``failures``, as in
+        inference.
 
     Raises:
         ImageError: no image can be read, or a mask cannot.
@@ -284,7 +287,7 @@ def evaluate(
     failures: list[str] = []
     kinds: list[str] = []
     for start in range(0, len(samples), _EVALUATION_BATCH):
-        part, strips = _readable(samples[start : start + _EVALUATION_BATCH], failures)
+        part, strips = _readable(samples[start : start + _EVALUATION_BATCH], check, failures)
         kinds += [sample.defect for sample in part]
         maps = defect_maps(run, strips, spec, tile=config.tile, overlap=config.overlap)
         for sample, map_HW in zip(part, maps, strict=True):
@@ -302,18 +305,22 @@ def evaluate(
 
 
 def _readable(
-    samples: Sequence[StripeSample], failures: list[str]
+    samples: Sequence[StripeSample], check: Callable[[Array], None], failures: list[str]
 ) -> tuple[list[StripeSample], list[Array]]:
     """Samples with their images; those that inference would leave out go to ``failures``."""
     kept: list[StripeSample] = []
     strips: list[Array] = []
     for sample in samples:
         try:
-            strips.append(planes.read(sample.path))
+            strip = planes.read(sample.path)
+            check(strip)
         except ImageError as error:
             failures.append(error.message)
+        except InputError as error:
+            failures.append(f"{sample.path}: {error.message}")
         else:
             kept.append(sample)
+            strips.append(strip)
     return kept, strips
 
 
@@ -336,6 +343,7 @@ class System(OpenedSystem):
         self.spec = manifest.preprocess
         self.threshold = manifest.thresholds["candidate"].value
 
+    @in_turn
     def infer(self, images: Sequence[Array]) -> list[DefectMap]:
         """Look for what only the target shows.
 
@@ -403,6 +411,7 @@ class System(OpenedSystem):
             self.spec,
             self.params.inference,
             threshold=self.threshold,
+            check=self._check_values,
             progress=progress,
         )
 

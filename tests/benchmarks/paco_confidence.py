@@ -192,9 +192,9 @@ def unknown(feature: dict[str, Array], label_N: Array, num: int, draws: int) -> 
         fitted, judged = part_N == 0, part_N == 1
         for precision, logits_NC in logits(feature, own_N, part_N > 1, draw):
             known, border = Confidence.fit(logits_NC[fitted], own_N[fitted])
-            surprise = -known.log_probabilities(logits_NC).max(axis=1)
-            curve = of_scores(surprise[left_out], surprise[judged])
-            called = surprise >= border.value
+            unlike = known.unlikeness(known.log_probabilities(logits_NC))
+            curve = of_scores(unlike[left_out], unlike[judged])
+            called = unlike >= border.value
             found[precision].append((curve.auroc, called[left_out].mean(), called[judged].mean()))
     for precision in PRECISIONS:
         auroc, caught, false = np.array(found[precision]).T

@@ -180,7 +180,7 @@ class TestCalibrate:
         systems: list[FakeSystem],
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        monkeypatch.setattr(FakeSystem, "infer", lambda self, pictures: [])
+        monkeypatch.setattr(FakeSystem, "infer", lambda self, pictures: [None] * len(pictures))
 
         with pytest.raises(CalibrationError, match="no image through graph 'features'"):
             calibrate(make_bundle(), samples, TENSORS)

@@ -81,6 +81,7 @@ def commands(made: Path) -> dict[str, Command]:
         return [
             *("export", made / "float", "--out", place / "out", "--exist-ok", "--int8"),
             *("--samples", pictures, "--num-samples", 2, "--method", "minmax", "--threads", 1),
+            *("--seconds", 0.1),
         ]
 
     def bank(place: Path) -> list[object]:

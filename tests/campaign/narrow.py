@@ -42,6 +42,7 @@ def arguments(made: Path, place: Path) -> dict[str, list[object]]:
     infer = ["infer", noising, "--backend", "ort", "--threads", 1, "--out"]
     video = made / "data" / "video.mp4"
     int8 = ["--int8", "--samples", pictures, "--num-samples", 2, "--method", "minmax"]
+    int8 += ["--seconds", 0.1]
     settings = ["backbone.weights=none", "backbone.name=test_resnet", "backbone.stages=[1]"]
     small = [word for each in (*settings, "preprocess.size=[64, 64]") for word in ("--set", each)]
     report = [made.parent / "o", "--exist-ok", "--report", place / "r.html"]

@@ -32,9 +32,11 @@ from engineworks.runtime.errors import (
 from engineworks.runtime.evaluation import Evaluation
 from engineworks.runtime.systems import open_system
 from engineworks.runtime.testing import write_parts, write_tiny_noising_bundle
+from engineworks.runtime.usual import Usual
 from engineworks.runtime.verdict import describe
 
 SIZE = (64, 64)
+SECONDS = 7.0
 MILLISECONDS = {"float": 4.0, "bf16": 3.0, "int8": 1.0, "int8-bf16": 0.9}
 
 
@@ -48,8 +50,9 @@ def ran() -> Iterator[list[str]]:
     names: list[str] = []
 
     def interleave(
-        contenders: Mapping[str, Callable[[], object]], **_options: object
+        contenders: Mapping[str, Callable[[], object]], *, max_seconds: float
     ) -> dict[str, Timing]:
+        assert max_seconds == SECONDS
         for name, call in contenders.items():
             call()
             names.append(name)
@@ -128,6 +131,7 @@ def config(parts: Path, **changes: Any) -> ExportConfig:
         "num_samples": 6,
         "evaluation": parts,
         "threads": 1,
+        "seconds": SECONDS,
     }
     return ExportConfig(**{**options, **changes})
 
@@ -211,6 +215,10 @@ class TestABuild:
 
         assert reports["calibration"]["num_samples"] == 6
         assert len(reports["calibration"]["output_error"]) == 5
+        usual = Usual.in_reports(reports)
+        assert usual is not None and usual.num == 6
+        assert 0 < usual.brightness[0] <= usual.brightness[-1] < 255
+        assert usual.score is not None and usual.score[0] < usual.score[-1]
         assert set(reports["parity_int8"]) == set(reports["speed"]) == {"openvino", "ort"}
         parity = reports["parity_int8"]["ort"]["features"]["features"]
         # INT8 steps of 1/127 of the range: the mean vector stays within a few degrees

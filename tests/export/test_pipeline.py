@@ -29,7 +29,7 @@ def floats(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 def int8_of(parts: Path, **changes: Any) -> ExportConfig:
     options: dict[str, Any] = {"samples": parts / "train", "num_samples": 2, "method": "minmax"}
-    return ExportConfig(int8=True, threads=1, **{**options, **changes})
+    return ExportConfig(int8=True, threads=1, seconds=0.1, **{**options, **changes})
 
 
 @pytest.fixture

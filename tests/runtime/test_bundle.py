@@ -517,7 +517,7 @@ class TestMovingAThreshold:
         assert threshold == moved.manifest.thresholds["image"]
         # the quantiles are kept at every half per cent
         assert threshold.value == pytest.approx(float(np.quantile(scores, 0.95)), rel=1e-6)
-        assert threshold.source == "false-reject budget 0.05 on 400 held-out training pictures"
+        assert threshold.source == "false-reject budget 0.05 on 400 held-out pictures"
         assert threshold.held_out == held_out
 
     def test_to_a_budget_without_scores_says_what_to_do(self, made: Bundle) -> None:

@@ -9,7 +9,12 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from scipy import optimize
 
-from engineworks.runtime.confidence import Confidence, conformal_limit, fit_temperature
+from engineworks.runtime.confidence import (
+    Confidence,
+    conformal_limit,
+    fit_temperature,
+    generalised_entropy,
+)
 from engineworks.runtime.errors import InputError
 from engineworks.runtime.metrics import ClassificationMetrics, log_softmax
 from engineworks.runtime.tensors import Array
@@ -108,11 +113,24 @@ class TestAConfidence:
         fitted, unknown = Confidence.fit(*drawn(2000, 3), budget=0.1)
         logits, _ = drawn(2000, 4)
 
-        surprise = -fitted.log_probabilities(logits).max(axis=1)
+        unlike = fitted.unlikeness(fitted.log_probabilities(logits))
 
-        assert (surprise >= unknown.value).mean() == pytest.approx(0.1, abs=0.025)
+        assert (unlike >= unknown.value).mean() == pytest.approx(0.1, abs=0.025)
         assert unknown.source == "false-reject budget 0.1 on 2000 validation pictures"
         assert unknown.held_out is not None and unknown.held_out.count == 2000
+
+    def test_scores_what_is_unknown_as_it_says(self) -> None:
+        fitted, _ = Confidence.fit(*drawn(50, 5))
+        log = np.log([[0.7, 0.2, 0.1], [1 / 3, 1 / 3, 1 / 3]])
+
+        entropy = [sum((p * (1 - p)) ** 0.1 for p in (0.7, 0.2, 0.1)), 3 * (2 / 9) ** 0.1]
+        np.testing.assert_allclose(fitted.unlikeness(log), entropy, rtol=1e-12)
+        before = fitted.model_copy(update={"novelty": "surprise"})
+        np.testing.assert_allclose(before.unlikeness(log), [-np.log(0.7), np.log(3)], rtol=1e-12)
+
+    def test_takes_the_surprise_where_a_bundle_of_before_does_not_say(self) -> None:
+        kept = Confidence.fit(*drawn(50, 5))[0].model_dump(exclude={"novelty"})
+        assert Confidence.model_validate(kept).novelty == "surprise"
 
     def test_comes_back_from_json(self) -> None:
         fitted, _ = Confidence.fit(*drawn(50, 5))
@@ -125,6 +143,10 @@ class TestAConfidence:
         want = log_softmax(logits.astype(np.float64) / fitted.temperature)
         np.testing.assert_array_equal(fitted.log_probabilities(logits), want)
 
+    def test_is_not_changed(self) -> None:
+        with pytest.raises(ValidationError, match="frozen"):
+            Confidence.fit(*drawn(20, 0))[0].limit = 0.5  # type: ignore[misc]
+
     def test_needs_pictures(self) -> None:
         with pytest.raises(InputError, match="labelled pictures"):
             Confidence.fit(np.zeros((0, 3), np.float32), np.zeros(0, int))
@@ -136,9 +158,30 @@ class TestAConfidence:
         assert caught.value.fix is not None
 
     @pytest.mark.parametrize(
-        "change", [{"temperature": 0.0}, {"limit": 1.5}, {"coverage": 1.0}, {"num_pictures": 0}]
+        "change",
+        [
+            *({"temperature": each} for each in (0.0, 2000.0)),
+            *({"limit": each} for each in (-0.1, 1.5)),
+            *({name: each} for name in ("coverage", "budget") for each in (0.0, 1.0)),
+            {"num_pictures": 0},
+        ],
     )
     def test_of_no_sense_is_refused(self, change: dict[str, float]) -> None:
         content = Confidence.fit(*drawn(20, 0))[0].model_dump() | change
         with pytest.raises(ValidationError):
             Confidence.model_validate(content)
+
+
+class TestTheGeneralisedEntropy:
+    def test_is_nothing_where_a_class_is_certain(self) -> None:
+        assert generalised_entropy(np.array([0.0, -np.inf, -np.inf])) == 0
+
+    def test_looks_at_the_ten_largest_alone(self) -> None:
+        faint = np.full(30, 1e-9)
+        many = np.log(np.concatenate([np.full(10, 0.1), faint]))
+        assert generalised_entropy(many) == pytest.approx(10 * (0.1 * 0.9) ** 0.1, rel=1e-12)
+
+    def test_rises_by_a_second_class_that_is_faint(self) -> None:
+        """As sure of the best class: what the others share of the rest counts."""
+        one, several = np.log([0.9, 0.1 - 3e-12, 1e-12, 1e-12, 1e-12]), np.log([0.9, *[0.025] * 4])
+        assert generalised_entropy(several) > 1.5 * generalised_entropy(one)

@@ -82,6 +82,19 @@ class TestABudget:
             tracemalloc.stop()
         assert "ENGINEWORKS_MAX_PIXELS" in str(caught.value.fix)
 
+    @pytest.mark.parametrize("chunk", [b"IHDR", b"IDAT", b"IEND"])
+    def test_of_a_png_is_that_of_its_chunks_too(self, chunk: bytes) -> None:
+        data = bytearray(encoded(".png", 8, 8))
+        at = data.index(chunk)
+        data[at - 4 : at] = struct.pack(">I", 2**31 - 1)  # the decoder would make room for it
+
+        with pytest.raises(ImageError, match=r"header breaks off|is truncated"):
+            images.decode(bytes(data), "x")
+
+    def test_of_a_png_ends_with_it(self) -> None:
+        data = encoded(".png", 8, 8)
+        assert images.decode(data + b"\xff" * 20, "x").shape == (8, 8, 3)
+
     def test_can_be_moved(self, monkeypatch: pytest.MonkeyPatch) -> None:
         data = encoded(".png", 20, 30)
         monkeypatch.setenv("ENGINEWORKS_MAX_PIXELS", "599")

@@ -11,6 +11,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import av
@@ -19,10 +20,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engineworks.runtime import images, live, tables, video
-from engineworks.runtime import infer as driver
+from engineworks.runtime import feeds, images, live, tables, video
 from engineworks.runtime import overlays as drawing
-from engineworks.runtime.bundle import Bundle
+from engineworks.runtime.buffers import Buffer
 from engineworks.runtime.decoding import Frame
 from engineworks.runtime.engines import Engine
 from engineworks.runtime.errors import (
@@ -64,12 +64,15 @@ class Marked(Level):
         return {"level": self.level, "marks": marks}
 
 
+BUNDLE = SimpleNamespace(manifest=SimpleNamespace(reports={}))  # that says nothing of itself
+
+
 @dataclass
 class Levels:
     """A system that measures the mean of a picture and notes how it was called."""
 
     reader: ClassVar[Reader] = PICTURES
-    bundle: Bundle = None  # type: ignore[assignment]
+    bundle: ClassVar[Any] = BUNDLE
     engines: Mapping[str, Engine] = field(default_factory=dict)
     backend: str = "none"
     precision: str = "float"
@@ -580,20 +583,23 @@ class TestALiveStream:
     class Camera:
         """Stands in for ``live.LiveStream``: five frames, then what ``end`` raises."""
 
-        num_dropped = 7
         closed = False
         end: BaseException | None = None
 
         freezes = ((0.1, 12.0),)
+        num_reconnects = 0
 
-        def __init__(self, address: str, *, step: int, say: Callable[[str], None]) -> None:
-            self.step = step
+        def __init__(self, address: str, *, buffer: Buffer[Frame], **_options: Any) -> None:
+            self.buffer = buffer
+            threading.Thread(target=self.send).start()
 
-        def __iter__(self) -> Iterator[Frame]:
+        def send(self) -> None:
             for i in range(5):
-                yield Frame(3 * i, i / 10, grey(i, 16 + 2 * i))
-            if self.end is not None:
-                raise self.end
+                with self.buffer.changed:  # each is taken before the next one comes
+                    self.buffer.changed.wait_for(lambda: not self.buffer.is_full)
+                    self.buffer.put(Frame(3 * i, i / 10, grey(i, 16 + 2 * i)))
+            self.buffer.num_dropped += 7
+            self.buffer.end(self.end)
 
         def close(self) -> None:
             type(self).closed = True
@@ -721,7 +727,7 @@ class TestDecodingAhead:
         infer(Levels(before=slowly), source, out, batch=batch)
 
         # the queue, and the picture that waits for room in it
-        assert max(ahead) <= driver._QUEUE_BATCHES * batch + 1
+        assert max(ahead) <= feeds._AHEAD_BATCHES * batch + 1
         assert max(ahead) >= 1
 
     def test_overlaps_inference(self, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:

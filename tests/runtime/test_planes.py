@@ -301,6 +301,15 @@ class TestRegistration:
         plane, other = surface[20:116, 20:100], surface[20 + dy : 116 + dy, 20 + dx : 100 + dx]
         assert displacement(plane + rng.normal(0, 1, plane.shape), other) == (dy, dx)
 
+    @pytest.mark.parametrize("power", [-140, -60, 60, 110])
+    def test_tells_it_of_values_of_any_size(self, power: int) -> None:
+        surface = texture(np.random.default_rng(0), (140, 120)) - 100
+        plane, other = (
+            np.ldexp(part.astype(np.float32), power)
+            for part in (surface[20:116, 20:100], surface[25:121, 13:93])
+        )
+        assert displacement(plane, other) == (5, -7)
+
     def test_periodic_captures_in_register_are_taken_for_that(
         self, rng: np.random.Generator
     ) -> None:

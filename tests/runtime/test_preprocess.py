@@ -200,6 +200,15 @@ class TestGeometry:
 
         assert (place(PreprocessSpec(size=(4, 4), resize="crop"), image) == 9).all()
 
+    def test_a_crop_does_not_make_a_line_of_pixels_into_gigabytes(self) -> None:
+        line = np.zeros((1, 60_000, 3), np.uint8)
+
+        with pytest.raises(InputError, match="1 x 60000, enlarged to 224 x 13440000") as caught:
+            place(PreprocessSpec(size=(224, 224), resize="crop"), line)
+
+        assert "ENGINEWORKS_MAX_PIXELS" in (caught.value.fix or "")
+        assert place(PreprocessSpec(size=(224, 224), resize="letterbox"), line).shape[0] == 224
+
     def test_a_mask_gets_no_new_values_and_no_padding_value(self) -> None:
         mask = np.zeros((33, 57), np.uint8)
         mask[10:20, 10:30] = 255

@@ -1,12 +1,9 @@
 from __future__ import annotations
 
 import base64
-import csv
+import hashlib
 import math
 import re
-from contextlib import closing
-from dataclasses import replace
-from fractions import Fraction
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -16,17 +13,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engineworks.runtime import draw, video
+from engineworks.runtime import draw
 from engineworks.runtime.bundle import Bundle
 from engineworks.runtime.errors import InputError
-from engineworks.runtime.infer import infer
-from engineworks.runtime.report import Report, of_inference
-from engineworks.runtime.sources import open_source
-from engineworks.runtime.systems import open_system
+from engineworks.runtime.report import Report
 from engineworks.runtime.tensors import Array
-from engineworks.runtime.testing import draw_part, write_parts, write_tiny_noising_bundle
+from engineworks.runtime.testing import write_tiny_noising_bundle
 
-VOID = {"meta", "img"}
+VOID = {"meta", "img", "input"}
 
 
 @pytest.fixture(scope="module")
@@ -193,6 +187,14 @@ class TestAPage:
         np.testing.assert_allclose(stored[500:502].mean(axis=(0, 1)), draw.MARK, atol=8)
         assert len(page.sources[0]) < image.size / 8
 
+    @pytest.mark.parametrize("size", [(1, 5000), (5000, 2)])
+    def test_shows_even_what_is_only_a_line(self, size: tuple[int, int]) -> None:
+        image = np.full((*size, 3), 90, np.uint8)
+
+        stored = Page(Report("t").figure("photo", image, photo=True).html()).picture(0)
+
+        assert sorted(stored.shape[:2]) == [1, 1600]
+
 
 class TestWhatDoesNotFit:
     def test_a_row_of_another_length_is_refused(self) -> None:
@@ -241,58 +243,45 @@ class TestWriting:
         assert list(tmp_path.iterdir()) == [path]
 
 
-class TestThePageOfAnInference:
-    def test_shows_verdict_thresholds_pictures_and_results(
-        self, bundle: Bundle, tmp_path: Path
-    ) -> None:
-        parts = write_parts(tmp_path / "parts", num_train=1, num_good=2, num_defective=2)
-        verdict = {"ship": "int8", "reasons": ["twice as fast"]}
-        judged = replace(
-            bundle, manifest=bundle.manifest.model_copy(update={"reports": {"verdict": verdict}})
+def results() -> Report:
+    rows = [("b.png", 2.5, "bad"), ("<a>.png", 0.123456789, "good"), ("c.png", None, "none")]
+    return (
+        Report("t")
+        .results(
+            "Results", ("source", "score", "label"), rows, pictures=[0], score="score", border=2
         )
-        with closing(open_system(bundle)) as system:
-            infer(system, open_source(str(parts / "test")), tmp_path / "out", overlays=True)
+        .figure("b.png", np.zeros((2, 2, 3), np.uint8), row=0)
+    )
 
-        page = Page(of_inference(judged, tmp_path / "out", {"done": 4}).html())
 
-        assert len(page.sources) == 4
-        assert page.texts["h2"] == [
-            *("Run", "Verdict of the export: ship int8", "Thresholds", "4 of 4 pictures", "Results")
+class TestResults:
+    def test_stand_in_the_page_without_any_script(self) -> None:
+        assert Page(results().html()).rows == [
+            ["source", "score", "label"],
+            ["", "2.500", "bad"],  # its name stands in a link
+            ["<a>.png", "0.123", "good"],
+            ["c.png", "", "none"],
         ]
-        assert page.texts["li"] == ["twice as fast"]
-        cells = [cell for row in page.rows for cell in row]
-        assert set(bundle.manifest.thresholds) <= set(cells)
-        with (tmp_path / "out" / "results.csv").open(newline="") as file:
-            for row in csv.DictReader(file):
-                found = next(cells for cells in page.rows if cells[0] == row["source"])
-                # two decimals are shown at least
-                assert float(found[4]) == pytest.approx(float(row["score"]), abs=0.005)
 
-    def test_of_a_video_shows_frames_from_its_beginning_to_its_end(
-        self, bundle: Bundle, tmp_path: Path
-    ) -> None:
-        rng = np.random.default_rng(0)
-        with video.VideoWriter(tmp_path / "line.mp4", Fraction(10)) as writer:
-            for i in range(25):
-                writer.write(draw_part(rng, (64, 64), defective=i > 20)[0], i / 10)
-        with closing(open_system(bundle)) as system:
-            source = open_source(str(tmp_path / "line.mp4"))
-            infer(system, source, tmp_path / "out", overlays=True)
+    def test_keep_what_is_rounded_for_the_script(self) -> None:
+        kept = [value for name, value in Page(results().html()).attributes if name == "data-value"]
+        assert kept == ["2.5", "0.123456789"]
 
-        page = Page(of_inference(bundle, tmp_path / "out", {}).html())
+    def test_lead_to_their_pictures_and_back(self) -> None:
+        page = Page(results().html())
+        targets = [value for name, value in page.attributes if name == "href"]
+        ids = [value for name, value in page.attributes if name == "id"]
+        assert targets == ["#picture-0", "#row-0"]
+        assert {"picture-0", "row-0", "row-1", "row-2"} == set(ids)
 
-        assert "9 of 25 frames of line.mp4" in page.texts["h2"]
-        assert page.texts["figcaption"] == [f"{i / 10:.2f} s" for i in range(0, 25, 3)]
+    def test_bring_the_one_script_that_the_policy_allows(self) -> None:
+        html = results().html()
+        (script,) = re.findall(r"<script>(.*?)</script>", html, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        policy = re.findall(r'Content-Security-Policy" content="([^"]*)"', html)[0]
+        assert f"script-src 'sha256-{digest}'" in policy
+        assert "default-src 'none'" in policy and "unsafe-inline'; img-src data:" in policy
 
-    def test_keeps_names_that_look_like_numbers(self, bundle: Bundle, tmp_path: Path) -> None:
-        (tmp_path / "results.csv").write_text("source,label,score\n007,1e3,0.25\n", "utf-8")
-
-        page = Page(of_inference(bundle, tmp_path, {}).html())
-
-        assert page.rows[-1] == ["007", "1e3", "0.2500"]
-
-    def test_where_nothing_could_be_read_has_no_table(self, bundle: Bundle, tmp_path: Path) -> None:
-        (tmp_path / "results.csv").touch()
-        page = of_inference(bundle, tmp_path, {"done": 0}).html()
-        assert "Results" not in page
-        assert "<img" not in page
+    def test_have_no_border_to_try_where_there_is_no_score(self) -> None:
+        html = Report("t").results("r", ("a",), [("x",)]).html()
+        assert 'type="range"' not in html and 'type="search"' in html

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from typing import Any
 
 import numpy as np
 import pytest
@@ -330,9 +331,10 @@ class TestTheCounters:
             queries: Array,
             k: int,
             real: Callable[..., tuple[Array, Array]] = Bank.search,
+            **options: Any,
         ) -> tuple[Array, Array]:
             flat.append(len(queries))
-            return real(self, queries, k)
+            return real(self, queries, k, **options)
 
         monkeypatch.setattr(Bank, "search", counted)
         with closing(FastSearch(bank, K, backend=backend, threads=1)) as search:

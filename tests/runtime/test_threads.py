@@ -5,7 +5,9 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
@@ -15,13 +17,14 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from threadpoolctl import ThreadpoolController
 
 from engineworks.runtime import images, threads
 from engineworks.runtime.bank import Bank
 from engineworks.runtime.engines import open_engine
 from engineworks.runtime.errors import EngineError
 from engineworks.runtime.testing import tiny_features
-from engineworks.runtime.threads import in_parts
+from engineworks.runtime.threads import Lending, in_parts
 
 QUOTAS = pytest.mark.parametrize(
     ("quota", "allowed"),
@@ -92,13 +95,96 @@ class TestAvailableThreads:
 
 class TestPools:
     def test_are_bound_together(self) -> None:
-        before = cv2.getNumThreads(), faiss.omp_get_max_threads()
+        blas = ThreadpoolController().select(internal_api="openblas")
+        before = (
+            cv2.getNumThreads(),
+            {each["filepath"]: each["num_threads"] for each in blas.info()},
+        )
         try:
             threads.bound_pools(1)
-            assert (cv2.getNumThreads(), faiss.omp_get_max_threads()) == (1, 1)
+            assert cv2.getNumThreads() == 1
+            assert {each["num_threads"] for each in blas.info()} == {1}
         finally:
             cv2.setNumThreads(before[0])
-            faiss.omp_set_num_threads(before[1])
+            blas.limit(limits=max(before[1].values()))
+
+    def test_of_faiss_are_not_used(self) -> None:
+        """OpenMP would start a team for each of these threads."""
+        rows = np.random.default_rng(0).random((3000, 32), np.float32)
+        bank, found = Bank(rows), []
+
+        def search() -> None:
+            faiss.omp_set_num_threads(2)
+            bank.search(rows, 3, threads=1)
+            found.append(faiss.omp_get_max_threads())
+
+        each = threading.Thread(target=search)
+        each.start()
+        each.join()
+        assert found == [1]
+
+
+class TestLentThreads:
+    def test_are_never_more_than_there_are(self) -> None:
+        cores, lent, most = Lending(4), 0, 0
+        guard = threading.Lock()
+
+        def work(wanted: int) -> None:
+            nonlocal lent, most
+            with cores.lent(wanted):
+                with guard:
+                    lent += min(wanted, 4)
+                    most = max(most, lent)
+                time.sleep(0.001)
+                with guard:
+                    lent -= min(wanted, 4)
+
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(work, [1, 2, 3, 4, 9] * 8))
+
+        assert lent == 0
+        assert 1 < most <= 4
+
+    def test_go_to_who_asked_first_however_many_these_want(self) -> None:
+        cores, order = Lending(2), []
+
+        def work(name: str, wanted: int) -> None:
+            with cores.lent(wanted):
+                order.append(name)
+
+        with cores.lent(1):
+            large = threading.Thread(target=work, args=("large", 2))
+            large.start()
+            wait_for(lambda: len(cores._waiting) == 1)
+            small = threading.Thread(target=work, args=("small", 1))
+            small.start()
+            wait_for(lambda: len(cores._waiting) == 2)
+            assert order == []
+        large.join()
+        small.join()
+        assert order == ["large", "small"]
+
+    def test_are_not_asked_for_twice(self) -> None:
+        cores = Lending(1)
+        with cores.lent(1), cores.lent(1):
+            assert cores._free == 0
+        assert cores._free == 1
+
+    def test_come_back_from_work_that_fails(self) -> None:
+        cores = Lending(2)
+        with pytest.raises(ValueError, match="work"), cores.lent(2):
+            raise ValueError("work")
+        with cores.lent(2):
+            pass
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Until it holds; a test that hangs should end."""
+    for _ in range(30_000):
+        if condition():
+            return
+        time.sleep(0.001)
+    raise AssertionError("it never came to that")
 
 
 def in_a_child(work: Callable[[], object]) -> int:

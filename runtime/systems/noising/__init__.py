@@ -51,7 +51,7 @@ from engineworks.runtime.systems.noising.layers import LayerBank, Layers, LayerS
 from engineworks.runtime.systems.noising.params import DiscriminatorParams, Params
 from engineworks.runtime.systems.noising.signals import image_score
 from engineworks.runtime.systems.noising.tiles import Layout, Tiles, picture_map
-from engineworks.runtime.systems.opened import OpenedSystem
+from engineworks.runtime.systems.opened import OpenedSystem, in_turn
 from engineworks.runtime.tensors import Array
 
 NAME = "noising"
@@ -222,6 +222,7 @@ class System(OpenedSystem):
         )
         self.params = self.judge.params
 
+    @in_turn
     def infer(self, images: Sequence[Array]) -> list[AnomalyMap]:
         """Score images.
 
@@ -341,10 +342,9 @@ class System(OpenedSystem):
         border = self.bundle.manifest.thresholds["image"].value
         return metrics.evaluation("image", border, [sample.defect for sample in samples])
 
-    def close(self) -> None:
-        """Release the engines; closing twice is allowed."""
+    def release(self) -> None:
         self.judge.close()
-        super().close()
+        super().release()
 
 
 def target_mask(

@@ -162,7 +162,9 @@ class LayerBank(Bank):
         self.grid = grid
         self.parts = split(self.rows_MD, layers.widths)
 
-    def search(self, queries_ND: Array, k: int) -> tuple[Array, Array]:
+    def search(
+        self, queries_ND: Array, k: int, *, threads: int | None = None
+    ) -> tuple[Array, Array]:
         """Scores (N, 1) float32 in [0, 2]; and (N, 1) zeros: each layer has a row of its own."""
         queries_ND = self.check(queries_ND)
         if self.layers.window is not None:

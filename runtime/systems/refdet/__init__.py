@@ -48,7 +48,7 @@ from engineworks.runtime.references import (
 )
 from engineworks.runtime.results import Detection, Detections
 from engineworks.runtime.sources import PICTURES
-from engineworks.runtime.systems.opened import OpenedSystem
+from engineworks.runtime.systems.opened import OpenedSystem, in_turn
 from engineworks.runtime.systems.refdet.detecting import Params, detect, evaluate
 from engineworks.runtime.systems.refdet.following import Follower
 from engineworks.runtime.tensors import Array
@@ -237,6 +237,7 @@ class System(OpenedSystem):
         rows_NP = self._prompted().rows_NP
         return {"detect": {"images": images_BCHW, "prototypes": rows_NP}}
 
+    @in_turn
     def infer(self, images: Sequence[Array]) -> list[Detections]:
         """Look for objects of the base classes, and for those of the prompt.
 
@@ -264,7 +265,8 @@ class System(OpenedSystem):
                     for (x1, y1, x2, y2), score, kind in zip(
                         boxes_K4.tolist(), scores_K.tolist(), classes_K.tolist(), strict=True
                     )
-                )
+                ),
+                border=self.config.conf,
             )
             for boxes_K4, scores_K, classes_K in answers
         ]

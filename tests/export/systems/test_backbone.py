@@ -118,7 +118,7 @@ class TestTheCommand:
             *("export", "backbone:resnet10t", "--weights", "none", "--stages", "1,2"),
             *("--size", "64,64", "--args", "{act_layer: relu}", "--out", tmp_path / "bundle"),
             *("--int8", "--samples", data / "train", "--num-samples", 4, "--method", "minmax"),
-            *("--eval", data),
+            *("--eval", data, "--seconds", 0.1),
         )
         assert done.returncode == 0, done.stderr
         manifest = read(tmp_path / "bundle").manifest

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -414,6 +415,16 @@ class TestImagesThatInferenceLeavesOut:
 
         assert found.num_pictures == len(samples) - 1
         assert len(found.failures) == 1 and str(samples[1].path) in found.failures[0]
+
+    def test_are_those_of_another_sensor_too(self, tiny: Bundle, tmp_path: Path) -> None:
+        data = write_strips(tmp_path / "data")
+        path = datasets.strips(data, "test")[1].path
+        planes.write(path, np.full_like(planes.read(path), 60_000, np.uint16))
+
+        with closing(opened(tiny, lambda feeds: {"logits": feeds["planes"][:, :1] * 0})) as system:
+            found = system.evaluate(data)
+
+        assert [f"{path}: planes have a mean of 60000" in each for each in found.failures] == [True]
 
     def test_are_an_error_where_there_are_no_others(self, tmp_path: Path) -> None:
         data = write_strips(tmp_path / "data")

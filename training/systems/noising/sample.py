@@ -121,7 +121,7 @@ def _flange(rng: Generator, side: int) -> _Part:
 
     # lathe marks: noise along the radius, a little of it along the angle
     rings = cv2.GaussianBlur(rng.standard_normal((1, 512)).astype(np.float32), (0, 0), 1.2)
-    marks = np.interp(rho.ravel(), np.linspace(0, 1.1, 512), rings[0]).reshape(rho.shape)
+    marks = np.interp(rho, np.linspace(0, 1.1, 512), rings[0]).astype(np.float32)
     sheen = np.cos(2 * (theta - rng.uniform(-0.08, 0.08)))
     tone = rng.uniform(157, 165) + 6 * marks / rings.std() + 9 * sheen
     tone = tone + 2 * noise(rng, side, side, 2.0)
@@ -135,9 +135,15 @@ def _flange(rng: Generator, side: int) -> _Part:
 
     hole_angles = rng.uniform(-0.08, 0.08) + np.arange(_NUM_HOLES) * 2 * np.pi / _NUM_HOLES
     for angle in hole_angles:
-        distance = np.hypot(dx - 0.72 * np.cos(angle), dy - 0.72 * np.sin(angle))
-        tone = tone + 34 * np.exp(-(((distance - 0.125) / 0.014) ** 2))
-        solid = solid * _inside(distance - 0.105, edge)
+        middle = np.array([np.sin(angle), np.cos(angle)]) * 0.72 * radius + centre[::-1]
+        # nothing of a hole is seen further off
+        reach = 0.2 * radius
+        near = tuple(slice(max(0, int(at - reach)), int(at + reach) + 1) for at in middle)
+        distance = np.hypot(
+            dx[near] - np.float32(0.72 * np.cos(angle)), dy[near] - np.float32(0.72 * np.sin(angle))
+        )
+        tone[near] += 34 * np.exp(-(((distance - 0.125) / 0.014) ** 2))
+        solid[near] *= _inside(distance - 0.105, edge)
     colour = tone[..., None] * np.array([1.0, 0.985, 0.955], np.float32)
     return _Part(colour, solid, centre, radius, hole_angles)
 

@@ -169,13 +169,15 @@ class TestTheBundle:
             assert eager.influence_HW is result.influence_HW is None
 
     def test_takes_int8_in_every_linear_layer(
-        self, bundle: Bundle, drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, bundle: Bundle, drawn: Path, tmp_path: Path
     ) -> None:
-        monkeypatch.setattr(
-            "engineworks.export.verdict._SPEED_SECONDS", 0.1
-        )  # how fast it is does not matter
         chosen = ExportConfig(
-            int8=True, samples=drawn / "train/good", num_samples=4, method="minmax", threads=1
+            int8=True,
+            samples=drawn / "train/good",
+            num_samples=4,
+            method="minmax",
+            threads=1,
+            seconds=0.1,
         )
         made = export(bundle, tmp_path / "int8", chosen, say=lambda _: None)
         model = onnx.load(made.path("features.int8.onnx"))

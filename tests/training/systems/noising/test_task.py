@@ -327,7 +327,12 @@ class TestTheBundleOfTheDiscriminator:
 
     def test_takes_int8(self, taught_bundle: Bundle, drawn: Path, tmp_path: Path) -> None:
         chosen = ExportConfig(
-            int8=True, samples=drawn / "train/good", num_samples=4, method="minmax", threads=1
+            int8=True,
+            samples=drawn / "train/good",
+            num_samples=4,
+            method="minmax",
+            threads=1,
+            seconds=0.1,
         )
         made = export(taught_bundle, tmp_path / "int8", chosen, say=lambda _: None)
         picture = images.read(datasets.mvtec(drawn, "test")[0].path)

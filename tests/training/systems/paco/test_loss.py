@@ -1,11 +1,8 @@
 from __future__ import annotations
 
 import itertools
-import math
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,7 +15,6 @@ from engineworks.training.profiler import Profiler
 from engineworks.training.systems.paco.config import LossConfig
 from engineworks.training.systems.paco.loss import (
     PartLoss,
-    cosine_costs,
     match,
     negative_pool,
     part_contrast,
@@ -26,184 +22,14 @@ from engineworks.training.systems.paco.loss import (
 )
 from engineworks.training.systems.paco.metric import (
     Euclid,
-    LowRank,
     Regulariser,
-    Whitening,
-    factors,
+)
+from tests.training.systems.paco.loss_reference import (
+    Reference,
+    draw,
 )
 
 pytestmark = pytest.mark.train
-
-# the published settings of the Cotton80 runs
-PUBLISHED = LossConfig(
-    metric="pair",
-    shrinkage=None,
-    ridge=1e-2,
-    normalise=False,
-    soc_normalise=False,
-    matching="cosine",
-    warmup_epochs=0,
-    saliency=0.1,
-)
-
-
-def draw(*shape: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-
-# --- the reference: the definitions, one vector at a time ----------------------------------------
-
-
-class Reference:
-    """The loss as its definition reads, in loops, with its own running covariances."""
-
-    def __init__(self, config: LossConfig) -> None:
-        self.config = config
-        self.running: dict[str, Tensor] = {}
-
-    def __call__(self, parts: Tensor, labels: list[int], epoch: int) -> dict[str, Tensor]:
-        config = self.config
-        num = len(labels)
-        if config.normalise:
-            parts = torch.stack([self.unit(z) for z in parts.flatten(0, 2)]).view(parts.shape)
-        covariances = [[self.covariance(parts[v, b]) for b in range(num)] for v in (0, 1)]
-        means = [(covariances[0][b] + covariances[1][b]) / 2 for b in range(num)]
-        metrics = [self.metric(b, means, labels) for b in range(num)]
-        result = self.pac(parts, labels, metrics, epoch)
-        result["soc"] = self.soc(covariances, labels)
-        for name in {"all", *(f"class {y}" for y in labels)}:
-            kept = [
-                m.detach()
-                for m, y in zip(means, labels, strict=True)
-                if name in ("all", f"class {y}")
-            ]
-            mean = sum(kept[1:], kept[0]) / len(kept)
-            old = self.running.get(name, mean)
-            self.running[name] = config.momentum * old + (1 - config.momentum) * mean
-        return result
-
-    @staticmethod
-    def unit(z: Tensor) -> Tensor:
-        return z / z.norm() if z.norm() > torch.finfo(z.dtype).eps else z * 0
-
-    @staticmethod
-    def covariance(parts: Tensor) -> Tensor:
-        mean = parts.mean(0)
-        outer = sum((torch.outer(z - mean, z - mean) for z in parts), torch.zeros(()))
-        return outer / max(1, len(parts) - 1)
-
-    def regular(self, covariance: Tensor, ridge: float) -> Tensor:
-        width, trace = len(covariance), covariance.trace()
-        floor = torch.finfo(covariance.dtype).eps * (1 + 8 * trace)
-        rho = self.config.shrinkage
-        wanted = torch.tensor(ridge, dtype=trace.dtype) if rho is None else rho * trace / width
-        kept = covariance if rho is None else (1 - rho) * covariance
-        return kept + torch.maximum(wanted, floor) * torch.eye(width, dtype=trace.dtype)
-
-    def metric(self, b: int, means: list[Tensor], labels: list[int]) -> Tensor:
-        """Inverse of the metric's covariance."""
-        config, width = self.config, len(means[0])
-        others = [m.detach() for i, m in enumerate(means) if i != b]
-        batch = sum(others, torch.zeros_like(means[0])) / max(1, len(others))
-        chosen = {
-            "pair": means[b],
-            "batch": batch,
-            "class": self.running.get(f"class {labels[b]}", batch),
-            "global": self.running.get("all", batch),
-            "euclid": torch.eye(width, dtype=batch.dtype),
-        }[config.metric]
-        if config.metric == "euclid":
-            return chosen
-        inverse: Tensor = torch.linalg.inv(self.regular(chosen, 2 * config.ridge))
-        return inverse / (inverse.trace() / width) if config.normalise else inverse
-
-    def pac(
-        self, parts: Tensor, labels: list[int], metrics: list[Tensor], epoch: int
-    ) -> dict[str, Tensor]:
-        config = self.config
-        _, num, k, _ = parts.shape
-        total, active, rows = parts.sum() * 0, 0, 0
-        for b in range(num):
-            in_metric = config.matching == "metric" and epoch >= config.matching_warmup_epochs
-            costs = [[self.distance(p, q, metrics[b]) if in_metric
-                      else 1 - self.unit(p) @ self.unit(q)
-                      for q in parts[1, b]] for p in parts[0, b]]  # fmt: skip
-            matching = min(
-                itertools.permutations(range(k)),
-                key=lambda order: sum(float(costs[i][j].detach()) for i, j in enumerate(order)),
-            )
-            pictures = list(range(num))
-            if config.pool_cap is not None:
-                following = [(b + step) % num for step in range(1, num)]
-                pictures = following[: config.pool_cap]
-            pool = [parts[v, i, j] for i in pictures for v in (0, 1) for j in range(k)
-                    if labels[i] != labels[b]]  # fmt: skip
-            if not pool:
-                continue
-            for i in range(k):
-                p = parts[0, b, i]
-                candidates = pool
-                if config.top_m is not None:
-                    candidates = sorted(
-                        pool, key=lambda n: -float((self.unit(p) @ self.unit(n)).detach())
-                    )
-                    candidates = candidates[: config.top_m]
-                positive = self.distance(p, parts[1, b, matching[i]], metrics[b])
-                distances = [self.distance(p, n, metrics[b]) for n in candidates]
-                if config.mining == "semi-hard":
-                    beyond = [d for d in distances if d**2 > positive**2 * (1 + 1e-5)]
-                    distances = beyond or distances
-                hinge = positive - min(distances) + config.margin
-                rows += 1
-                if hinge > 0:
-                    active += 1
-                    total = total + hinge
-        share = torch.tensor(active / max(1, rows), dtype=torch.float64)
-        return {"pac": total / max(1, rows), "active": share}
-
-    @staticmethod
-    def distance(u: Tensor, v: Tensor, inverse: Tensor) -> Tensor:
-        square = (u - v) @ inverse @ (u - v)
-        return square.sqrt() if square > 1e-300 else square * 0
-
-    def soc(self, covariances: list[list[Tensor]], labels: list[int]) -> Tensor:
-        config = self.config
-        gaps, drifts = [], []
-        for b, label in enumerate(labels):
-            first, second = (self.scaled(covariances[v][b]) for v in (0, 1))
-            gaps.append(self.apart(first, second))
-            if config.prototype and f"class {label}" in self.running:
-                prototype = self.scaled(self.running[f"class {label}"])
-                drifts.append(self.apart((first + second) / 2, prototype))
-        soc = torch.stack(gaps).mean()
-        return soc + config.prototype * torch.stack(drifts).mean() if drifts else soc
-
-    def scaled(self, covariance: Tensor) -> Tensor:
-        regular = self.regular(covariance, self.config.ridge)
-        return regular / regular.trace() if self.config.soc_normalise else regular
-
-    def apart(self, a: Tensor, b: Tensor) -> Tensor:
-        """Squared distance."""
-        if self.config.soc_distance == "fro":
-            return ((a - b) ** 2).sum()
-        if self.config.soc_distance == "stein":
-            stein = torch.logdet((a + b) / 2) - (torch.logdet(a) + torch.logdet(b)) / 2
-            return stein.clamp_min(0) ** 2
-        return ((self.log(a) - self.log(b)) ** 2).sum()
-
-    @staticmethod
-    def log(a: Tensor) -> Tensor:
-        """log A = integral of x / (1 + x) I - x (A + x I)^-1 over log x from -inf to inf.
-
-        The integrand is analytic and falls off exponentially on both sides, so the trapezoidal rule
-        is exact to float64; autograd sees inverses alone, no eigenvectors.
-        """
-        step = 0.5
-        x = torch.arange(-90, 60, step, dtype=a.dtype).exp()[:, None, None]
-        identity = torch.eye(len(a), dtype=a.dtype)
-        inverse: Tensor = torch.linalg.inv(a + x * identity)
-        return step * (x / (1 + x) * identity - x * inverse).sum(0)
 
 
 @st.composite
@@ -482,140 +308,6 @@ class TestWeightedCrossEntropy:
         weights = torch.tensor([0.0, 9.0, 1.0], dtype=torch.float64)
         got = weighted_cross_entropy(logits, labels, weights, share=0.0)
         torch.testing.assert_close(got, F.cross_entropy(logits, labels))
-
-
-# --- what the published code computes ------------------------------------------------------------
-
-
-def fixture(shared: Path, name: str) -> dict[str, Tensor]:
-    with np.load(shared / "fixtures" / f"paco_{name}.npz") as file:
-        return {key: torch.from_numpy(np.asarray(file[key])) for key in file.files}
-
-
-@pytest.mark.data
-class TestPublishedValues:
-    @pytest.mark.parametrize("kind", ["semi", "hard"])
-    def test_of_the_part_contrast_are_reproduced(
-        self, shared: Path, kind: Literal["semi", "hard"]
-    ) -> None:
-        given_ = fixture(shared, "pac_small")
-        leaves = {name: given_[name].clone().requires_grad_()
-                  for name in ("Z1", "Z2", "pool", "Sigma_plus")}  # fmt: skip
-        matching = given_["matching"][..., None].expand(leaves["Z2"].shape)
-        loss, _ = part_contrast(
-            leaves["Z1"],
-            leaves["Z2"].gather(1, matching),
-            leaves["pool"][None],
-            torch.ones(3, 20, dtype=torch.bool),
-            Whitening.of(leaves["Sigma_plus"]),
-            margin=float(given_["alpha"]),
-            mining="semi-hard" if kind == "semi" else "hardest",
-        )
-        torch.autograd.backward(loss)
-        # float32 on both sides, through a Cholesky factor
-        torch.testing.assert_close(loss.detach(), given_[f"loss_{kind}"], rtol=1e-4, atol=1e-6)
-        for leaf, name in (("Z1", "gZ1"), ("Z2", "gZ2"), ("pool", "gpool")):
-            torch.testing.assert_close(
-                leaves[leaf].grad, given_[f"{name}_{kind}"], rtol=1e-3, atol=1e-5
-            )
-        got, want = leaves["Sigma_plus"].grad, given_[f"gSigma_{kind}"]
-        assert got is not None
-        # how a gradient is shared between a symmetric matrix' triangles is a matter of taste
-        torch.testing.assert_close(got + got.mT, want + want.mT, rtol=1e-3, atol=1e-4)
-
-    @pytest.mark.parametrize("kind", ["semi", "hard"])
-    @pytest.mark.parametrize("top_m", [32, 8])
-    def test_of_the_two_stage_choice_are_reproduced(
-        self, shared: Path, kind: Literal["semi", "hard"], top_m: int
-    ) -> None:
-        given_ = fixture(shared, "pac_small")
-        matching = given_["matching"][..., None].expand(given_["Z2"].shape)
-        loss, _ = part_contrast(
-            given_["Z1"],
-            given_["Z2"].gather(1, matching),
-            given_["pool"][None],
-            torch.ones(3, 20, dtype=torch.bool),
-            Whitening.of(given_["Sigma_plus"] + 1e-4 * torch.eye(16)),
-            margin=float(given_["alpha"]),
-            mining="semi-hard" if kind == "semi" else "hardest",
-            top_m=top_m,
-        )
-        # float32 on both sides, through a Cholesky factor
-        torch.testing.assert_close(loss, given_[f"opt_loss_{kind}_M{top_m}"], rtol=1e-4, atol=1e-5)
-
-    def test_of_the_matching_are_reproduced(self, shared: Path) -> None:
-        given_ = fixture(shared, "matching_k4")
-        cosine = cosine_costs(given_["Z1"], given_["Z2"])
-        torch.testing.assert_close(cosine, given_["cost_cosine"], rtol=0, atol=1e-6)  # float32
-        assert torch.equal(match(cosine), given_["match_cosine"])
-        metric = Whitening.of(given_["Sigma_plus"])
-        costs = metric.pairwise(given_["Z1"], given_["Z2"]).sqrt()
-        # float32, through a Cholesky factor
-        torch.testing.assert_close(costs, given_["cost_mahalanobis"], rtol=1e-4, atol=1e-5)
-        assert torch.equal(match(costs), given_["match_mahalanobis"])
-
-    def test_of_a_pool_with_the_picture_itself_are_not(self, shared: Path) -> None:
-        given_ = fixture(shared, "negatives_pool_bug")
-        parts = torch.stack([given_["Z1"], given_["Z2"]])
-        pool, allowed = negative_pool(parts, torch.arange(4))
-        assert pool.shape[1] == int(given_["unique_rows"])
-        assert allowed.sum(1).tolist() == [int(given_["expected_rows_if_correct"])] * 4
-        for b in range(4):
-            own = parts[:, b].flatten(0, 1)
-            rows = pool[0, allowed[b]]
-            assert not (rows[:, None] == own).all(-1).any()
-            assert ((given_["pool"][:, None] == own).all(-1).any(1)).sum() == 24  # there they are
-
-    def test_of_a_metric_made_of_the_pair_silence_the_contrast(self, shared: Path) -> None:
-        given_ = fixture(shared, "pac_small")
-        parts = torch.stack([given_["Z1"], given_["Z2"]])
-        metric = LowRank.of(
-            factors(parts).transpose(0, 1).flatten(1, 2) / math.sqrt(2),
-            torch.full((3,), 2e-5),
-        )
-        matching = given_["matching"][..., None].expand(given_["Z2"].shape)
-        loss, active = part_contrast(
-            parts[0],
-            parts[1].gather(1, matching),
-            given_["pool"][None],
-            torch.ones(3, 20, dtype=torch.bool),
-            metric,
-            margin=float(given_["alpha"]),
-        )
-        assert loss == given_["loss_semi_with_Sigma_from_the_parts"] == 0
-        assert active == 0
-
-    def test_of_the_weighted_cross_entropy_come_from_the_batchs_mean_weight(
-        self, shared: Path
-    ) -> None:
-        given_ = fixture(shared, "weighted_ce")
-        weights = torch.stack(
-            [
-                torch.stack(
-                    [
-                        saliency[max(0, r - 2) : r + 3, max(0, c - 2) : c + 3].mean()
-                        for r, c in peaks.tolist()
-                    ]
-                ).mean()
-                for saliency, peaks in zip(given_["saliency"], given_["peaks"], strict=True)
-            ]
-        )
-        share = float(given_["gamma"])
-        logits, targets = given_["logits"], given_["targets"]
-        got = weighted_cross_entropy(logits, targets, weights.mean().expand(3), share=share)
-        torch.testing.assert_close(got, given_["loss"], rtol=1e-6, atol=0)  # float32
-        plain = weighted_cross_entropy(logits, targets, weights, share=0)
-        torch.testing.assert_close(plain, given_["plain_ce"], rtol=1e-6, atol=0)  # float32
-
-
-def test_the_published_settings_are_those_of_the_reference() -> None:
-    parts, labels = draw(2, 4, 4, 16, seed=7), [0, 1, 1, 2]
-    ours, reference = PartLoss(PUBLISHED, 3, 16).double(), Reference(PUBLISHED)
-    for epoch in range(2):
-        got, want = ours(parts, torch.tensor(labels), epoch), reference(parts, labels, epoch)
-        for name, value in got.items():  # float64
-            torch.testing.assert_close(value, want[name], rtol=1e-9, atol=1e-12)
-        assert got["active"] < 1  # what the pair's own metric does to the hinge
 
 
 def test_a_regulariser_keeps_the_trace_of_what_it_shrinks() -> None:
