@@ -20,7 +20,7 @@ from engineworks.calibration.table import GraphRanges, Range, Table, graph_sha25
 from engineworks.calibration.tap import Tap
 from engineworks.runtime.bundle import Bundle
 from engineworks.runtime.errors import CalibrationError
-from engineworks.runtime.systems import open_system
+from engineworks.runtime.systems import Follows, open_system
 from engineworks.runtime.usual import Usual, brightness, score_of
 
 BATCH_SIZE = 4
@@ -122,6 +122,8 @@ def measure(
                 (brightness(image), score_of(result))
                 for image, result in zip(images, system.infer(images), strict=True)
             ]
+            if isinstance(system, Follows):
+                system.rehearse(images)
             if progress is not None:
                 progress(start + len(batch), len(samples))
     measured = {name: taps[name].histograms for name in tensors}

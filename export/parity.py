@@ -19,7 +19,7 @@ from engineworks.export.passes import before_choice
 from engineworks.runtime.bundle import Bundle
 from engineworks.runtime.engines import Engine, open_engine
 from engineworks.runtime.errors import ParityError
-from engineworks.runtime.systems import open_engines, open_system, variant_of
+from engineworks.runtime.systems import exercise, open_engines, open_system, variant_of
 from engineworks.runtime.tensors import Array, TensorSpec
 from engineworks.runtime.tensors import Feeds as EngineFeeds
 
@@ -173,7 +173,7 @@ def record(bundle: Bundle, images: Sequence[Array], *, threads: int | None = Non
         open_system(bundle, backend="ort", precision="float", engines=recorders, threads=threads)
     ) as system:
         for image in images:
-            system.infer([image])
+            exercise(system, [image])
     return {name: recorder.feeds for name, recorder in recorders.items()}
 
 

@@ -277,15 +277,19 @@ class Found:
 
 
 class BoxRanking:
-    """Of ``map50`` and ``map50_95``: per class every box found, and where it is right; exact."""
+    """Of ``map50`` and ``map50_95``: per class every box found, and where it is right; exact.
+
+    Attributes:
+        classes: those that have a true box.
+    """
 
     def __init__(self, classes: Sequence[Found]) -> None:
-        self._classes = [found for found in classes if found.truth_I.any()]
+        self.classes = [found for found in classes if found.truth_I.any()]
 
     def resampled(self, counts_RI: Array) -> dict[str, Array]:
-        if not self._classes:
+        if not self.classes:
             return {}
-        precision_CTR = np.stack([_average_precision(found, counts_RI) for found in self._classes])
+        precision_CTR = np.stack([_average_precision(found, counts_RI) for found in self.classes])
         occurs = np.isfinite(precision_CTR)
         total_TR, num_TR = np.where(occurs, precision_CTR, 0).sum(axis=0), occurs.sum(axis=0)
         each_TR = _ratio(total_TR, num_TR)

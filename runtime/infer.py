@@ -34,7 +34,14 @@ from engineworks.runtime.results import Detections
 from engineworks.runtime.signals import unbroken
 from engineworks.runtime.sinks import Item, Sink
 from engineworks.runtime.sources import Source
-from engineworks.runtime.systems import Promptable, Result, ShowsReferences, System
+from engineworks.runtime.systems import (
+    Follows,
+    Promptable,
+    Result,
+    ShowsReferences,
+    Stream,
+    System,
+)
 from engineworks.runtime.tables import COCO_NAME, LINES_NAME, Coco, Tables
 from engineworks.runtime.tensors import Array
 from engineworks.runtime.tracking import Tracks
@@ -97,6 +104,7 @@ def infer(
     overlays: bool = False,
     coco: bool = False,
     track: bool = False,
+    follow: bool = False,
     frame_step: int = 1,
     progress: Progress | None = None,
     say: Say | None = None,
@@ -125,6 +133,8 @@ def infer(
         batch: pictures per call; of a live stream never more than wait, mostly one.
         coco: only for a system that gives ``Detections``, and not for a live stream.
         track: give detections in a video or stream the numbers of their tracks.
+        follow: let a system that can look for what it found around its last place, in a video or
+            stream, where it would search every frame whole.
         frame_step: only every n-th frame of a video or stream; of cameras they say it themselves.
         progress: called with (done, total); total is 0 where it is not known.
         say: called with a line per picture, its name and result; not for frames. Of several sources
@@ -147,7 +157,7 @@ def infer(
     cameras = [Camera("", source, frame_step)] if isinstance(source, Source) else list(source)
     summary = summary or Summary()
     channels = [
-        _Channel(system, camera, out / camera.name, jsonl, overlays, coco, track)
+        _Channel(system, camera, out / camera.name, jsonl, overlays, coco, track, follow)
         for camera in cameras
     ]
     folders = [channel.outputs for channel in channels]
@@ -169,9 +179,13 @@ def infer(
         stack.enter_context(feeds)
         try:
             for taken in feeds.batches():
-                pictures = [item.image for _, item in taken if item.image is not None]
+                asked = [
+                    (channels[place].run, item.image)
+                    for place, item in taken
+                    if item.image is not None
+                ]
                 begin = time.perf_counter()
-                answers = iter(_answers(system, pictures))
+                answers = iter(_answered(asked))
                 summary.infer_seconds += time.perf_counter() - begin
                 for place, item in taken:
                     answer = item.error if item.image is None else next(answers)
@@ -205,13 +219,19 @@ class _Channel:
         overlays: bool,
         coco: bool,
         track: bool,
+        follow: bool,
     ) -> None:
         self._system = system
         self._camera = camera
         self._out = out
         self._jsonl, self._overlays = jsonl, overlays
         self._names = _names_for_coco(system, camera.source) if coco else None
-        self._tracks = Tracks() if track and camera.source.kind != "images" else None
+        moving = camera.source.kind != "images"
+        self._tracks = Tracks() if track and moving else None
+        # what answers for its pictures
+        self.run: Stream = system
+        if follow and moving and isinstance(system, Follows):
+            self.run = system.follower() or system
         self._references = (
             system.draw_references() if overlays and isinstance(system, ShowsReferences) else None
         )
@@ -357,17 +377,26 @@ class _Counting:
                 self._say(f"{name}: {each.line()}" if name else each.line())
 
 
-def _answers(system: System, pictures: Sequence[Array]) -> Sequence[Result | str]:
+def _answered(asked: Sequence[tuple[Stream, Array]]) -> list[Result | str]:
+    """Of each picture what the one beside it answers: pictures of one are a batch of its own."""
+    found: dict[int, Result | str] = {}
+    for run in {id(run): run for run, _ in asked}.values():
+        places = [place for place, (other, _) in enumerate(asked) if other is run]
+        found |= zip(places, _answers(run, [asked[place][1] for place in places]), strict=True)
+    return [found[place] for place in range(len(asked))]
+
+
+def _answers(run: Stream, pictures: Sequence[Array]) -> Sequence[Result | str]:
     """A result for each picture, or why there is none.
 
     A picture that the system refuses must not take the others of its batch along.
     """
     try:
-        return system.infer(pictures) if pictures else ()
+        return run.infer(pictures) if pictures else ()
     except (InputError, NotFiniteError) as error:
         if len(pictures) == 1:
             return (error.message,)
-        return [_answers(system, [picture])[0] for picture in pictures]
+        return [_answers(run, [picture])[0] for picture in pictures]
 
 
 class _Closing(ExitStack):

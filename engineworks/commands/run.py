@@ -59,6 +59,9 @@ if TYPE_CHECKING:
 @click.option("--coco", is_flag=True, help="Write coco.json, boxes with scores.")
 @click.option("--no-track", is_flag=True, help="Do not number the objects of a video.")
 @click.option(
+    "--no-follow", is_flag=True, help="Search every frame of a video whole, nothing is followed."
+)
+@click.option(
     "--save-overlays", "overlays", is_flag=True, help="Write pictures (a video: annotated)."
 )
 @click.option("--report", type=PATH, help="Also write one HTML page, with pictures if saved.")
@@ -83,6 +86,7 @@ def infer(
     open_bundle: OpenBundle,
     prepare: Prepare,
     no_track: bool,
+    no_follow: bool,
     report: Path | None,
     post: str | None,
     mqtt: str | None,
@@ -121,6 +125,7 @@ def infer(
                     out,
                     sinks=[*outboxes, *kept],
                     track=isinstance(system, Promptable) and not no_track,
+                    follow=not no_follow,
                     progress=partial(show, "inference"),
                     say=tell,
                     summary=summary,

@@ -11,11 +11,11 @@ from engineworks.export.quantize import KeepFloat
 from engineworks.export.systems import TRANSFORMER, Contents, Recipe, Source
 from engineworks.runtime.preprocess import PreprocessSpec, apply
 from engineworks.runtime.references import alone, centred, load_references
-from engineworks.runtime.systems.refdet.detecting import Params
+from engineworks.runtime.systems.refdet.detecting import FollowParams, Params
 from engineworks.training.run import Run, open_run, read_json
 from engineworks.training.systems.refdet.config import TaskConfig
 from engineworks.training.systems.refdet.eager import trained_matcher, trained_net
-from engineworks.training.systems.refdet.match import DetectMatch, EncodeTemplate
+from engineworks.training.systems.refdet.match import AT_ONCE, DetectMatch, EncodeTemplate, follower
 from engineworks.training.systems.refdet.model import Detect, Encode, prototype_widths
 
 _REFERENCES = "references.npz"
@@ -89,6 +89,10 @@ def _matching(run: Run, config: TaskConfig) -> dict[str, Source]:
     frames = frames + 0.2 * noise
     with torch.no_grad():
         rows = encode(pictures, boxes)
+    detects = {"detect": (detect, frames)}
+    if (follow := config.match.follow) is not None:
+        smaller = torch.nn.functional.interpolate(frames, follow.size, mode="bilinear")
+        detects["follow"] = (follower(matcher, follow).eval(), smaller)
     return {
         "encode": Source(
             module=encode,
@@ -98,15 +102,18 @@ def _matching(run: Run, config: TaskConfig) -> dict[str, Source]:
             free={"images": {0: "batch"}, "boxes": {0: "batch"}},
             shapes={"prototypes": ("batch", matcher.width)},
         ),
-        "detect": Source(
-            module=detect,
-            inputs=("images", "prototypes"),
-            outputs=("boxes", "scores", "classes"),
-            examples=((frames[:2], rows), (frames[2:], rows[:1])),
-            free={"images": {0: "batch"}, "prototypes": {0: "objects"}},
-            before_choice=detect.before_choice,
-            keep_float=KeepFloat(patterns=(r"matcher\.score",)),
-        ),
+        **{
+            name: Source(
+                module=module,
+                inputs=("images", "prototypes"),
+                outputs=("boxes", "scores", "classes"),
+                examples=((shown[:2], rows), (shown[2:], rows[:1])),
+                free={"images": {0: "batch"}, "prototypes": {0: "objects"}},
+                before_choice=module.before_choice,
+                keep_float=KeepFloat(patterns=(r"(matcher\.)?(score|relation\..*)",)),
+            )
+            for name, (module, shown) in detects.items()
+        },
     }
 
 
@@ -124,6 +131,9 @@ def contents(run: Path) -> Contents:
         ),
         object_share=None if match is None else match.object_share,
         inference=opened.config.inference,
+        learned=tuple(read_json(run, "learned")) if (run / "learned.json").is_file() else (),
+        at_once=1 if match is None else AT_ONCE,
+        follow=_following(opened.config),
     )
     return Contents(
         preprocess=opened.config.preprocess,
@@ -131,6 +141,21 @@ def contents(run: Path) -> Contents:
         thresholds={},
         assets={"references": run / _REFERENCES},
         labels=tuple(read_json(run, "labels")),
+    )
+
+
+def _following(config: TaskConfig) -> FollowParams | None:
+    follow = None if config.match is None else config.match.follow
+    if follow is None:
+        return None
+    return FollowParams(
+        preprocess=config.preprocess.model_copy(update={"size": follow.size}),
+        share=follow.share,
+        every=follow.every,
+        most=follow.most,
+        nearness=follow.nearness,
+        steadiness=follow.steadiness,
+        agility=follow.agility,
     )
 
 

@@ -173,6 +173,25 @@ class ShowsReferences(Protocol):
         ...
 
 
+class Stream(Protocol):
+    """Goes through the frames of one video in order."""
+
+    def infer(self, images: Sequence[Array]) -> Sequence[Result]: ...
+
+
+@runtime_checkable
+class Follows(Protocol):
+    """A system that need not search every frame of a video whole."""
+
+    def follower(self) -> Stream | None:
+        """What answers for one video in its place; None: this bundle cannot."""
+        ...
+
+    def rehearse(self, images: Sequence[Array]) -> None:
+        """Run what only a video runs, on images; for calibration."""
+        ...
+
+
 @runtime_checkable
 class BringsReferences(Protocol):
     """Of a class ``System``: its bundles bring pictures of what they look for unasked."""
@@ -197,6 +216,13 @@ class Extendable(Protocol):
         threads: int | None = None,
         exist_ok: bool = False,
     ) -> int: ...
+
+
+def exercise(system: System, images: Sequence[Array]) -> None:
+    """Run images through every graph of a system; the answers are nobody's."""
+    system.infer(images)
+    if isinstance(system, Follows):
+        system.rehearse(images)
 
 
 def prompt(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,7 @@ from engineworks.runtime.results import Detection, Detections
 from engineworks.runtime.sources import PICTURES
 from engineworks.runtime.systems.opened import OpenedSystem, in_turn
 from engineworks.runtime.systems.refdet.detecting import Params, detect, evaluate
+from engineworks.runtime.systems.refdet.following import Follower
 from engineworks.runtime.tensors import Array
 
 NAME = "refdet"
@@ -66,17 +68,21 @@ def contract(bundle: Bundle) -> Contract:
     encoded = {"images": "R3hw"}
     if params.object_share is not None:
         encoded["boxes"] = "R4"
+    sizes = {"H": height, "W": width, "h": rows, "w": columns, "P": sum(params.widths), "4": 4}
+    answers = {"boxes": "BM4", "scores": "BM", "classes": "BM"}
+    integers = frozenset({"classes"})
+    graphs = {
+        "encode": Signature(encoded, {"prototypes": "RP"}),
+        "detect": Signature({"images": "B3HW", "prototypes": "NP"}, answers, integers),
+    }
+    if params.follow is not None:
+        sizes["Y"], sizes["X"] = params.follow.preprocess.size
+        answers = {"boxes": "BL4", "scores": "BL", "classes": "BL"}
+        graphs["follow"] = Signature({"images": "B3YX", "prototypes": "NP"}, answers, integers)
     return Contract(
         preprocess=PreprocessSpec,
-        graphs={
-            "encode": Signature(encoded, {"prototypes": "RP"}),
-            "detect": Signature(
-                {"images": "B3HW", "prototypes": "NP"},
-                {"boxes": "BM4", "scores": "BM", "classes": "BM"},
-                integers=frozenset({"classes"}),
-            ),
-        },
-        sizes={"H": height, "W": width, "h": rows, "w": columns, "P": sum(params.widths), "4": 4},
+        graphs=graphs,
+        sizes=sizes,
         assets=("references",),
     )
 
@@ -124,6 +130,9 @@ class System(OpenedSystem):
         self.object_share = params.object_share
         self.widths = params.widths
         self.config = params.inference
+        self.learned = frozenset(params.learned)
+        self.at_once = params.at_once
+        self.following = params.follow
         self.labels = manifest.labels
         # whatever its precision, a prototype is that of the float graph
         self.encoder = manifest.files[manifest.graphs["encode"].variants["float"]].sha256
@@ -330,15 +339,47 @@ class System(OpenedSystem):
                 self.spec,
                 self.config,
                 labels=self.labels,
+                learned=self.learned,
+                at_once=self.at_once,
                 progress=progress,
             )
 
-    def _run(self, images_BCHW: Array, prototypes_NP: Array) -> tuple[Array, Array, Array]:
-        answer = self.engines["detect"].run({"images": images_BCHW, "prototypes": prototypes_NP})
+    def follower(self) -> Follower | None:
+        """What goes through one video with the present prompt; None: this bundle cannot follow."""
+        if self.following is None:
+            return None
+        prompt = self._prompted()
+        unwanted = [i for i, name in enumerate(prompt.names) if name.startswith(NOT)]
+        return Follower(
+            lambda image: self.infer([image])[0],
+            partial(self._run, graph="follow"),
+            prompt.names,
+            prompt.rows_NP,
+            unwanted,
+            self.following,
+            self.config,
+        )
+
+    def rehearse(self, images: Sequence[Array]) -> None:
+        """Look for what is asked for around the middle of each image."""
+        if self.following is None:
+            return
+        spec, share = self.following.preprocess, self.following.share
+        rows_NP = self._prompted().rows_NP
+        for image in images:
+            height, width = image.shape[:2]
+            middle = (width / 4, height / 4, 3 * width / 4, 3 * height / 4)
+            view = centred(spec, share, View(image, middle))
+            self._run(apply(spec, [view.image]), rows_NP, graph="follow")
+
+    def _run(
+        self, images_BCHW: Array, prototypes_NP: Array, graph: str = "detect"
+    ) -> tuple[Array, Array, Array]:
+        answer = self.engines[graph].run({"images": images_BCHW, "prototypes": prototypes_NP})
         classes, num_names = answer["classes"], len(self.labels) + len(prototypes_NP)
         if classes.size and not 0 <= classes.min() <= classes.max() < num_names:
             raise EngineError(
-                f"the 'detect' graph found classes {classes.min()} to {classes.max()}, there are "
+                f"the '{graph}' graph found classes {classes.min()} to {classes.max()}, there are "
                 f"{num_names}",
                 fix="export the bundle again",
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from typing import Annotated
@@ -51,6 +51,28 @@ class InferenceConfig(_Part):
     max_evaluated: int | None = Field(default=None, ge=2, le=1 << 31)
 
 
+class FollowParams(_Part):
+    """How an object is looked for around its last place.
+
+    Attributes:
+        preprocess: of the pictures that ``follow`` takes.
+        share: of such a picture's shorter side, that the object's longer side takes.
+        every: each so many frames are searched whole, for objects that came in meanwhile.
+        most: more objects than this are not followed: every frame is searched whole.
+        nearness: of logits, that a candidate loses for a distance of its longer side.
+        steadiness: of logits, that it loses for sides that are twice as long, or half.
+        agility: share of a change of its size that is believed at once.
+    """
+
+    preprocess: PreprocessSpec
+    share: float = Field(gt=0, le=1)
+    every: int = Field(default=15, ge=1)
+    most: int = Field(default=1, ge=1)
+    nearness: float = Field(default=1.0, ge=0)
+    steadiness: float = Field(default=1.0, ge=0)
+    agility: float = Field(default=0.5, gt=0, le=1)
+
+
 class Params(_Part):
     """What the bundle of a ``refdet`` system says beyond graphs, labels and preprocessing.
 
@@ -60,12 +82,19 @@ class Params(_Part):
         object_share: ``encode`` takes references with what is around them, and the object's box:
             share of the picture's shorter side that the object's longer side takes. null: it takes
             the object alone.
+        learned: names of objects that training has shown.
+        at_once: objects that ``detect`` is asked for at once where each is judged by itself: more
+            than one where it gives candidates of each, whatever it finds of the others.
+        follow: how the graph ``follow`` is used; null: there is none.
     """
 
     reference_preprocess: PreprocessSpec
     widths: tuple[Annotated[int, Field(ge=1, le=1 << 20)], ...] = Field(min_length=1, max_length=64)
     object_share: float | None = Field(default=None, gt=0, le=1)
     inference: InferenceConfig = InferenceConfig()
+    learned: tuple[str, ...] = ()
+    at_once: int = Field(default=1, ge=1, le=1024)
+    follow: FollowParams | None = None
 
 
 # --- the mathematics -----------------------------------------------------------------------------
@@ -133,6 +162,23 @@ def detect(
     return _detect(run, apply(spec, images), sizes, prototypes_NP, spec, config, unwanted)
 
 
+def candidates(
+    run: Run, images_BCHW: Array, prototypes_NP: Array, graph: str = "detect"
+) -> tuple[Array, Array, Array]:
+    """What a graph answers, see ``Run``.
+
+    Raises:
+        NotFiniteError: its boxes or scores are not finite.
+    """
+    boxes_BM4, scores_BM, classes_BM = run(images_BCHW, prototypes_NP)
+    if not (np.isfinite(boxes_BM4).all() and np.isfinite(scores_BM).all()):
+        raise NotFiniteError(  # a NaN would pass for a low score
+            f"the '{graph}' graph gave values that are not finite",
+            fix="run with --precision float, or export again",
+        )
+    return boxes_BM4, scores_BM, classes_BM
+
+
 def _detect(
     run: Run,
     images_BCHW: Array,
@@ -143,15 +189,9 @@ def _detect(
     unwanted: Sequence[int] = (),
 ) -> list[tuple[Array, Array, Array]]:
     """The same for images that are network input already; ``sizes`` are theirs before that."""
-    boxes_BM4, scores_BM, classes_BM = run(images_BCHW, prototypes_NP)
-    if not (np.isfinite(boxes_BM4).all() and np.isfinite(scores_BM).all()):
-        raise NotFiniteError(  # a NaN would pass for a low score
-            "the 'detect' graph gave values that are not finite",
-            fix="run with --precision float, or export again",
-        )
     answers = []
-    candidates = zip(boxes_BM4, scores_BM, classes_BM, strict=True)
-    for (height, width), (found, scores, classes) in zip(sizes, candidates, strict=True):
+    found_B = zip(*candidates(run, images_BCHW, prototypes_NP), strict=True)
+    for (height, width), (found, scores, classes) in zip(sizes, found_B, strict=True):
         found, scores, classes = select(found, scores, classes, config, unwanted)
         found = boxes.to_image(found, spec, height, width)
         inside = boxes.areas(found) > 0
@@ -171,11 +211,13 @@ def evaluate(
     config: InferenceConfig,
     *,
     labels: Sequence[str] = (),
+    learned: Collection[str] = (),
+    at_once: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Metrics of a network; one ruler for validation and for the INT8 gate.
 
-    Frames are searched for one object at a time, and only its boxes count. Whether the references
+    Frames are searched for each object by itself, and only its boxes count. Whether the references
     matter at all shows when the object is looked for with another one's prototype, the next in
     alphabetical order. Base classes that a frame shows are judged as they are found beside all
     objects at once.
@@ -186,13 +228,16 @@ def evaluate(
         frames: with all boxes of these objects.
         read: decodes a frame.
         labels: base classes, which are no prototypes.
+        learned, at_once: see ``Params``.
         progress: called with (frames done, frames in all).
 
     Returns:
         map50, map50_95, peak_in_box and recall_fp1, see ``runtime.metrics.DetectionMetrics``;
         map50_swapped, the same as map50 with the other prototype, where there are at least two
-        objects; map50_base and map50_95_base, of the base classes, where a frame shows one; and,
-        where frames are of videos, st_iou, success_auc and precision_20px, see ``runtime.metrics``:
+        objects; map50_seen, map50_novel, both with map50_95 as well, and map50_novel_to_seen, their
+        ratio, where some of the objects were learned and some not; map50_base and map50_95_base, of
+        the base classes, where a frame shows one; and, where frames are of videos, st_iou,
+        success_auc and precision_20px, see ``runtime.metrics``:
         means over the objects of the videos, at ``config.conf``. Decisions: objects missed and
         boxes false, at ``config.conf``.
     """
@@ -202,6 +247,7 @@ def evaluate(
     needed = {other[name]: searched[other[name]] | searched[name] for name in names}
     generous = config.model_copy(update={"conf": min(config.conf, _EVALUATION_CONF)})
     own, swapped, base = DetectionMetrics(), DetectionMetrics(), DetectionMetrics()
+    parts = {"seen": DetectionMetrics(), "novel": DetectionMetrics()}
     shown = sorted({name for frame in frames for name in frame.objects}.intersection(labels))
     everything_NP = np.stack([prototypes[name] for name in names])
     tubes: dict[tuple[str, str], _Tube] = defaultdict(_Tube)
@@ -211,21 +257,27 @@ def evaluate(
         pictures = [read(frames[i].frame) for i in places]
         batch = apply(spec, pictures)
         answers: dict[tuple[str, int], tuple[Array, Array]] = {}
-        for name in names:
-            rows = [row for row, i in enumerate(places) if i in needed[name]]
+        for first in range(0, len(names), at_once):
+            asked = names[first : first + at_once]
+            rows = [row for row, i in enumerate(places) if any(i in needed[n] for n in asked)]
             if not rows:
                 continue
             sizes = [_size(pictures[row]) for row in rows]
-            found = _detect(run, batch[rows], sizes, prototypes[name][None], spec, generous)
+            prototypes_NP = np.stack([prototypes[name] for name in asked])
+            each = generous.model_copy(update={"max_objects": len(asked) * generous.max_objects})
+            found = _detect(run, batch[rows], sizes, prototypes_NP, spec, each)
             for row, (boxes_K4, scores_K, classes_K) in zip(rows, found, strict=True):
-                asked = classes_K == len(labels)
-                answers[name, places[row]] = boxes_K4[asked], scores_K[asked]
+                for kind, name in enumerate(asked, len(labels)):
+                    its = classes_K == kind
+                    answers[name, places[row]] = boxes_K4[its], scores_K[its]
         for i, name in product(places, names):
             if i not in searched[name]:
                 continue
             truth_M4 = _truth(frames[i], name)
             own.update(i, name, *answers[name, i], truth_M4)
             swapped.update(i, name, *answers[other[name], i], truth_M4)
+            part = parts["seen" if name in learned else "novel"]
+            part.update(i, name, *answers[name, i], truth_M4)
             if (video := frames[i].video) is not None:
                 tubes[video, name].add(i, *answers[name, i], truth_M4, config.conf)
         if shown and places:
@@ -241,6 +293,12 @@ def evaluate(
     metrics = dict(judged.metrics)
     if len(names) > 1 and metrics:
         metrics["map50_swapped"] = swapped.compute()["map50"]
+    divided = {name: part.compute() for name, part in parts.items()}
+    if all(divided.values()):
+        for part_name, found_there in divided.items():
+            metrics |= {f"{key}_{part_name}": value for key, value in found_there.items()}
+        if metrics["map50_seen"] > 0:
+            metrics["map50_novel_to_seen"] = metrics["map50_novel"] / metrics["map50_seen"]
     metrics |= {f"{key}_base": value for key, value in base.compute().items()}
     if seen := [tube for tube in tubes.values() if tube.truth]:
         for key, measure in _OF_TUBES.items():

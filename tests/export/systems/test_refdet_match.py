@@ -14,6 +14,7 @@ import onnx
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
 
 from engineworks.export import verdict
 from engineworks.export.config import ExportConfig
@@ -22,6 +23,7 @@ from engineworks.export.pipeline import export
 from engineworks.export.trace import trace
 from engineworks.runtime import images
 from engineworks.runtime.bundle import Bundle
+from engineworks.runtime.errors import ConfigError
 from engineworks.runtime.preprocess import apply
 from engineworks.runtime.references import View, centred
 from engineworks.runtime.systems import open_engines
@@ -46,6 +48,7 @@ SETTINGS = [
     "match.scales=[2, 1]",
     "match.smallest=12",
     "match.num_sizes=4",
+    "match.follow.size=[64, 64]",
     "num_candidates=20",
     "train.device=cpu",
 ]
@@ -106,7 +109,7 @@ class TestTheBundle:
                     "prototypes": rng.normal(size=(objects, width)).astype(np.float32),
                 }
                 answer = system.engines["detect"].run(feeds)
-                assert answer["boxes"].shape == (frames, 20, 4)
+                assert answer["boxes"].shape == (frames, 20 * objects, 4)
                 assert answer["classes"].max() < objects
 
     def test_judges_as_training_did(self, run: Run, bundle: Bundle, data: Path) -> None:
@@ -136,7 +139,7 @@ class TestTheBundle:
 
         made = export(bundle, tmp_path / "int8", config, say=lambda _line: None)
 
-        for name in ("encode", "detect"):
+        for name in ("encode", "detect", "follow"):
             model = onnx.load(made.path(made.manifest.graphs[name].variants["int8"]))
             check_legal(model)
             quantized = {
@@ -146,6 +149,74 @@ class TestTheBundle:
             assert not [tensor for tensor in quantized if "matmul" in tensor]
         with closing(opened(made, "int8")) as system:
             assert system.evaluate(data).metrics["map50"] > 0.5
+
+    def test_follows_what_it_has_found(self, bundle: Bundle) -> None:
+        rng = np.random.default_rng(3)
+        ground = rng.integers(90, 130, (80, 120, 3)).astype(np.uint8)
+        frames = []
+        for i in range(12):
+            frame = ground.copy()
+            frame[20 + i : 44 + i, 10 + 4 * i : 34 + 4 * i] = (20, 40, 230)
+            frames.append(frame)
+        with closing(opened(bundle)) as system:
+            view = View(frames[0], (10, 20, 34, 44))
+            made = system.encode({"it": [view]})
+            system.prompt(made)
+            system.configure(conf=0.05)
+            system.config = system.config.model_copy(update={"max_objects": 1})
+            follower = system.follower()
+            assert follower is not None
+            found = follower.infer(frames)
+
+        assert follower.num_followed >= 8
+        for i, each in enumerate(found):
+            x1, y1, x2, y2 = each.objects[0].box
+            assert (x1 + x2) / 2 == pytest.approx(22 + 4 * i, abs=8)  # a cell of its finest map
+            assert (y1 + y2) / 2 == pytest.approx(32 + i, abs=8)
+
+
+LEARNING = [*SETTINGS, "train.epochs=2", "train.batch_size=16", "match.relation.width=8"]
+
+
+@pytest.fixture(scope="module")
+def learned(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    config = load_config("refdet", Path("learn"), LEARNING)
+    return train(config, data, tmp_path_factory.mktemp("learned") / "run")
+
+
+class TestLearned:
+    """``--config learn``: the same net, and one that judges what it matches."""
+
+    def test_is_exported_with_the_names_of_what_it_learned(
+        self, learned: Run, data: Path, tmp_path: Path
+    ) -> None:
+        made = trace(learned.root, tmp_path / "bundle")  # compares the graphs with torch
+        assert made.params(Params).learned == ("blue", "red", "yellow")
+        check_legal(onnx.load(made.path(made.manifest.graphs["detect"].variants["float"])))
+        with closing(opened(made)) as system:
+            found = system.evaluate(data).metrics
+        want = learned.info.results["test"]
+        assert isinstance(want, dict)
+        assert found["map50"] == pytest.approx(want["map50"], abs=0.02)
+
+    def test_goes_on_from_another_run(self, learned: Run, data: Path, tmp_path: Path) -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        settings = [*LEARNING, f"warm_start={learned.root}", "train.optimizer.lr=1e-9"]
+        more = train(load_config("refdet", Path("learn"), settings), data, tmp_path / "run")
+        before, after = (load_file(run.weights()) for run in (learned, more))
+        learnt = [name for name in before if name.startswith("relation.")]
+        assert learnt
+        for name in learnt:
+            torch.testing.assert_close(after[name], before[name], rtol=0, atol=1e-6)
+
+    def test_does_not_go_on_from_what_has_learned_nothing(
+        self, run: Run, data: Path, tmp_path: Path
+    ) -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        config = load_config("refdet", Path("learn"), [*LEARNING, f"warm_start={run.root}"])
+        with pytest.raises(ConfigError, match="has not learned"):
+            train(config, data, tmp_path / "run")
 
 
 def test_the_command_line_finds_what_lies_in_a_box(

@@ -478,6 +478,7 @@ def judge(
     config: InferenceConfig | None = None,
     names: Sequence[str] = "abc",
     labels: Sequence[str] = (),
+    learned: Sequence[str] = (),
     seen: list[tuple[int, str]] | None = None,
 ) -> dict[str, float]:
     """Judge a network that gives, for a frame and a prompt, what ``found`` says.
@@ -507,6 +508,7 @@ def judge(
         SPEC,
         config or InferenceConfig(),
         labels=labels,
+        learned=learned,
     ).metrics
 
 
@@ -555,6 +557,58 @@ class TestJudging:
 
         # for `b` the wrong box always scores higher: precision 1/2 at all recalls
         assert metrics["map50"] == metrics["map50_swapped"] == pytest.approx((1 + 0.5) / 2)
+
+    def test_tells_objects_that_were_learned_from_those_that_were_not(self) -> None:
+        frames = [Labelled(i, boxed(BOX, AWAY), ("a", "b")) for i in range(4)]
+        found: Found = {
+            **{(i, "a"): [(BOX, 0.9)] for i in range(4)},
+            **{(i, "b"): [(BOX, 0.9), (AWAY, 0.8)] for i in range(4)},
+        }
+
+        metrics = judge(frames, found, names="ab", learned=("a", "c"))
+
+        assert metrics["map50_seen"] == 1
+        assert metrics["map50_novel"] == pytest.approx(0.5)
+        assert metrics["map50_novel_to_seen"] == pytest.approx(0.5)
+        assert "map50_novel" not in judge(frames, found, names="ab", learned=("a", "b"))
+        assert "map50_novel" not in judge(frames, found, names="ab")
+
+    def test_of_several_objects_at_once_is_that_of_each_by_itself(self) -> None:
+        frames = [Labelled(i, boxed(BOX, AWAY), ("a", "b")) for i in range(3)]
+        places = {"a": [(BOX, 0.9)], "b": [(BOX, 0.7), (AWAY, 0.6)]}
+        asked: list[int] = []
+
+        def run(images_BCHW: Array, prototypes_NP: Array) -> tuple[Array, Array, Array]:
+            asked.append(len(prototypes_NP))
+            rows = [
+                (box, score, n)
+                for n, row in enumerate(prototypes_NP)
+                for box, score in places["abc"[int(row[0])]]
+            ]
+            boxes, scores, classes = (np.array(each) for each in zip(*rows, strict=True))
+            num = len(images_BCHW)
+            return (
+                np.tile(boxes.astype(np.float32), (num, 1, 1)),
+                np.tile(scores.astype(np.float32), (num, 1)),
+                np.tile(classes, (num, 1)),
+            )
+
+        def judged(at_once: int) -> dict[str, float]:
+            return dict(
+                evaluate(
+                    run,
+                    {name: PROTOTYPES[name] for name in "ab"},
+                    frames,  # type: ignore[arg-type]
+                    lambda frame: np.full((40, 60, 3), frame, np.uint8),  # type: ignore[arg-type,return-value]
+                    SPEC,
+                    InferenceConfig(max_objects=2),
+                    at_once=at_once,
+                ).metrics
+            )
+
+        assert judged(2) == judged(1)
+        assert asked == [2, 1, 1]
+        assert judged(2)["map50"] == pytest.approx(0.75)
 
     def test_counts_what_is_found_where_the_object_is_not(self) -> None:
         frames = [Labelled(0, boxed(BOX), ("a",)), Labelled(1, boxed(), ())]

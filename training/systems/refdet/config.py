@@ -70,6 +70,80 @@ class DetectorConfig(Config):
         return self
 
 
+class FollowConfig(Config):
+    """How an object of a video is looked for around its last place, by the same net.
+
+    Attributes:
+        size: (height, width) of the picture that is searched, in pixels of the net's input.
+        share: of its shorter side, that the object's longer side took before.
+        num_sizes: of boxes, about that of the object.
+        step: each is so many times as large as the one before.
+        score, bias: as of ``MatchConfig``.
+        every, most, nearness, steadiness, agility: see
+            ``runtime.systems.refdet.detecting.FollowParams``.
+    """
+
+    size: tuple[int, int] = (192, 192)
+    share: float = Field(default=0.4, gt=0, le=1)
+    num_sizes: int = Field(default=5, ge=1, le=64)
+    step: float = Field(default=2**0.25, gt=1)
+    score: tuple[float, float, float, float, float] = (1.0, 0.0, 0.0, 0.0, 0.0)
+    bias: float = 0.0
+    every: int = Field(default=15, ge=1)
+    most: int = Field(default=1, ge=1)
+    nearness: float = Field(default=1.0, ge=0)
+    steadiness: float = Field(default=1.0, ge=0)
+    agility: float = Field(default=0.5, gt=0, le=1)
+
+    @field_validator("size")
+    @classmethod
+    def _whole_cells(cls, size: tuple[int, int]) -> tuple[int, int]:
+        if min(size) < STRIDE or any(side % STRIDE for side in size):
+            raise ValueError(f"sides must be multiples of {STRIDE}")
+        return size
+
+    @property
+    def sizes(self) -> tuple[float, ...]:
+        """Longer sides of boxes, ascending."""
+        middle = self.share * min(self.size)
+        first = (1 - self.num_sizes) / 2
+        return tuple(middle * self.step ** (first + i) for i in range(self.num_sizes))
+
+
+class RelationConfig(Config):
+    """What learns to judge the candidates of matching; see ``relation.py``.
+
+    Attributes:
+        parts: rows and columns of parts of an object; a divisor of ``MatchConfig.cells``.
+        window: rows and columns of places over a candidate.
+        margin: side of their window, in sides of the candidate's box.
+        width: of the two hidden layers.
+        dropout: share of the places that a step does not see.
+        frames: so many, evenly spread, are learned from; null: all.
+        candidates: of an object in a frame that are learned from, at most.
+        absent: objects that a frame is also searched for though they are not in it.
+        kept_back: share of the objects that are not learned: ``conf`` is fitted on them.
+        synthesis: frames with objects pasted into them, as a share of the frames.
+        right: overlap from which a candidate is the object; below ``wrong`` it is not.
+        wrong: see ``right``.
+        box: weight of the loss of boxes.
+    """
+
+    parts: int = Field(default=3, ge=1)
+    window: int = Field(default=10, ge=2, le=32)
+    margin: float = Field(default=2.0, gt=0)
+    width: int = Field(default=64, ge=1)
+    dropout: float = Field(default=0.1, ge=0, lt=1)
+    frames: int | None = Field(default=None, ge=1)
+    candidates: int = Field(default=24, ge=1)
+    absent: int = Field(default=2, ge=0)
+    kept_back: float = Field(default=0.1, ge=0, lt=1)
+    synthesis: float = Field(default=0.5, ge=0)
+    right: float = Field(default=0.4, gt=0, le=1)
+    wrong: float = Field(default=0.3, ge=0, le=1)
+    box: float = Field(default=1.0, ge=0)
+
+
 class MatchConfig(Config):
     """A detector that compares maps of one frozen net, ``encoder``, and learns next to nothing.
 
@@ -87,6 +161,8 @@ class MatchConfig(Config):
             the size.
         bias: of it.
         object_share: share of a reference picture that the object's longer side takes.
+        follow: how objects of a video are followed; null: every frame is searched whole.
+        relation: what is learned to judge candidates by; null: nothing is.
     """
 
     cells: int = Field(default=6, ge=1, le=16)
@@ -99,6 +175,14 @@ class MatchConfig(Config):
     score: tuple[float, float, float, float, float] = (1.0, 0.0, 0.0, 0.0, 0.5)
     bias: float = 0.0
     object_share: float = Field(default=0.625, gt=0, le=1)
+    follow: FollowConfig | None = None
+    relation: RelationConfig | None = None
+
+    @model_validator(mode="after")
+    def _whole_parts(self) -> Self:
+        if self.relation is not None and self.cells % self.relation.parts:
+            raise ValueError("match.cells must be a multiple of match.relation.parts")
+        return self
 
     @field_validator("scales")
     @classmethod
@@ -294,7 +378,8 @@ class TaskConfig(SystemConfig):
         match: compare maps of the encoder's net instead of training a detector; null: the detector.
         base: a second branch of the head learns to find the training objects by name, without
             references.
-        num_candidates: best anchors of a frame that leave the network.
+        warm_start: folder of another run, from whose ``match.relation`` this one goes on.
+        num_candidates: best anchors of a frame that leave the network; in matching, of each object.
         encoder, detector, episodes, augment, loss, stages, rates, inference: see there.
     """
 
@@ -308,6 +393,7 @@ class TaskConfig(SystemConfig):
     base: bool = False
     episodes: EpisodesConfig = EpisodesConfig()
     augment: AugmentConfig = AugmentConfig()
+    warm_start: str | None = None
     num_candidates: int = Field(default=300, ge=1)
     loss: LossConfig = LossConfig()
     stages: tuple[StageConfig, ...] = Field(min_length=1)
@@ -331,7 +417,9 @@ class TaskConfig(SystemConfig):
 
     @property
     def task_module(self) -> str:
-        return "task" if self.match is None else "match_task"
+        if self.match is None:
+            return "task"
+        return "match_task" if self.match.relation is None else "relation_task"
 
     @field_validator("stages")
     @classmethod

@@ -19,7 +19,7 @@ from engineworks.runtime.systems.refdet import detecting
 from engineworks.runtime.tensors import Array
 from engineworks.training import eager
 from engineworks.training.backbones import read_weights
-from engineworks.training.run import Run, open_run
+from engineworks.training.run import Run, open_run, read_json
 from engineworks.training.systems.refdet.config import TaskConfig
 from engineworks.training.systems.refdet.match import DetectMatch, Matcher
 from engineworks.training.systems.refdet.match_task import build_matcher
@@ -118,6 +118,8 @@ def trained_matcher(run: Run) -> Matcher:
     plain = run.config.model_copy(update={"encoder": run.config.encoder.plain()})
     matcher = build_matcher(plain, weights=False)
     matcher.load_state_dict(read_weights(run.weights()))
+    if (run.root / "confidence.json").is_file():
+        matcher.calibrate(**read_json(run.root, "confidence"))
     return matcher.eval()
 
 

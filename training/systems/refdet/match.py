@@ -18,6 +18,8 @@ before parts.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,30 +27,50 @@ from torch import Tensor, nn
 
 from engineworks.runtime.preprocess import PreprocessSpec
 from engineworks.training import backbones
-from engineworks.training.systems.refdet.config import EncoderConfig, MatchConfig
+from engineworks.training.systems.refdet.config import EncoderConfig, FollowConfig, MatchConfig
+from engineworks.training.systems.refdet.relation import Relation, averaged, moved, resampled
 
 _EPS = 1e-6
 _NOWHERE = -20.0  # logit of places that are no peak, or lie beside the frame
 _FLAT = 0.025  # curvature of a peak of logits that noise might make
 _EVEN = 1e-3  # of the grey around a frame, in deviations of its pixels
+AT_ONCE = 16  # objects that are judged together; each has candidates of its own
 FEATURES = ("above", "similarity", "mean", "deviation", "size")  # that a score is made of
-
-
-def resampled(places_K: Tensor, size: int) -> Tensor:
-    """(..., K, size): what linear interpolation takes of a row of cells at places in it.
-
-    Args:
-        places_K: (..., K) in cells; the first cell's centre is 0. Outside of the row is nothing.
-        size: cells of the row.
-    """
-    cells = torch.arange(size, dtype=places_K.dtype, device=places_K.device)
-    return (1 - (places_K[..., None] - cells).abs()).clamp(min=0)
 
 
 def quadratic_peak(below: Tensor, middle: Tensor, above: Tensor) -> Tensor:
     """Where a parabola through three values has its peak, in [-0.5, 0.5]; flat ones stay near 0."""
     curvature = (2 * middle - below - above).clamp(min=0)
     return (0.5 * (above - below) / (curvature + _FLAT)).clamp(-0.5, 0.5)
+
+
+def scored(factors: Sequence[float], bias: float) -> nn.Linear:
+    """What makes a logit of ``FEATURES``."""
+    score = nn.Linear(len(FEATURES), 1)
+    with torch.no_grad():
+        score.weight.copy_(torch.tensor([factors]))
+        score.bias.fill_(bias)
+    return score
+
+
+class Found(NamedTuple):
+    """What matching says of every place, for B frames, N objects and S sizes.
+
+    Attributes:
+        maps: (B, C, h, w).
+        seen: (B, h, w): 1 where a frame is, 0 beside it.
+        cosines: (B, N V t t, h, w), see ``Matcher.cosines``.
+        similar: (B, N, S, h, w), see ``Matcher.similarities``.
+        logits: (B, N, S, h, w).
+        features: (B, N, S, h, w, 5), ``FEATURES``.
+    """
+
+    maps: Tensor
+    seen: Tensor
+    cosines: Tensor
+    similar: Tensor
+    logits: Tensor
+    features: Tensor
 
 
 class Matcher(nn.Module):
@@ -96,10 +118,15 @@ class Matcher(nn.Module):
         ]
         self.register_buffer("grey_C", torch.tensor(grey), persistent=False)
         self.grey_C: Tensor
-        self.score = nn.Linear(len(FEATURES), 1)
-        with torch.no_grad():
-            self.score.weight.copy_(torch.tensor([config.score]))
-            self.score.bias.fill_(config.bias)
+        self.score = scored(config.score, config.bias)
+        self.relation = None if config.relation is None else Relation(config.relation, config.cells)
+
+    @torch.no_grad()
+    def calibrate(self, scale: float, shift: float) -> None:
+        """Make logits ``scale`` times as large and add ``shift``, in what judges last."""
+        last = self.score if self.relation is None else self.relation.out
+        last.weight[0] *= scale
+        last.bias[0] = scale * last.bias[0] + shift
 
     def maps(self, pictures_BCHW: Tensor) -> Tensor:
         """(B, C, h, w) on the finest grid: the part of each stage has length 1 at each place."""
@@ -130,49 +157,75 @@ class Matcher(nn.Module):
     def _template(self, maps_RCHW: Tensor, boxes_R4: Tensor) -> Tensor:
         """(R, t * t, C): cells of each box, row by row; each is the mean of four places in it."""
         cells = self.config.cells
-        shares = (torch.arange(2 * cells, dtype=maps_RCHW.dtype) + 0.5) / (2 * cells)
-        low_R2, side_R2 = boxes_R4[:, :2], boxes_R4[:, 2:] - boxes_R4[:, :2]
-        places_R2K = (low_R2[..., None] + side_R2[..., None] * shares) / self.stride - 0.5
+        low_R2, side_R2 = (
+            boxes_R4[:, :2] / self.stride,
+            (boxes_R4[:, 2:] - boxes_R4[:, :2]) / self.stride,
+        )
         height, width = maps_RCHW.shape[2:]
-        across_RKW = self._pairs(resampled(places_R2K[:, 0], width))
-        down_RKH = self._pairs(resampled(places_R2K[:, 1], height))
+        across_RKW = averaged(low_R2[:, 0], side_R2[:, 0], cells, width)
+        down_RKH = averaged(low_R2[:, 1], side_R2[:, 1], cells, height)
         rows = torch.matmul(maps_RCHW, across_RKW.transpose(1, 2)[:, None])  # (R, C, H, t)
         cells_RCTT = torch.matmul(down_RKH[:, None], rows)
         return cells_RCTT.flatten(2).transpose(1, 2)
 
-    @staticmethod
-    def _pairs(weights_RKS: Tensor) -> Tensor:
-        num, _, size = weights_RKS.shape
-        return weights_RKS.reshape(num, -1, 2, size).mean(2)
-
-    def forward(self, frames_BCHW: Tensor, prototypes_NP: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self,
+        frames_BCHW: Tensor,
+        prototypes_NP: Tensor,
+        sizes: Sequence[float] | None = None,
+        score: nn.Linear | None = None,
+    ) -> Found:
         """What is found everywhere.
 
-        Returns:
-            logits (B, N, S, h, w), and (B, N, S, h, w, 5) what they were made of: the similarity in
-            deviations from the frame's mean, itself, that mean, the deviation, and the logarithm of
-            the size.
+        Args:
+            sizes: of the longer side of boxes, ascending; None: ``self.sizes``.
+            score: what makes a score of similarities; None: ``self.score``.
         """
-        similar = self.similarities(self.maps(frames_BCHW), prototypes_NP)
-        return self.judged(similar, self.seen(frames_BCHW))
+        maps = self.maps(frames_BCHW)
+        return self.found(maps, self.seen(frames_BCHW), prototypes_NP, sizes, score)
 
-    def similarities(self, maps_BCHW: Tensor, prototypes_NP: Tensor) -> Tensor:
-        """(B, N, S, h, w): mean similarity of the cells of a box of each size at each place."""
-        cells, scales = self.config.cells, len(self.config.scales)
-        height, width = maps_BCHW.shape[2:]
+    def found(
+        self,
+        maps_BCHW: Tensor,
+        seen_BHW: Tensor,
+        prototypes_NP: Tensor,
+        sizes: Sequence[float] | None = None,
+        score: nn.Linear | None = None,
+    ) -> Found:
+        """As ``forward``, of maps that are known, and where they show a frame."""
+        cosines = self.cosines(maps_BCHW, prototypes_NP)
+        similar = self.similarities(cosines, prototypes_NP, sizes or self.sizes)
+        logits, features = self.judged(similar, seen_BHW, sizes or self.sizes, score)
+        return Found(maps_BCHW, seen_BHW, cosines, similar, logits, features)
+
+    def cosines(self, maps_BCHW: Tensor, prototypes_NP: Tensor) -> Tensor:
+        """(B, N V t t, h, w): how much each place looks like each cell of each template."""
         templates = prototypes_NP[:, :-1].reshape(-1, self.channels)  # (N V t t, C)
+        batch, _, height, width = maps_BCHW.shape
         cosines = torch.matmul(templates, maps_BCHW.flatten(2))
+        return cosines.reshape(batch, -1, height, width)
+
+    def similarities(
+        self, cosines: Tensor, prototypes_NP: Tensor, sizes: Sequence[float] | None = None
+    ) -> Tensor:
+        """(B, N, S, h, w): mean similarity of the cells of a box of each size at each place.
+
+        Args:
+            cosines: see there.
+        """
+        cells, scales = self.config.cells, len(self.config.scales)
+        batch, _, height, width = cosines.shape
         # rows of the template beside rows of the map, and columns beside columns: both at once
         # are then the long side of a product
         grid = (-1, scales, cells, cells, height, width)
-        cosines = cosines.reshape(maps_BCHW.shape[0], *grid).permute(0, 1, 2, 3, 5, 4, 6)
-        cosines = cosines.reshape(maps_BCHW.shape[0], -1, scales, cells * height, cells * width)
+        cosines = cosines.reshape(batch, *grid).permute(0, 1, 2, 3, 5, 4, 6)
+        cosines = cosines.reshape(batch, -1, scales, cells * height, cells * width)
         ratio_N = prototypes_NP[:, -1].clamp(-3, 3)
         found = []
-        for v, sizes in enumerate(self._sizes_of_scales()):
-            if not sizes:
+        for v, its_sizes in enumerate(self._sizes_of_scales(sizes or self.sizes)):
+            if not its_sizes:
                 continue
-            sides_S = prototypes_NP.new_tensor(sizes) / self.stride / cells
+            sides_S = prototypes_NP.new_tensor(its_sizes) / self.stride / cells
             across_NS = sides_S * ratio_N.clamp(max=0).exp()[:, None]
             down_NS = sides_S * (-ratio_N).clamp(max=0).exp()[:, None]
             columns = self._spread(across_NS, width)  # (N, S, w', t w)
@@ -193,32 +246,44 @@ class Matcher(nn.Module):
         places = centres_K[:, None] + cell_NS[..., None, None] * offsets_T
         return resampled(places, size).flatten(3)
 
-    def _sizes_of_scales(self) -> list[list[float]]:
+    def _sizes_of_scales(self, sizes: Sequence[float]) -> list[list[float]]:
         """The sizes that templates of each scale are compared at; joined, they ascend."""
+        scales = self.scale_of_size(sizes)
+        return [
+            [size for size, scale in zip(sizes, scales, strict=True) if scale == v]
+            for v in range(len(self.config.scales))
+        ]
+
+    def scale_of_size(self, sizes: Sequence[float]) -> list[int]:
+        """Place of the scale whose templates show objects nearest to each size."""
         shown = [self.object_size / scale for scale in self.config.scales]
-        found: list[list[float]] = [[] for _ in shown]
-        for size in self.sizes:
-            nearest = min(range(len(shown)), key=lambda v: abs(math.log(shown[v] / size)))
-            found[nearest].append(size)
-        return found
+        return [
+            min(range(len(shown)), key=lambda v: abs(math.log(shown[v] / size))) for size in sizes
+        ]
 
     def seen(self, frames_BCHW: Tensor) -> Tensor:
         """(B, h, w): 1 where a frame is, 0 in the even grey around it."""
         apart = (frames_BCHW - self.grey_C[:, None, None]).abs().amax(1, keepdim=True)
         return (F.max_pool2d(apart, self.stride)[:, 0] > _EVEN).to(frames_BCHW.dtype)
 
-    def judged(self, similar: Tensor, seen_BHW: Tensor) -> tuple[Tensor, Tensor]:
-        """See ``forward``."""
+    def judged(
+        self,
+        similar: Tensor,
+        seen_BHW: Tensor,
+        sizes: Sequence[float] | None = None,
+        score: nn.Linear | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Logits and features, see ``Found``."""
         weight = seen_BHW[:, None, None]
         count = weight.sum((3, 4), keepdim=True).clamp(min=1)
         mean = (similar * weight).sum((3, 4), keepdim=True) / count
         spread = (((similar - mean).square() * weight).sum((3, 4), keepdim=True) / count).sqrt()
         above = (similar - mean) / (spread + self.config.softening)
-        sizes = similar.new_tensor(self.sizes)
-        size = (sizes / self.config.unit).log()[:, None, None]
+        sides = similar.new_tensor(sizes or self.sizes)
+        size = (sides / self.config.unit).log()[:, None, None]
         same = torch.zeros_like(similar)
         features = torch.stack([above, similar, mean + same, spread + same, size + same], -1)
-        return self.score(features)[..., 0], features
+        return (score or self.score)(features)[..., 0], features
 
 
 class EncodeTemplate(nn.Module):
@@ -233,56 +298,134 @@ class EncodeTemplate(nn.Module):
 
 
 class DetectMatch(nn.Module):
-    """The graph ``detect``: frames (B, 3, H, W), prototypes (N, P) -> the best M candidates.
+    """The graph ``detect``: frames (B, 3, H, W), prototypes (N, P) -> the best candidates of each.
 
     A candidate is a peak among the places around it, for an object and a size; where between the
     places and sizes it lies is read off a parabola.
+
+    Args:
+        sizes: of the longer side of boxes, each as many times as large as the one before; None:
+            those of the matcher.
+        score: see ``Matcher.forward``.
     """
 
-    def __init__(self, matcher: Matcher, num_candidates: int) -> None:
+    def __init__(
+        self,
+        matcher: Matcher,
+        num_candidates: int,
+        *,
+        sizes: Sequence[float] | None = None,
+        score: nn.Linear | None = None,
+    ) -> None:
         super().__init__()
         self.matcher = matcher
         self.num_candidates = num_candidates
+        self.sizes = tuple(sizes or matcher.sizes)
+        self.score = score or matcher.score
+        self.relation = matcher.relation if score is None else None
 
     def forward(self, frames_BCHW: Tensor, prototypes_NP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Boxes (B, M, 4) xyxy in pixels, scores (B, M) in [0, 1], classes (B, M) int64."""
-        logits, seen = self._found(frames_BCHW, prototypes_NP)
-        boxes_B4A = self._boxes(logits, prototypes_NP)
+        """Boxes (B, N M, 4) xyxy in pixels, scores (B, N M) in [0, 1], classes (B, N M) int64."""
+        found = self.matcher(frames_BCHW, prototypes_NP, self.sizes, self.score)
+        places_BM, is_peak_BM = self.peaks(found)
+        boxes_B4A = self.boxes(found.logits, prototypes_NP)
+        boxes_BM4 = boxes_B4A.gather(2, places_BM[:, None].expand(-1, 4, -1)).transpose(1, 2)
+        logits_BM = found.logits.flatten(1).gather(1, places_BM)
+        objects = torch.arange(found.logits.shape[1], device=places_BM.device)[:, None, None, None]
+        classes_BA = (objects + torch.zeros_like(found.logits, dtype=torch.int64)).flatten(1)
+        classes_BM = classes_BA.gather(1, places_BM)  # as boxes: exports know a choice by it
+        if self.relation is not None:
+            windows, facts = self.candidates(found, places_BM, boxes_BM4, prototypes_NP)
+            logits_R, moves_R4 = self.relation(windows, facts)
+            logits_BM = logits_R.reshape(places_BM.shape)
+            found_R4 = moved(boxes_BM4.reshape(-1, 4), moves_R4)
+            # of what is no peak two libraries take different ones
+            boxes_BM4 = found_R4.reshape(boxes_BM4.shape) * is_peak_BM[..., None]
+        scores_BM = 1 / (1 + (-logits_BM).exp())
+        return boxes_BM4, scores_BM * is_peak_BM, classes_BM
+
+    def before_choice(self, frames_BCHW: Tensor, prototypes_NP: Tensor) -> tuple[Tensor, Tensor]:
+        """What candidates are chosen from: boxes (B, 4, A) and logits (B, A). Those that are judged
+        once more stay as they are: boxes (B, N M, 4) and scores (B, N M).
+        """
+        if self.relation is not None:
+            return self.forward(frames_BCHW, prototypes_NP)[:2]
+        found = self.matcher(frames_BCHW, prototypes_NP, self.sizes, self.score)
+        return self.boxes(found.logits, prototypes_NP), found.logits.flatten(1)
+
+    def peaks(self, found: Found, num: int | None = None) -> tuple[Tensor, Tensor]:
+        """The best places (B, N M) of each object, among all of ``found.logits``, and 1 where there
+        is a peak.
+        """
+        logits = found.logits
         flat = logits.flatten(0, 2)[:, None]  # one channel: pooling takes four axes
         is_peak = (flat >= F.max_pool2d(flat, 3, 1, 1)).reshape(logits.shape)
         nowhere = torch.full_like(logits, _NOWHERE)
-        peaks_BA = torch.where(is_peak & (seen > 0), logits, nowhere).flatten(1)
-        best = peaks_BA.topk(min(self.num_candidates, peaks_BA.shape[1]), dim=1)
-        places_BM = best.indices
-        found_B4M = boxes_B4A.gather(2, places_BM[:, None].expand(-1, 4, -1))
-        scores_BM = 1 / (1 + (-logits.flatten(1).gather(1, places_BM)).exp())
-        scores_BM = scores_BM * (best.values > _NOWHERE / 2)  # what is no peak fills up
-        objects = torch.arange(logits.shape[1], device=logits.device)[:, None, None, None]
-        classes_BA = (objects + torch.zeros_like(logits, dtype=torch.int64)).flatten(1)
-        return found_B4M.transpose(1, 2), scores_BM, classes_BA.gather(1, places_BM)
+        seen = found.seen[:, None, None] > 0
+        peaks_BNA = torch.where(is_peak & seen, logits, nowhere).flatten(2)
+        num_places = peaks_BNA.shape[2]
+        best = peaks_BNA.topk(min(num or self.num_candidates, num_places), dim=2)
+        first_N = num_places * torch.arange(logits.shape[1], device=logits.device)
+        places_BM = (best.indices + first_N[:, None]).flatten(1)
+        return places_BM, (best.values > _NOWHERE / 2).to(logits.dtype).flatten(1)
 
-    def before_choice(self, frames_BCHW: Tensor, prototypes_NP: Tensor) -> tuple[Tensor, Tensor]:
-        """What candidates are chosen from: boxes (B, 4, A) and logits (B, A)."""
-        logits, _ = self._found(frames_BCHW, prototypes_NP)
-        return self._boxes(logits, prototypes_NP), logits.flatten(1)
+    def candidates(
+        self, found: Found, places_BM: Tensor, boxes_BM4: Tensor, prototypes_NP: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What ``relation`` judges: windows (B M, K, c, c) and facts (B M, 8).
 
-    def _found(self, frames_BCHW: Tensor, prototypes_NP: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (B, N, S, h, w), and (B, 1, 1, h, w): 1 where a frame is."""
-        logits, _ = self.matcher(frames_BCHW, prototypes_NP)
-        return logits, self.matcher.seen(frames_BCHW)[:, None, None]
+        Args:
+            places_BM, boxes_BM4: candidates, as places among all of ``found.logits``.
+        """
+        assert self.relation is not None
+        matcher, logits = self.matcher, found.logits
+        batch, objects, sizes, height, width = logits.shape
+        scales, area = len(matcher.config.scales), height * width
+        cosines = found.cosines.reshape(-1, matcher.config.cells**2, height, width)
+        parts = self.relation.parts(cosines, found.maps, found.seen)
+        whose = torch.arange(batch, device=logits.device)[:, None] * objects
+        whose_BM = whose + places_BM // (sizes * area)  # among the objects of all frames
+        size_BM = places_BM // area % sizes
+        scale_S = torch.tensor(matcher.scale_of_size(self.sizes), device=logits.device)
+        row_R = (whose_BM * scales + scale_S[size_BM]).flatten()
+        plane_R = (whose_BM * sizes + size_BM).flatten()
+        alike = found.similar.reshape(-1, 1, height, width)
+        planes = torch.cat([parts[row_R], alike[plane_R]], 1)
+        windows = self.relation.sample(planes, boxes_BM4.reshape(-1, 4), matcher.stride)
+        logits_BM = logits.flatten(1).gather(1, places_BM)
+        best_R = logits.flatten(2).amax(2).flatten()[whose_BM.flatten()]
+        facts_R5 = found.features.reshape(-1, len(FEATURES))[
+            (
+                places_BM + torch.arange(batch, device=logits.device)[:, None] * logits[0].numel()
+            ).flatten()
+        ]
+        ratio_R = prototypes_NP[:, -1].repeat(batch)[whose_BM.flatten()]
+        logit_R = logits_BM.flatten()
+        facts = [facts_R5, logit_R[:, None], (logit_R - best_R)[:, None], ratio_R[:, None]]
+        return windows, torch.cat(facts, 1)
 
-    def _boxes(self, logits: Tensor, prototypes_NP: Tensor) -> Tensor:
+    def boxes(self, logits: Tensor, prototypes_NP: Tensor) -> Tensor:
         """(B, 4, A): xyxy of the box of each object, size and place."""
         matcher = self.matcher
         size, down, across = (_move(logits, axis) for axis in (2, 3, 4))
         y = torch.arange(logits.shape[3], dtype=logits.dtype)[:, None]
         x = torch.arange(logits.shape[4], dtype=logits.dtype)
         x, y = (matcher.stride * (each + 0.5) for each in (x + across, y + down))
-        sizes = logits.new_tensor(matcher.sizes).log()[:, None, None]
-        half = 0.5 * (sizes + size * math.log(matcher.config.step)).exp()
+        sizes = logits.new_tensor(self.sizes).log()[:, None, None]
+        step = math.log(self.sizes[-1] / self.sizes[0]) / max(1, len(self.sizes) - 1)
+        half = 0.5 * (sizes + size * step).exp()
         ratio = prototypes_NP[:, -1].clamp(-3, 3)[:, None, None, None]
         wide, high = half * ratio.clamp(max=0).exp(), half * (-ratio).clamp(max=0).exp()
         return torch.stack([x - wide, y - high, x + wide, y + high], 1).flatten(2)
+
+
+_FOLLOWED = 16  # candidates around the last place of an object
+
+
+def follower(matcher: Matcher, config: FollowConfig) -> DetectMatch:
+    """The graph ``follow``: as ``detect``, of smaller pictures and few sizes."""
+    score = scored(config.score, config.bias)
+    return DetectMatch(matcher, _FOLLOWED, sizes=config.sizes, score=score)
 
 
 def _move(logits_BNSHW: Tensor, axis: int) -> Tensor:

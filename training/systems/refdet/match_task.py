@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,16 +16,19 @@ from torch.utils.data import DataLoader
 
 from engineworks.runtime import files, references
 from engineworks.runtime.evaluation import Evaluation
-from engineworks.runtime.objects import ObjectData, read_objects
+from engineworks.runtime.evidence import BoxRanking
+from engineworks.runtime.objects import ObjectData, object_splits, read_objects
 from engineworks.runtime.preprocess import apply
 from engineworks.runtime.tensors import Array
 from engineworks.training.data import loader
 from engineworks.training.run import Run, judged
-from engineworks.training.systems.refdet import task
+from engineworks.training.systems.refdet import confidence, task
 from engineworks.training.systems.refdet.config import TaskConfig
 from engineworks.training.systems.refdet.data import Episodes
-from engineworks.training.systems.refdet.match import DetectMatch, Matcher
+from engineworks.training.systems.refdet.match import AT_ONCE, DetectMatch, Matcher
 from engineworks.training.task import Position, Progress
+
+_CALIBRATED, _CALIBRATION_FRAMES = 16, 100  # objects and frames that scores are fitted on, at most
 
 
 def build_matcher(config: TaskConfig, *, weights: bool = True) -> Matcher:
@@ -49,8 +54,12 @@ def build_matcher(config: TaskConfig, *, weights: bool = True) -> Matcher:
 class Task(task.Task):
     """See ``training.task.Task``; data, judging and what a run holds are those of the detector."""
 
+    written = (*task.Task.written, "confidence.json")
+    at_once = AT_ONCE
+
     def read_training(self, data: Path) -> ObjectData:
         """Nothing is learned, so any split will do: a folder may well have none for training."""
+        self._data = data
         return read_objects(data, self.judged_by or "train")
 
     def set_up(self, weights: bool) -> None:
@@ -76,28 +85,74 @@ class Task(task.Task):
     def groups(self) -> list[tuple[list[nn.Parameter], float]]:
         return []
 
+    def learned(self) -> list[str]:
+        return []
+
+    def unlearned(self) -> ObjectData | None:
+        """Frames and objects that nothing was learned of and that do not judge: ``conf`` is fitted
+        on them. None: there are none.
+        """
+        if self.judged_by is None or "train" not in object_splits(self._data):
+            return None
+        return read_objects(self._data, "train", hold_out=self.config.hold_out)
+
     def finish(self, run: Run, model: nn.Module, progress: Progress) -> dict[str, JsonValue]:
         """Write what the bundle looks for unless told otherwise, and judge."""
         files.write(run.root / "labels.json", "[]\n")
+        files.write(run.root / "learned.json", json.dumps(self.learned(), indent=2) + "\n")
         self._save_references(run)
+        matcher = self._calibrated(run, progress)
         results: dict[str, JsonValue] = {
             "parameters": {
                 "net": sum(p.numel() for p in self.matcher.net.parameters()),
                 "score": sum(p.numel() for p in self.matcher.score.parameters()),
+                "relation": sum(p.numel() for p in self._relation()),
             }
         }
         if self.judged is not None:
-            results |= judged(str(self.judged_by), self._judged(self.judged, progress))
+            results |= judged(str(self.judged_by), self._judged(matcher, self.judged, progress))
         return results
 
-    def _judged(self, data: ObjectData, progress: Progress) -> Evaluation:
-        detect = DetectMatch(self.matcher, self.config.num_candidates).eval()
-        prototypes = {name: self._template(data, name) for name in data.references}
-        return self._measured(detect, prototypes, data, progress)
+    def _relation(self) -> list[nn.Parameter]:
+        relation = self.matcher.relation
+        return [] if relation is None else list(relation.parameters())
 
-    @torch.no_grad()
+    def _calibrated(self, run: Run, progress: Progress) -> Matcher:
+        """What judges, with scores that are shares of right boxes where data tell them."""
+        path = run.root / "confidence.json"
+        path.unlink(missing_ok=True)
+        matcher = copy.deepcopy(self.matcher)
+        if (data := self.unlearned()) is None:
+            return matcher
+        names = sorted(data.references)[:_CALIBRATED]
+        shown = [each for each in data.frames if set(each.objects).intersection(names)]
+        chosen = shown[:: -(-len(shown) // _CALIBRATION_FRAMES) or 1]
+        some = ObjectData(tuple(chosen), {name: data.references[name] for name in names})
+        (ranking,) = self._judged(matcher, some, progress, whole=True).evidence
+        assert isinstance(ranking, BoxRanking)
+        scores_D = np.concatenate([found.scores_D for found in ranking.classes])
+        right_D = np.concatenate([found.right_TD[0] for found in ranking.classes])
+        if (found := confidence.fitted(scores_D, right_D)) is not None:
+            factors = {"scale": found[0], "shift": found[1]}
+            matcher.calibrate(**factors)
+            files.write(path, json.dumps(factors) + "\n")
+        return matcher
+
+    def _judged(
+        self, matcher: Matcher, data: ObjectData, progress: Progress, *, whole: bool = False
+    ) -> Evaluation:
+        """As ``runtime.systems.refdet`` judges a bundle; ``whole``: by all frames in any case."""
+        detect = DetectMatch(matcher, self.config.num_candidates).eval()
+        prototypes = {name: self._template(data, name) for name in data.references}
+        return self._measured(detect, prototypes, data, progress, whole=whole)
+
     def _template(self, data: ObjectData, name: str) -> Array:
         """(P,) float32 of an object, from all of its references."""
+        return references.mean_template(self.rows(data, name))
+
+    @torch.no_grad()
+    def rows(self, data: ObjectData, name: str) -> Array:
+        """(R, P) float32: each reference of an object."""
         assert self.config.match is not None
         spec, share = self.config.reference_preprocess, self.config.match.object_share
         device = next(self.matcher.parameters()).device
@@ -107,4 +162,4 @@ class Task(task.Task):
             picture = torch.from_numpy(apply(spec, [view.image])).to(device)
             box = torch.from_numpy(np.array([view.box], np.float32)).to(device)
             rows.append(self.matcher.encode(picture, box).cpu().numpy())
-        return references.mean_template(np.concatenate(rows))
+        return np.concatenate(rows)

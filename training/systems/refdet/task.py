@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from pydantic import JsonValue
@@ -100,8 +100,9 @@ class Task:
     that chooses is no test.
     """
 
-    written = ("labels.json", "references.npz")
+    written: ClassVar[tuple[str, ...]] = ("labels.json", "learned.json", "references.npz")
     working = ()
+    at_once = 1  # see ``runtime.systems.refdet.detecting.Params``
 
     def __init__(self, config: TaskConfig, data: Path, root: Path, *, weights: bool = True) -> None:
         self.config = config
@@ -173,6 +174,7 @@ class Task:
         """Write the base classes' names, and what the bundle looks for unless told otherwise."""
         assert isinstance(model, Training)
         files.write(run.root / "labels.json", json.dumps(self.labels, indent=2) + "\n")
+        files.write(run.root / "learned.json", json.dumps(self.learned(), indent=2) + "\n")
         self._save_references(run)
         results: dict[str, JsonValue] = {
             "parameters": {name: num for name, num, _ in model.net.parameter_table()},
@@ -186,6 +188,10 @@ class Task:
             found = self._judge(model.net, self.judged, progress)
             results |= judged(str(self.judged_by), found)
         return results
+
+    def learned(self) -> list[str]:
+        """Names of the objects that training shows."""
+        return sorted(self.training.references)
 
     def _save_references(self, run: Run) -> None:
         """Those of a few objects, which the bundle looks for unless told otherwise."""
@@ -262,6 +268,8 @@ class Task:
         prototypes: Mapping[str, Array],
         data: ObjectData,
         progress: Progress | None,
+        *,
+        whole: bool = False,
     ) -> Evaluation:
         device = next(detect.parameters()).device
 
@@ -281,8 +289,12 @@ class Task:
             data.frames,
             self._frames.read,
             self.config.preprocess,
-            self.config.inference,
+            self.config.inference.model_copy(update={"max_evaluated": None})
+            if whole
+            else self.config.inference,
             labels=self.labels,
+            learned=self.learned(),
+            at_once=self.at_once,
             progress=report,
         )
 

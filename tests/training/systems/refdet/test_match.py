@@ -9,13 +9,14 @@ from torch import Tensor
 
 from engineworks.runtime.preprocess import PreprocessSpec
 from engineworks.runtime.tensors import Array
-from engineworks.training.systems.refdet.config import EncoderConfig, MatchConfig
+from engineworks.training.systems.refdet.config import EncoderConfig, FollowConfig, MatchConfig
 from engineworks.training.systems.refdet.match import (
     DetectMatch,
     Matcher,
+    follower,
     quadratic_peak,
-    resampled,
 )
+from engineworks.training.systems.refdet.relation import resampled
 
 pytestmark = pytest.mark.train
 
@@ -67,7 +68,7 @@ def test_similarities_are_those_of_cells_laid_over_boxes(matcher: Matcher) -> No
     prototypes = random(2, matcher.width, seed=1)
     prototypes[:, -1] = torch.tensor([0.5, -0.2])
     with torch.no_grad():
-        got = matcher.similarities(maps, prototypes).numpy()
+        got = matcher.similarities(matcher.cosines(maps, prototypes), prototypes).numpy()
     cells, stride = CONFIG.cells, matcher.stride
     for n in range(2):
         ratio = float(prototypes[n, -1])
@@ -167,7 +168,7 @@ def test_candidates_are_peaks(matcher: Matcher) -> None:
     detect = DetectMatch(matcher, 1000).eval()
     rows = random(2, matcher.width, seed=3)
     with torch.no_grad():
-        logits, _ = matcher(random(1, 3, 64, 96), rows)
+        logits = matcher(random(1, 3, 64, 96), rows).logits
         _, scores, _ = detect(random(1, 3, 64, 96), rows)
     planes = logits[0].flatten(0, 1).numpy()
     peaks = [
@@ -180,3 +181,19 @@ def test_candidates_are_peaks(matcher: Matcher) -> None:
     kept = scores[0][scores[0] > 0]
     wanted = sorted(1 / (1 + np.exp(-np.float64(peaks))))
     np.testing.assert_allclose(sorted(kept.tolist()), wanted, rtol=1e-5)
+
+
+def test_a_followed_object_has_boxes_about_its_size() -> None:
+    config = FollowConfig(size=(96, 64), share=0.5, num_sizes=3, step=2.0)
+    assert config.sizes == pytest.approx((16.0, 32.0, 64.0))  # half of 64 in the middle
+
+
+def test_following_looks_at_its_own_sizes_with_its_own_score(matcher: Matcher) -> None:
+    config = FollowConfig(size=(64, 64), num_sizes=3, score=(0.0, 2.0, 0.0, 0.0, 0.0), bias=-1.0)
+    frames, rows = random(1, 3, 64, 64), random(1, matcher.width, seed=3)
+    with torch.no_grad():
+        boxes, scores, _ = follower(matcher, config)(frames, rows)
+        cosines = matcher.cosines(matcher.maps(frames), rows)
+        similar = matcher.similarities(cosines, rows, config.sizes)
+    assert boxes.shape == (1, 16, 4)
+    assert scores.max() == pytest.approx(float(torch.sigmoid(2 * similar.max() - 1)), rel=1e-4)
