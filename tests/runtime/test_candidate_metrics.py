@@ -12,23 +12,6 @@ from engineworks.runtime.metrics import (
 from engineworks.runtime.results import Candidate
 
 
-def regions(mask: np.ndarray) -> list[set[tuple[int, int]]]:
-    """8-connected regions by flooding."""
-    left = set(zip(*np.nonzero(mask), strict=True))
-    found = []
-    while left:
-        edge = [left.pop()]
-        region = set(edge)
-        while edge:
-            y, x = edge.pop()
-            near = {(y + dy, x + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)} & left
-            left -= near
-            region |= near
-            edge += near
-        found.append(region)
-    return found
-
-
 class TestCandidates:
     @staticmethod
     def mask(*boxes: tuple[int, int, int, int]) -> np.ndarray:

@@ -17,7 +17,7 @@ from engineworks.runtime.bank import Bank
 from engineworks.runtime.bundle import Bundle
 from engineworks.runtime.datasets import MvtecSample, mvtec
 from engineworks.runtime.errors import BankError, BundleError, DatasetError, EngineError, InputError
-from engineworks.runtime.systems import extend, noising, open_system
+from engineworks.runtime.systems import extend, noising
 from engineworks.runtime.systems.noising.signals import (
     SIGNALS,
     anomaly_map,
@@ -25,10 +25,10 @@ from engineworks.runtime.systems.noising.signals import (
 from engineworks.runtime.tensors import Array
 from engineworks.runtime.testing import (
     FunctionEngine,
-    draw_part,
     write_parts,
     write_tiny_noising_bundle,
 )
+from tests.runtime.systems.noising_opened import open_noising, pictures
 from tests.runtime.systems.noising_reference import (
     plain_nearest,
     plain_signals,
@@ -49,17 +49,6 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def system(request: pytest.FixtureRequest, tiny: Bundle) -> Iterator[Any]:
     with closing(open_noising(tiny, backend=request.param, threads=1)) as opened:
         yield opened
-
-
-def pictures(count: int, *, defective: bool = False, seed: int = 5) -> list[Array]:
-    rng = np.random.default_rng(seed)
-    sizes = [(64, 64), (80, 60), (48, 100)]
-    return [draw_part(rng, sizes[i % 3], defective=defective)[0] for i in range(count)]
-
-
-def open_noising(bundle: Bundle, **options: Any) -> Any:
-    """An opened bundle, with all that this system has beyond the protocol."""
-    return open_system(bundle, **options)
 
 
 def with_engine(bundle: Bundle, features: Sequence[Any] | Array) -> Any:

@@ -1,10 +1,8 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -15,7 +13,7 @@ from engineworks.runtime import bundle as bundles
 from engineworks.runtime import preprocess
 from engineworks.runtime.bundle import Bundle
 from engineworks.runtime.errors import BundleError, EngineError
-from engineworks.runtime.systems import extend, noising, open_system
+from engineworks.runtime.systems import extend, noising
 from engineworks.runtime.systems.noising.fit import FitConfig, calibrate
 from engineworks.runtime.systems.noising.signals import (
     Statistics,
@@ -24,10 +22,10 @@ from engineworks.runtime.systems.noising.signals import (
 from engineworks.runtime.tensors import Array, TensorSpec
 from engineworks.runtime.testing import (
     FunctionEngine,
-    draw_part,
     write_parts,
     write_tiny_noising_bundle,
 )
+from tests.runtime.systems.noising_opened import open_noising, pictures
 
 
 @pytest.fixture(scope="module")
@@ -38,23 +36,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_parts(tmp_path_factory.mktemp("parts"))
-
-
-@pytest.fixture(params=["openvino", "ort"])
-def system(request: pytest.FixtureRequest, tiny: Bundle) -> Iterator[Any]:
-    with closing(open_noising(tiny, backend=request.param, threads=1)) as opened:
-        yield opened
-
-
-def pictures(count: int, *, defective: bool = False, seed: int = 5) -> list[Array]:
-    rng = np.random.default_rng(seed)
-    sizes = [(64, 64), (80, 60), (48, 100)]
-    return [draw_part(rng, sizes[i % 3], defective=defective)[0] for i in range(count)]
-
-
-def open_noising(bundle: Bundle, **options: Any) -> Any:
-    """An opened bundle, with all that this system has beyond the protocol."""
-    return open_system(bundle, **options)
 
 
 class TestTheUnitOfADiscriminator:

@@ -21,9 +21,6 @@ from engineworks.runtime.systems.noising.signals import (
     patch_signals,
 )
 from engineworks.runtime.tensors import Array
-from engineworks.runtime.testing import (
-    draw_part,
-)
 from tests.runtime.systems.noising_reference import (
     plain_nearest,
     plain_signals,
@@ -330,12 +327,6 @@ class TestTheAblation:
         assert found["distance"]["image_auroc"] == 1.0
         assert found["distance"]["pixel_auroc"] > 0.9
         assert all(set(metrics) == set(found["distance"]) for metrics in found.values())
-
-
-def pictures(count: int, *, defective: bool = False, seed: int = 5) -> list[Array]:
-    rng = np.random.default_rng(seed)
-    sizes = [(64, 64), (80, 60), (48, 100)]
-    return [draw_part(rng, sizes[i % 3], defective=defective)[0] for i in range(count)]
 
 
 class TestHoldingOut:
