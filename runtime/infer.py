@@ -185,7 +185,7 @@ def infer(
                     if item.image is not None
                 ]
                 begin = time.perf_counter()
-                answers = iter(_answered(asked))
+                answers = iter(_answered(system, asked))
                 summary.infer_seconds += time.perf_counter() - begin
                 for place, item in taken:
                     answer = item.error if item.image is None else next(answers)
@@ -377,13 +377,14 @@ class _Counting:
                 self._say(f"{name}: {each.line()}" if name else each.line())
 
 
-def _answered(asked: Sequence[tuple[Stream, Array]]) -> list[Result | str]:
-    """Of each picture what the one beside it answers: pictures of one are a batch of its own."""
-    found: dict[int, Result | str] = {}
-    for run in {id(run): run for run, _ in asked}.values():
-        places = [place for place, (other, _) in enumerate(asked) if other is run]
-        found |= zip(places, _answers(run, [asked[place][1] for place in places]), strict=True)
-    return [found[place] for place in range(len(asked))]
+def _answered(system: System, asked: Sequence[tuple[Stream, Array]]) -> list[Result | str]:
+    """Of each picture what the one beside it answers, in their order.
+
+    Those of the system are one batch. Who follows a video gets its frames one by one: none may go
+    through it twice where another one is refused.
+    """
+    together = iter(_answers(system, [image for run, image in asked if run is system]))
+    return [next(together) if run is system else _answers(run, [image])[0] for run, image in asked]
 
 
 def _answers(run: Stream, pictures: Sequence[Array]) -> Sequence[Result | str]:

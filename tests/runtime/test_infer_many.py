@@ -25,6 +25,7 @@ from engineworks.runtime.infer import infer
 from engineworks.runtime.sources import PICTURES, Reader, Source
 from engineworks.runtime.tensors import Array
 from engineworks.runtime.usual import Usual
+from tests.runtime.recordings import encode
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,33 @@ class Levels:
         raise NotImplementedError
 
     def close(self) -> None: ...
+
+
+class Follower:
+    """Of one video; refuses its third frame."""
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []  # the numbers of frames, told by their grey
+
+    def infer(self, images: Sequence[Array]) -> list[Level]:
+        for image in images:
+            self.seen.append(round((float(image[-8:].mean()) - 20) / 20))
+            if len(self.seen) == 3:
+                raise InputError("lost")
+        return [Level(100.0 + len(self.seen)) for _ in images]
+
+
+@dataclass
+class FollowedLevels(Levels):
+    """Levels, but a follower for each video."""
+
+    followers: list[Follower] = field(default_factory=list)
+
+    def follower(self) -> Follower:
+        self.followers.append(Follower())
+        return self.followers[-1]
+
+    def rehearse(self, images: Sequence[Array]) -> None: ...
 
 
 def grey(level: int) -> Array:
@@ -218,3 +246,39 @@ class TestDrift:
         assert ["drift: the median brightness" in each.getMessage() for each in caplog.records] == [
             True
         ]
+
+
+class TestVideosThatAreFollowed:
+    def cameras(self, folder: Path) -> list[Camera]:
+        films = [
+            encode(folder / f"{name}.mp4", [i / 25 for i in range(5)]) for name in ("left", "right")
+        ]
+        return [
+            *(Camera(film.stem, Source("video", address=str(film))) for film in films),
+            pictures("still", [1, 2, 3]),
+        ]
+
+    def test_have_a_follower_each_that_no_frame_goes_through_twice(
+        self, tmp_path: Path, out: Path
+    ) -> None:
+        system = FollowedLevels()
+
+        infer(system, self.cameras(tmp_path), out, jsonl=True, batch=8, follow=True)
+
+        assert [each.seen for each in system.followers] == [[0, 1, 2, 3, 4]] * 2
+        for name in ("left", "right"):
+            found = lines(out / name)
+            assert [line.get("level") for line in found] == [101, 102, None, 104, 105]
+            assert found[2]["error"] == "lost"
+        assert [line["level"] for line in lines(out / "still")] == [1, 2, 3]
+        assert sum(system.batches) == 3  # pictures alone
+
+    def test_are_searched_whole_where_nobody_asks_to_follow(
+        self, tmp_path: Path, out: Path
+    ) -> None:
+        system = FollowedLevels()
+
+        infer(system, self.cameras(tmp_path), out, batch=8)
+
+        assert not system.followers
+        assert sum(system.batches) == 13
