@@ -6,8 +6,6 @@ import csv
 import json
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,36 +17,13 @@ from engineworks.runtime import images
 from engineworks.runtime.bundle import MANIFEST_NAME, Bundle, read, write
 from engineworks.runtime.testing import (
     write_parts,
-    write_references,
-    write_scenes,
     write_tiny_noising_bundle,
-    write_tiny_refdet_bundle,
 )
-
-ROOT = Path(__file__).parents[1]
-LIMIT_S = 120  # of one command; none takes a fifth of it on an idle machine
-
-
-@dataclass(frozen=True)
-class Answer:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def all(self) -> str:
-        return self.out + self.err
-
-
-def cli(*arguments: object) -> Answer:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "cli.py"), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=LIMIT_S,
-        check=False,
-    )
-    return Answer(done.returncode, done.stdout, done.stderr)
+from tests.command import (
+    Answer,
+    cli,
+    refused,
+)
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -90,9 +65,6 @@ def changed(bundle: Bundle, out: Path, **update: Any) -> Bundle:
     """The same bundle with another manifest."""
     files = {name: bundle.path(name) for name in bundle.manifest.files}
     return write(out, bundle.manifest.model_copy(update=update), files)
-
-
-# --- from data to numbers -----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -215,9 +187,6 @@ class TestTrainAndExport:
         assert read(tmp_path / "out").manifest.reports["verdict"]["ship"] == "float"
 
 
-# --- inference ----------------------------------------------------------------------------------
-
-
 class TestInfer:
     def test_a_folder_gives_a_table_json_lines_and_overlays(
         self, tiny: Path, data: Path, tmp_path: Path
@@ -325,171 +294,6 @@ class TestInfer:
         assert "--exist-ok" in refused.err
         assert cli(*call, "--exist-ok").code == 0
         assert (tmp_path / "mine.txt").read_text() == "keep"
-
-
-# --- what to look for ----------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four pictures for a test, with two of the objects blue, red and yellow in each."""
-    return write_scenes(tmp_path_factory.mktemp("scenes"))
-
-
-@pytest.fixture(scope="module")
-def finder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle that looks for blue and red, unless it is asked for something else; read-only."""
-    folder = tmp_path_factory.mktemp("finder") / "bundle"
-    write_tiny_refdet_bundle(folder, int8=True)
-    return folder
-
-
-def found_in(out: Path) -> set[str]:
-    return {each["name"] for line in lines(out / "results.jsonl") for each in line["objects"]}
-
-
-class TestReferences:
-    def test_say_what_is_looked_for_as_pictures_and_as_a_file(
-        self, finder: Path, scenes: Path, tmp_path: Path
-    ) -> None:
-        source = ("--source", scenes / "images", "--jsonl")
-        plain = cli("infer", finder, *source, "--out", tmp_path / "plain")
-        assert plain.code == 0, plain.all
-        assert found_in(tmp_path / "plain") == {"blue", "red"}
-
-        made = cli(
-            *("refs", finder, "--refs", scenes / "references", "--out", tmp_path / "all.npz"),
-        )
-        assert made.code == 0, made.all
-        assert made.out.startswith("blue, red, yellow in ")
-        answers = []
-        for name, references in (
-            ("folder", scenes / "references"),
-            ("file", tmp_path / "all.npz"),
-        ):
-            out = tmp_path / name
-            answer = cli("infer", finder, *source, "--out", out, "--refs", references, "--coco")
-            assert answer.code == 0, answer.all
-            assert found_in(out) == {"blue", "red", "yellow"}
-            answers.append(lines(out / "results.jsonl"))
-        assert answers[0] == answers[1]
-        content = json.loads((tmp_path / "file" / "coco.json").read_text())
-        assert [each["name"] for each in content["categories"]] == ["blue", "red", "yellow"]
-
-        one = cli(
-            *("infer", finder, *source, "--out", tmp_path / "one"),
-            *("--refs", scenes / "references" / "yellow", "--conf", 0.5, "--iou", 0),
-        )
-        assert one.code == 0, one.all
-        assert found_in(tmp_path / "one") == {"yellow"}
-
-    def test_are_followed_through_a_video(self, finder: Path, tmp_path: Path) -> None:
-        from fractions import Fraction
-
-        import numpy as np
-
-        from engineworks.runtime.video import VideoWriter, frames
-
-        with VideoWriter(tmp_path / "film.mp4", Fraction(10)) as writer:
-            for i in range(8):
-                frame = np.full((64, 96, 3), 128, np.uint8)
-                frame[8:32, 8 + 4 * i : 32 + 4 * i] = 255
-                writer.write(frame, i / 10)
-        folder = write_references(tmp_path / "refs", ["white"])
-        call = ("infer", finder, "--source", tmp_path / "film.mp4", "--refs", folder, "--jsonl")
-
-        answer = cli(*call, "--out", tmp_path / "out", "--save-overlays")
-        assert answer.code == 0, answer.all
-        numbers = [
-            line["objects"][0]["track"] for line in lines(tmp_path / "out" / "results.jsonl")
-        ]
-        assert numbers == [None, None, 1, 1, 1, 1, 1, 1]
-        assert len(list(frames(tmp_path / "out" / "film.mp4"))) == 8
-
-        assert cli(*call, "--out", tmp_path / "plain", "--no-track").code == 0
-        plain = lines(tmp_path / "plain" / "results.jsonl")
-        assert {line["objects"][0]["track"] for line in plain} == {None}
-
-    def test_become_those_of_a_new_bundle(self, finder: Path, scenes: Path, tmp_path: Path) -> None:
-        folder = scenes / "references" / "yellow"
-        answer = cli("export", finder, "--refs", folder, "--out", tmp_path / "new")
-        assert answer.code == 0, answer.all
-        out = tmp_path / "out"
-        call = ("infer", tmp_path / "new", "--source", scenes / "images", "--out", out, "--jsonl")
-        assert cli(*call).code == 0
-        assert found_in(out) == {"yellow"}
-
-    def test_are_judged_against_those_of_the_data(
-        self, finder: Path, scenes: Path, tmp_path: Path
-    ) -> None:
-        report = tmp_path / "metrics.json"
-        call = ("eval", finder, "--data", scenes, "--json", report)
-        answer = cli(*call)
-        assert answer.code == 0, answer.all
-        plain = json.loads(report.read_text())["metrics"]
-        assert plain["map50"] == plain["map50_95"] == 1
-        assert cli(*call, "--refs", scenes / "references").code == 0
-        assert json.loads(report.read_text())["metrics"] == plain
-        answer = cli(*call, "--refs", scenes / "references" / "red")
-        refused(answer, 1, "'blue'", "blue, red, yellow")
-
-    def test_are_looked_for_while_a_bundle_is_timed(self, finder: Path, scenes: Path) -> None:
-        answer = cli(
-            *("bench", finder, "--refs", scenes / "references", "--seconds", 0.02),
-            *("--threads", 1, "--backend", "ort"),
-        )
-        assert answer.code == 0, answer.all
-        assert "images to results" in answer.out
-
-    def test_of_another_bundle_are_refused(
-        self, finder: Path, scenes: Path, tmp_path: Path
-    ) -> None:
-        write_tiny_refdet_bundle(tmp_path / "one", size=(32, 32))
-        manifest = read(tmp_path / "one").manifest
-        onnx = pytest.importorskip("onnx")
-        model = onnx.load(tmp_path / "one" / "encode.onnx")
-        model.graph.doc_string = "another"
-        onnx.save(model, tmp_path / "encode.onnx")
-        files = {name: tmp_path / "one" / name for name in manifest.files}
-        write(tmp_path / "two", manifest, files | {"encode.onnx": tmp_path / "encode.onnx"})
-        kept = tmp_path / "kept.npz"
-        folder = scenes / "references"
-        assert cli("refs", tmp_path / "one", "--refs", folder, "--out", kept).code == 0
-        call = ("infer", tmp_path / "two", "--source", scenes / "images", "--refs", kept)
-        refused(cli(*call, "--out", tmp_path / "out"), 1, "another encoder", "cli.py refs")
-
-    @pytest.mark.parametrize(
-        "options", [("--refs", "."), ("--conf", 0.5), ("--iou", 0.5), ("--coco",)]
-    )
-    def test_mean_nothing_to_a_system_without_them(
-        self, options: tuple[object, ...], tiny: Path, data: Path, tmp_path: Path
-    ) -> None:
-        out = tmp_path / "out"
-        answer = cli("infer", tiny, "--source", data / "test", "--out", out, *options)
-        refused(answer, 2, "noising", "leave")
-
-    def test_need_pictures_and_a_file_that_is_called_so(
-        self, finder: Path, scenes: Path, tmp_path: Path
-    ) -> None:
-        call = ("refs", finder, "--refs")
-        refused(cli(*call, tmp_path, "--out", tmp_path / "kept.npz"), 1, "no pictures")
-        folder = scenes / "references"
-        refused(cli(*call, folder, "--out", tmp_path / "kept.bin"), 1, ".npz")
-        refused(cli(*call, tmp_path / "lost", "--out", tmp_path / "kept.npz"), 2, "lost")
-        (tmp_path / "kept.npz").write_text("mine")
-        refused(cli(*call, folder, "--out", tmp_path / "kept.npz"), 2, "--exist-ok")
-        assert (tmp_path / "kept.npz").read_text() == "mine"
-        assert cli(*call, folder, "--out", tmp_path / "kept.npz", "--exist-ok").code == 0
-
-    @pytest.mark.parametrize("option", ["--conf", "--iou"])
-    def test_have_shares_between_zero_and_one(
-        self, option: str, finder: Path, scenes: Path, tmp_path: Path
-    ) -> None:
-        call = ("infer", finder, "--source", scenes / "images", "--out", tmp_path / "out")
-        refused(cli(*call, option, 1.5), 2, option)
-
-
-# --- the other commands -------------------------------------------------------------------------
 
 
 class TestEvalAndBench:
@@ -617,169 +421,3 @@ class TestSample:
         answer = cli("sample", "noising", "--out", tmp_path)
         assert answer.code == 2
         assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
-
-
-# --- what can go wrong --------------------------------------------------------------------------
-
-
-def refused(answer: Answer, code: int, *words: object) -> None:
-    """One clear message on stderr, nothing on stdout, and the exit code."""
-    assert answer.code == code, answer.all
-    assert answer.out == ""
-    assert "Traceback" not in answer.err
-    assert answer.err.lower().count("error:") == 1
-    for word in words:
-        assert str(word) in answer.err
-
-
-class TestAMistake:
-    def test_in_an_option_is_usage(self, tiny: Path, tmp_path: Path) -> None:
-        answer = cli("infer", tiny, "--sorce", "x", "--out", tmp_path / "out")
-        refused(answer, 2, "--sorce", "--source")
-
-    def test_in_a_command_is_usage(self) -> None:
-        refused(cli("infr"), 2, "infr")
-
-    @pytest.mark.parametrize("command", ["sample", "train"])
-    def test_in_a_system_names_the_systems(self, command: str, data: Path, tmp_path: Path) -> None:
-        options = ["--data", data] if command == "train" else []
-        answer = cli(command, "noisng", *options, "--out", tmp_path / "out")
-        refused(answer, 2, "noisng", "choose one of noising")
-        assert not (tmp_path / "out").exists()
-
-    def test_in_a_backend_names_the_backends(self, tiny: Path, data: Path, tmp_path: Path) -> None:
-        answer = cli(
-            *("infer", tiny, "--source", data, "--out", tmp_path / "o", "--backend", "tensort")
-        )
-        refused(answer, 2, "openvino", "tensorrt")
-
-    @pytest.mark.train
-    def test_in_a_setting_names_the_nearest_key(self, data: Path, tmp_path: Path) -> None:
-        answer = cli(
-            *("train", "noising", "--data", data, "--out", tmp_path / "run"),
-            *("--set", "fit.coreset_ration=0.1"),
-        )
-        refused(answer, 2, "fit.coreset_ration", "did you mean fit.coreset_ratio")
-        assert not (tmp_path / "run").exists()
-
-    @pytest.mark.train
-    @pytest.mark.parametrize(
-        ("setting", "word"),
-        [("fit.k=nine", "fit.k"), ("fit.k", "key=value"), ("backbone.stages=[1", "YAML")],
-    )
-    def test_in_a_value_says_which(
-        self, setting: str, word: str, data: Path, tmp_path: Path
-    ) -> None:
-        answer = cli(
-            *("train", "noising", "--data", data, "--out", tmp_path / "run", "--set", setting)
-        )
-        refused(answer, 2, word)
-
-    @pytest.mark.parametrize("batches", ["0", "one", "1,", ""])
-    def test_in_the_batch_sizes_of_bench_is_usage(self, batches: str, tiny: Path) -> None:
-        refused(cli("bench", tiny, "--batch", batches), 2, "--batch")
-
-    @pytest.mark.parametrize(
-        ("options", "word"),
-        [
-            (("--int8",), "--samples"),
-            (("--eval", "."), "--int8"),
-            (("--fail-on-drop",), "--int8"),
-            (("--sensitivity",), "--int8"),
-            ((), "--int8"),
-        ],
-    )
-    def test_in_what_export_needs_is_usage(
-        self, options: tuple[str, ...], word: str, tiny: Path, tmp_path: Path
-    ) -> None:
-        refused(cli("export", tiny, "--out", tmp_path / "out", *options), 2, word)
-        assert not (tmp_path / "out").exists()
-
-
-class TestSomethingThatIsNotThere:
-    @pytest.mark.train
-    def test_weights(self, data: Path, tmp_path: Path) -> None:
-        answer = cli(
-            *("train", "noising", "--data", data, "--out", tmp_path / "run"),
-            *("--set", f"backbone.weights={tmp_path}/lost.safetensors"),
-        )
-        refused(answer, 1, "lost.safetensors", "backbone.weights")
-
-    def test_a_backend_is_an_error_with_its_install_line(
-        self, tiny: Path, data: Path, tmp_path: Path
-    ) -> None:
-        import importlib.util
-
-        if importlib.util.find_spec("tensorrt"):
-            pytest.skip("TensorRT is installed here")
-        answer = cli(
-            *("infer", tiny, "--source", data, "--out", tmp_path / "o", "--backend", "tensorrt")
-        )
-        refused(answer, 1, "tensorrt", 'pip install "engineworks[gpu]"')
-        assert not (tmp_path / "o").exists()
-
-    def test_a_source(self, tiny: Path, tmp_path: Path) -> None:
-        answer = cli("infer", tiny, "--source", tmp_path / "lost", "--out", tmp_path / "out")
-        refused(answer, 1, "lost")
-
-    def test_a_bundle(self, data: Path, tmp_path: Path) -> None:
-        answer = cli("infer", tmp_path, "--source", data, "--out", tmp_path / "out")
-        refused(answer, 1, MANIFEST_NAME)
-
-    def test_a_run(self, tmp_path: Path) -> None:
-        refused(cli("export", tmp_path / "lost", "--out", tmp_path / "out"), 2, "lost")
-
-    def test_labels(self, tiny: Path, tmp_path: Path) -> None:
-        refused(cli("eval", tiny, "--data", tmp_path), 1, "train/good")
-
-    def test_an_int8_graph(self, data: Path, tmp_path: Path) -> None:
-        write_tiny_noising_bundle(tmp_path / "float")
-        answer = cli(
-            *("infer", tmp_path / "float", "--source", data / "test", "--out", tmp_path / "o"),
-            *("--precision", "int8"),
-        )
-        refused(answer, 1, "int8", "--samples")
-
-
-FILES = ("features.onnx", "features.int8.onnx", "features.int8-u8.onnx", "bank.faiss")
-
-
-class TestADamagedBundle:
-    def infer(self, bundle: Path, data: Path, tmp_path: Path) -> Answer:
-        return cli("infer", bundle, "--source", data / "test", "--out", tmp_path / "out")
-
-    def test_has_only_the_files_that_are_damaged_below(self, tiny: Path) -> None:
-        assert sorted(p.name for p in tiny.iterdir()) == sorted((*FILES, MANIFEST_NAME))
-
-    @pytest.mark.parametrize("name", [*FILES, MANIFEST_NAME])
-    def test_one_flipped_byte_in_any_file_is_found_before_it_is_opened(
-        self, name: str, copy: Path, data: Path, tmp_path: Path
-    ) -> None:
-        content = bytearray((copy / name).read_bytes())
-        content[len(content) // 2] ^= 1
-        (copy / name).write_bytes(content)
-        refused(self.infer(copy, data, tmp_path), 1, name)
-
-    def test_a_missing_file_is_named(self, copy: Path, data: Path, tmp_path: Path) -> None:
-        (copy / "bank.faiss").unlink()
-        refused(self.infer(copy, data, tmp_path), 1, "missing", "bank.faiss")
-
-    def test_a_file_too_many_is_named(self, copy: Path, data: Path, tmp_path: Path) -> None:
-        (copy / "notes.txt").write_text("mine")
-        refused(self.infer(copy, data, tmp_path), 1, "extra", "notes.txt")
-
-    def test_another_schema_version_says_both_versions(
-        self, copy: Path, data: Path, tmp_path: Path
-    ) -> None:
-        content = json.loads((copy / MANIFEST_NAME).read_text())
-        content["schema_version"] = 2
-        (copy / MANIFEST_NAME).write_text(json.dumps(content))
-        refused(self.infer(copy, data, tmp_path), 1, "schema version 2", "reads version 1")
-
-    def test_another_system_names_those_that_are_known(
-        self, copy: Path, data: Path, tmp_path: Path
-    ) -> None:
-        changed(read(copy), tmp_path / "other", system="weaving")
-        answer = self.infer(tmp_path / "other", data, tmp_path)
-        refused(answer, answer.code, "weaving", "noising")
-        assert answer.code != 0
