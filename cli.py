@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from engineworks.commands.batch import batch
 from engineworks.commands.bench import bench
 from engineworks.commands.bundle import bank, bundle
 from engineworks.commands.data import check, sample
@@ -58,7 +59,8 @@ def main(context: click.Context, quiet: bool) -> None:
 
 
 _COMMANDS = (
-    sample, check, train, export, infer, evaluate, serve, bench, report, refs, bundle, bank, doctor,
+    sample, check, train, export, infer, evaluate, batch, serve, bench, report, refs, bundle, bank,
+    doctor,
 )  # fmt: skip
 for _command in _COMMANDS:
     main.add_command(_command)

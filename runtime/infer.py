@@ -383,11 +383,11 @@ def _answered(system: System, asked: Sequence[tuple[Stream, Array]]) -> list[Res
     Those of the system are one batch. Who follows a video gets its frames one by one: none may go
     through it twice where another one is refused.
     """
-    together = iter(_answers(system, [image for run, image in asked if run is system]))
-    return [next(together) if run is system else _answers(run, [image])[0] for run, image in asked]
+    together = iter(answers(system, [image for run, image in asked if run is system]))
+    return [next(together) if run is system else answers(run, [image])[0] for run, image in asked]
 
 
-def _answers(run: Stream, pictures: Sequence[Array]) -> Sequence[Result | str]:
+def answers(run: Stream, pictures: Sequence[Array]) -> Sequence[Result | str]:
     """A result for each picture, or why there is none.
 
     A picture that the system refuses must not take the others of its batch along.
@@ -397,7 +397,7 @@ def _answers(run: Stream, pictures: Sequence[Array]) -> Sequence[Result | str]:
     except (InputError, NotFiniteError) as error:
         if len(pictures) == 1:
             return (error.message,)
-        return [_answers(run, [picture])[0] for picture in pictures]
+        return [answers(run, [picture])[0] for picture in pictures]
 
 
 class _Closing(ExitStack):

@@ -24,6 +24,7 @@ from engineworks.runtime.texts import cell
 
 COCO_NAME = "coco.json"
 LINES_NAME = "results.jsonl"
+NOT_FINITE = "the result holds a number that is not finite"
 _ORIGIN = "source"  # first column of every table
 _SYNC_S = 2.0  # between two times that tables are put on the disk
 
@@ -79,10 +80,9 @@ class Tables:
             None, or why the result cannot be used; then nothing is written.
         """
         record = record_of(item, image, result)
-        try:
-            line = json.dumps(record, allow_nan=False)
-        except ValueError:
-            return "the result holds a number that is not finite"
+        line = line_of(record)
+        if line is None:
+            return NOT_FINITE
         self._line(line)
         self._tables["results"].add([dict(_scalars(record))])
         for name, values in record.items():
@@ -188,6 +188,14 @@ def record_of(item: Item, image: Array, result: Result) -> dict[str, Any]:
     """A result as JSON has it: where it is from, the picture's size, and what the system says."""
     height, width = image.shape[:2]
     return {**_origin(item), "width": width, "height": height, **result.to_json()}
+
+
+def line_of(record: Mapping[str, Any]) -> str | None:
+    """A record as a line of JSON; None where it holds a number that is not finite."""
+    try:
+        return json.dumps(record, allow_nan=False)
+    except ValueError:
+        return None
 
 
 def failure_of(item: Item, error: str) -> dict[str, Any]:

@@ -69,6 +69,9 @@ REFS = click.option(
     "`annotations_*.json`, or a box in a picture or video: [NAME=]FILE[#FRAME]@X,Y,W,H or @MASK. "
     "May be given several times.",
 )
+_SHARE = click.FloatRange(0, 1)
+CONF = click.option("--conf", type=_SHARE, help="Score that an object needs [the bundle's].")
+IOU = click.option("--iou", type=_SHARE, help="Largest overlap of two of a name [the bundle's].")
 JSON = click.option("--json", "json_file", type=PATH, help="Also write the figures here.")
 
 
@@ -111,11 +114,10 @@ def engine_options(command: Callable[..., None]) -> Callable[..., None]:
 
 def prompt_options(command: Callable[..., None]) -> Callable[..., None]:
     """Adds the options of what to look for; the command gets them as ``prepare``."""
-    share = click.FloatRange(0, 1)
 
     @REFS
-    @click.option("--conf", type=share, help="Score that an object needs [the bundle's].")
-    @click.option("--iou", type=share, help="Largest overlap of two of a name [the bundle's].")
+    @CONF
+    @IOU
     @wraps(command)
     def with_prompt(
         *arguments: Any,

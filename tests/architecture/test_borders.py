@@ -14,7 +14,7 @@ import pytest
 from engineworks.runtime.systems import SYSTEMS
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("runtime", "calibration", "training", "export")
+PACKAGES = ("runtime", "calibration", "batch", "training", "export")
 FACE = ROOT / "engineworks"
 MODULES = [FACE / "__init__.py", ROOT / "cli.py", *sorted((FACE / "commands").glob("*.py"))]
 MODULES += sorted(p for name in PACKAGES for p in (ROOT / name).rglob("*.py"))
@@ -26,9 +26,10 @@ SHIPPED = [*MODULES, *EXAMPLES, *PAGES, ROOT / "Makefile", ROOT / "setup.cfg", R
 
 # package -> what it may not know
 _ABOVE = {
-    "runtime": {"calibration", "training", "export", "commands", "cli"},
-    "calibration": {"training", "export", "commands", "cli"},
-    "training": {"calibration", "export", "commands", "cli"},
+    "runtime": {"calibration", "batch", "training", "export", "commands", "cli"},
+    "calibration": {"batch", "training", "export", "commands", "cli"},
+    "batch": {"calibration", "training", "export", "commands", "cli"},
+    "training": {"calibration", "batch", "export", "commands", "cli"},
     "export": {"commands", "cli"},
     "engineworks": {"cli"},  # the commands
     "cli": set(),

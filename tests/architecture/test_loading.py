@@ -20,11 +20,16 @@ from engineworks.runtime.verdict import decide
 
 ROOT = Path(__file__).parents[2]
 TORCH = ("torch", "torchvision", "timm", "accelerate", "safetensors", "tensorboard")
-UPPER = ("engineworks.training", "engineworks.export", "engineworks.calibration")
-# of the extras gpu and serve, and of Triton's own interpreter: absent on most machines
+UPPER = (
+    "engineworks.training",
+    "engineworks.export",
+    "engineworks.calibration",
+    "engineworks.batch",
+)
+# of the extras gpu, serve and ray, and of Triton's own interpreter: absent on most machines
 OPTIONAL = (
     "tensorrt", "pycuda", "kserve", "fastapi", "uvicorn", "orjson", "prometheus_client",
-    "triton_python_backend_utils",
+    "triton_python_backend_utils", "ray",
 )  # fmt: skip
 
 
@@ -38,6 +43,7 @@ def modules(package: str) -> list[str]:
 TORCH_FREE = [
     *modules("runtime"),
     *modules("calibration"),
+    *modules("batch"),
     *(
         name
         for name in modules("export")
@@ -174,7 +180,19 @@ class TestWhatACommandLoads:
         assert code == 0
         tops = packages(names)
         assert "click" in tops
-        heavy = {"numpy", "cv2", "av", "onnx", "pydantic", "rich", "yaml", "faiss", "openvino"}
+        heavy = {
+            "ray",
+            "pyarrow",
+            "numpy",
+            "cv2",
+            "av",
+            "onnx",
+            "pydantic",
+            "rich",
+            "yaml",
+            "faiss",
+            "openvino",
+        }
         assert tops & {*TORCH, *heavy, *UPPER} == set()
 
     def test_help_loads_little_at_all(self) -> None:

@@ -14,7 +14,7 @@ MODULES = [
     ROOT / "cli.py",
     *sorted(
         path
-        for package in ("runtime", "calibration", "training", "export")
+        for package in ("runtime", "calibration", "batch", "training", "export")
         for path in (ROOT / package).rglob("*.py")
     ),
 ]

@@ -19,7 +19,7 @@ import pytest
 from engineworks.runtime.testing import write_parts, write_tiny_noising_bundle
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ("runtime", "calibration", "training", "export", "cli.py")
+SOURCES = ("runtime", "calibration", "batch", "training", "export", "cli.py")
 FACE = "engineworks"  # the one name that the wheel installs; its links lead to the sources
 FILES = ("setup.cfg", "pyproject.toml", "README.md", "LICENSE")
 
