@@ -4,13 +4,15 @@ VENV := .venv
 GPU_VENV := .venv-gpu
 # kserve wants older versions of protobuf and psutil than the others would take
 SERVE_VENV := .venv-serve
+# Ray and pandas are large, and few need them
+RAY_VENV := .venv-ray
 CLI := $(VENV)/bin/python cli.py
 
 SYSTEMS := noising paco refdet stripe
 # Weights of the backbone: none (random, so that no download is needed) | hub | FILE.safetensors
 WEIGHTS ?= none
 
-.PHONY: help demo test test-training test-pages test-commands test-export test-runtime test-serve campaign mutants lint docs bench test-gpu
+.PHONY: help demo test test-training test-pages test-commands test-export test-runtime test-serve test-ray campaign mutants lint docs bench test-gpu
 .DEFAULT_GOAL := help
 
 help:
@@ -22,6 +24,7 @@ help:
 	@echo "make docs      the documentation as a site, in build/docs"
 	@echo "make bench     the commands behind docs/benchmarks.md [DATA=DIR WEIGHTS=hub BACKBONE=NAME]"
 	@echo "make test-serve  the tests of the server, in an environment of its own"
+	@echo "make test-ray    the tests of batch with Ray, in an environment of its own"
 	@echo "make test-gpu  the tests that need a CUDA device; a skip is a failure"
 
 # --- set-up --------------------------------------------------------------------------------------
@@ -29,6 +32,7 @@ help:
 $(VENV)/.installed: EXTRAS := cpu,refdet,train,docs,dev
 $(GPU_VENV)/.installed: EXTRAS := gpu,refdet,train,dev
 $(SERVE_VENV)/.installed: EXTRAS := cpu,refdet,serve,clients,dev
+$(RAY_VENV)/.installed: EXTRAS := cpu,refdet,ray,dev
 %/.installed: setup.cfg pyproject.toml
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("engineworks needs Python 3.11 or newer")'
 	$(PYTHON) -m venv $*
@@ -95,7 +99,7 @@ test-training: TESTS := tests/training tests/architecture
 test-pages: TESTS := tests/test_pages.py
 test-commands: TESTS := $(filter-out tests/test_pages.py, $(wildcard tests/test_*.py))
 test-export: TESTS := tests/export tests/calibration
-test-runtime: TESTS := tests/runtime tests/campaign
+test-runtime: TESTS := tests/runtime tests/batch tests/campaign
 
 test-training test-pages test-commands test-export test-runtime: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest $(TESTS)
@@ -119,6 +123,10 @@ test-gpu: $(GPU_VENV)/.installed
 # without torch, as on a machine that serves
 test-serve: $(SERVE_VENV)/.triton
 	$(SERVE_VENV)/bin/python -m pytest tests/runtime/serving tests/test_cli_serve.py
+
+# likewise
+test-ray: $(RAY_VENV)/.installed
+	$(RAY_VENV)/bin/python -m pytest tests/batch tests/test_cli_batch.py
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff format --check .

@@ -167,7 +167,9 @@ def _compare(path: Path, wanted: Mapping[str, Any]) -> None:
         ) from error
     names = [name for name in {**wanted, **found} if wanted.get(name) != found.get(name)]
     if names:
-        other = "; ".join(f"{each}: {found.get(each)}, now {wanted.get(each)}" for each in names)
+        # of a digest its beginning
+        pairs = ((name, f"{found.get(name)}"[:12], f"{wanted.get(name)}"[:12]) for name in names)
+        other = "; ".join(f"{name}: {before}, now {now}" for name, before, now in pairs)
         raise UsageError(
             f"{path.parent} holds blocks that were made otherwise ({other})",
             fix="choose another --out, or give the command that it was begun with",

@@ -39,7 +39,7 @@ _LONGEST_FOLDER = 30  # letters: names of sockets end at 107, and Ray's part tak
 
 @contextmanager
 def joined(address: str | None, num_cpus: int) -> Iterator[None]:
-    """Be connected to Ray.
+    """Be connected to Ray, which must not be imported yet: it reads its environment only then.
 
     Args:
         address: of a cluster, as ``ray.init`` takes it; None starts one of this machine.
@@ -53,30 +53,43 @@ def joined(address: str | None, num_cpus: int) -> Iterator[None]:
         os.environ.update(_ALONE, RAY_AUTH_TOKEN=secrets.token_hex(32))
     import ray
 
-    told = {"log_to_driver": False, "logging_level": logging.CRITICAL}
     folder = None if address else _folder()
     try:
         with _own_handlers(), _without_stderr():
-            if address is None:
-                ray.init(
-                    address="local",
-                    num_cpus=num_cpus,
-                    include_dashboard=False,
-                    object_store_memory=_STORE_BYTES,
-                    _temp_dir=folder,
-                    **told,
-                )
-            else:
-                ray.init(address=address, **told)
+            _connect(address, num_cpus, folder)
         yield
-    except (ConnectionError, TimeoutError) as error:
-        where = f"cannot connect to Ray at {address}" if address else "cannot start Ray"
-        raise ResourceError(f"{where}: {str(error).splitlines()[0]}") from error
     finally:
         with unbroken():
             ray.shutdown()
             if folder is not None:
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def _connect(address: str | None, num_cpus: int, folder: str | None) -> None:
+    import ray
+
+    own = {
+        "num_cpus": num_cpus,
+        "include_dashboard": False,
+        "object_store_memory": _STORE_BYTES,
+        "_temp_dir": folder,
+    }
+    try:
+        ray.init(
+            address=address or "local",
+            log_to_driver=False,
+            logging_level=logging.CRITICAL,
+            **({} if address else own),
+        )
+    except (OSError, RuntimeError, ValueError, TimeoutError) as error:
+        where = f"cannot connect to Ray at {address}" if address else "cannot start Ray here"
+        reason = str(error).split("\n")[0] or type(error).__name__
+        raise ResourceError(
+            f"{where}: {reason}",
+            fix="check the address, and that all have the same versions of Ray and Python"
+            if address
+            else "make room in memory and in the temporary folder",
+        ) from error
 
 
 def _folder() -> str:
