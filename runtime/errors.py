@@ -11,6 +11,7 @@
         ├── DatasetError      a folder of data is missing something
         ├── WeightsError      a weights file is missing, corrupt or of another net
         ├── RunError          a training run is missing, incomplete or in the way
+        ├── RankError         of the processes that train together another one has ended
         ├── BundleError       a bundle is missing, corrupt, of another schema or system
         ├── BankError         a memory bank cannot be built, read or searched
         ├── InUseError        another process is writing there
@@ -84,6 +85,10 @@ class WeightsError(EngineworksError):
 
 
 class RunError(EngineworksError):
+    pass
+
+
+class RankError(EngineworksError):
     pass
 
 

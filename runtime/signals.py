@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 _STOPPING = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
@@ -81,6 +81,34 @@ def unbroken() -> Iterator[None]:
     if not _state.num_unbroken and (number := _state.waiting) is not None:
         _state.waiting = None
         raise Stopped(number)
+
+
+@contextmanager
+def broken() -> Iterator[None]:
+    """Within an unbroken block, one that a signal may end at once, also one that came before."""
+    around, _state.num_unbroken = _state.num_unbroken, 0
+    try:
+        if number := asked():
+            raise Stopped(number)
+        yield
+    finally:
+        _state.num_unbroken = around
+
+
+def asked() -> int:
+    """The signal that waits for the end of an unbroken block, taken from it; 0 where none does."""
+    number, _state.waiting = _state.waiting or 0, None
+    return number
+
+
+def end(number: int) -> NoReturn:
+    """End as by a signal that another process was sent.
+
+    Raises:
+        Stopped: always.
+    """
+    _state.told, _state.waiting = True, None
+    raise Stopped(number)
 
 
 def _stop(number: int, _frame: FrameType | None) -> None:

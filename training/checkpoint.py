@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
@@ -23,13 +24,18 @@ from engineworks.runtime import files
 from engineworks.runtime.errors import RunError
 
 NAME = "checkpoint.safetensors"
+_LENGTH = 8  # bytes of a safetensors file that say how long its header is
 
 
 def save(path: Path, state: Mapping[str, Any]) -> None:
-    """Write a tree of tensors and plain values.
+    """Write a tree, see ``dumps``; the file is replaced in one step."""
+    files.write(path, dumps(state))
+
+
+def dumps(state: Mapping[str, Any]) -> bytes:
+    """A tree of tensors and plain values as the content of a file.
 
     Args:
-        path: replaced in one step.
         state: dicts, lists and tuples of tensors, numbers, texts, bools and None; state dicts of
             modules, optimizers and schedulers are such trees.
 
@@ -38,7 +44,7 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
     """
     tensors: dict[str, Tensor] = {}
     skeleton = _pack(state, tensors, "")
-    files.write(path, to_bytes(tensors, metadata={"tree": json.dumps(skeleton)}))
+    return bytes(to_bytes(tensors, metadata={"tree": json.dumps(skeleton)}))
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -59,6 +65,13 @@ def load(path: Path) -> dict[str, Any]:
             fix="copy the run again, or train anew",
         ) from error
     return dict(_unpack(tree, tensors))
+
+
+def loads(content: bytes) -> dict[str, Any]:
+    """The tree that ``dumps`` was given."""
+    end = _LENGTH + int.from_bytes(content[:_LENGTH], "little")
+    tree = json.loads(json.loads(content[_LENGTH:end])["__metadata__"]["tree"])
+    return dict(_unpack(tree, from_bytes(content)))
 
 
 def latest(run: Path) -> Path | None:

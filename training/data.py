@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,16 +19,25 @@ import cv2
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, default_convert
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    Sampler,
+    default_collate,
+    default_convert,
+)
 
 from engineworks.runtime.bundle import sha256_file
-from engineworks.runtime.errors import EngineworksError, RunError
+from engineworks.runtime.errors import ConfigError, EngineworksError, RunError
 from engineworks.runtime.labels import Labelled
 from engineworks.runtime.preprocess import PreprocessSpec, apply
 from engineworks.runtime.tensors import Array
 from engineworks.training.config import TrainConfig
+from engineworks.training.ranks import Part
 
 Key: TypeAlias = tuple[int, int]
+WHOLE = Part()
 
 
 class Samples(Protocol):
@@ -95,6 +105,63 @@ class EpochSampler(Sampler[Key]):
         return ((self.epoch, int(index)) for index in order)
 
 
+class Shares(Sampler[list[Key]]):
+    """What one of several ranks takes of batches that all of them draw alike.
+
+    Attributes:
+        sampler: of the keys.
+    """
+
+    def __init__(self, batches: BatchSampler, part: Part, *, whole: bool) -> None:
+        """Check that there is something for all.
+
+        Args:
+            whole: each rank takes batches of its own, in turn; where the last turn has too few, its
+                last batch is taken by several. Else a part of each batch.
+
+        Raises:
+            ConfigError: a batch has fewer samples than there are ranks.
+        """
+        self.batches: Any = batches
+        self.sampler: Any = batches.sampler
+        self.part = part
+        self.whole = whole
+        if not whole:
+            part.of(batches.batch_size)
+            self._check_last()
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.batches) / self.part.size) if self.whole else len(self.batches)
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        if not self.whole:
+            for keys in self.batches:
+                yield keys[self.part.of(len(keys))]
+            return
+        turn: list[list[Key]] = []
+        for keys in self.batches:
+            turn.append(keys)
+            if len(turn) == self.part.size:
+                yield turn[self.part.rank]
+                turn = []
+        if turn:
+            yield turn[min(self.part.rank, len(turn) - 1)]
+
+    def _check_last(self) -> None:
+        num, size = len(self.sampler), self.batches.batch_size
+        left = num % size
+        if self.batches.drop_last or left == 0 or left >= self.part.size:
+            return
+        ranks = self.part.size
+        fitting = [n for n in range(ranks, 2 * size) if num % n == 0 or num % n >= ranks]
+        nearest = sorted(fitting, key=lambda n: abs(n - size))[:2]
+        raise ConfigError(
+            f"the last batch of an epoch has {left} of {num} samples, too few for "
+            f"{ranks} processes",
+            fix=f"set train.batch_size to {' or '.join(map(str, nearest))}",
+        )
+
+
 def loader(
     samples: Samples,
     config: TrainConfig,
@@ -102,6 +169,8 @@ def loader(
     shuffle: bool,
     drop_last: bool = False,
     batched: bool = False,
+    part: Part = WHOLE,
+    whole: bool = False,
 ) -> DataLoader[Any]:
     """Batches of samples, collated by torch's default rules (arrays stack along a new axis).
 
@@ -109,19 +178,32 @@ def loader(
 
     Args:
         batched: each sample is a whole batch already; its arrays become tensors, no axis is added.
+        part, whole: what this rank takes, see ``Shares``; of samples that are whole batches it
+            takes its part itself.
+
+    Raises:
+        ConfigError: see ``Shares``.
     """
+    sampler = EpochSampler(len(samples), seed=config.seed, shuffle=shuffle)
+    batches: dict[str, Any] = {
+        "batch_size": 1 if batched else config.batch_size,
+        "sampler": sampler,
+        "drop_last": drop_last,
+    }
+    if part.size > 1 and not batched:
+        keys: Any = sampler  # torch's types know numbers alone
+        shared = BatchSampler(keys, config.batch_size, drop_last)
+        batches = {"batch_sampler": Shares(shared, part, whole=whole)}
     return DataLoader(
         _Seeded(samples, config.seed),
-        batch_size=1 if batched else config.batch_size,
         collate_fn=partial(_collate, _only if batched else default_collate),
-        sampler=EpochSampler(len(samples), seed=config.seed, shuffle=shuffle),
         num_workers=config.workers,
         prefetch_factor=config.prefetch if config.workers else None,
         pin_memory=config.pin_memory and torch.cuda.is_available(),  # torch warns without one
         persistent_workers=config.workers > 0,
         worker_init_fn=_start_worker,
         generator=torch.Generator().manual_seed(config.seed),
-        drop_last=drop_last,
+        **batches,
     )
 
 

@@ -13,8 +13,10 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from engineworks.training import ranks
 from engineworks.training.config import OptimizerConfig, TrainConfig
 from engineworks.training.data import iterate
+from engineworks.training.norms import share_statistics
 from engineworks.training.profiler import section
 from engineworks.training.task import Paced, Position, Task
 
@@ -22,8 +24,10 @@ from engineworks.training.task import Paced, Position, Task
 class Learner:
     """Takes one batch after the other. Where no parameter wants a gradient, nothing moves.
 
+    With several ranks each takes its part of a batch, and all move alike.
+
     Attributes:
-        num_batches: of an epoch, in this process.
+        num_batches: of an epoch.
         parts: name -> what a checkpoint must keep: model, optimizer, schedule, average, scaler.
     """
 
@@ -32,6 +36,8 @@ class Learner:
         self._accelerator = accelerator
         self._clip_norm = settings.optimizer.clip_norm
         self._parameters = [p for p in task.model.parameters() if p.requires_grad]
+        if self._parameters and ranks.size() > 1:
+            share_statistics(task.model)
         self._model, self._loader = accelerator.prepare(task.model, task.loader())
         self.num_batches = len(self._loader)
         self._optimizer = self._scheduler = self._average = None
@@ -72,6 +78,8 @@ class Learner:
         if position.batch:
             loader = self._accelerator.skip_first_batches(loader, position.batch)
         loader.set_epoch(position.epoch)
+        if self._optimizer is not None:
+            ranks.align(self._task.model)  # buffers that each computes may come to differ in a bit
         return _timed(loader)
 
     def learn(self, batch: Any, position: Position) -> Mapping[str, Tensor]:
@@ -108,6 +116,8 @@ class Learner:
         assert self._optimizer is not None
         with section("backward"):
             self._accelerator.backward(loss)
+        if self._accelerator.sync_gradients:
+            ranks.average_gradients(self._parameters)
         with section("optimizer"):
             if self._accelerator.sync_gradients and self._clip_norm is not None:
                 self._accelerator.clip_grad_norm_(self._parameters, self._clip_norm)

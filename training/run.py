@@ -56,6 +56,7 @@ class RunInfo(BaseModel):
         weights: those that an export takes, and that ``results`` are about.
         data: what it was trained on: folder's name, counts, hash.
         provenance: where the starting weights came from.
+        processes: how many trained together; older runs do not say.
         epoch, step: epochs and optimizer steps done.
         results: what the task found out, e.g. the ablation.
     """
@@ -71,6 +72,7 @@ class RunInfo(BaseModel):
     versions: dict[str, str]
     data: dict[str, JsonValue]
     provenance: dict[str, JsonValue]
+    processes: int = 1
     epoch: int = 0
     step: int = 0
     results: dict[str, JsonValue] = {}
@@ -191,13 +193,22 @@ def read_json(run: Path, name: str) -> Any:
         ) from error
 
 
-def to_go_on(run: Run, config: SystemConfig) -> Run:
+def to_go_on(run: Run, config: SystemConfig, processes: int) -> Run:
     """The run as --resume takes it up, with this configuration; nothing is written.
+
+    Args:
+        processes: how many go on with it.
 
     Raises:
         RunError: the configuration is another one in more than when training ends, or it ends
-            before what is done.
+            before what is done; or the processes are not as many as those that began.
     """
+    if run.info.processes != processes:
+        raise RunError(
+            f"run {run.root} was trained by {run.info.processes} processes, and cannot go on "
+            f"with {processes}",
+            fix=f"resume it with --processes {run.info.processes}, or train into a new folder",
+        )
     ends = {name: getattr(config.train, name) for name in _ENDS}
     train = run.config.train.model_copy(update=ends)
     if run.config.model_copy(update={"train": train}) != config:

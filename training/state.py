@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from engineworks.runtime.errors import RunError
-from engineworks.training import checkpoint
+from engineworks.training import checkpoint, ranks
 from engineworks.training.profiler import section
 from engineworks.training.task import Criterion, Position
 
@@ -29,6 +28,7 @@ class State:
         totals: name -> sum of a loss over the batches of the current epoch, () float64.
         history: a row per epoch: mean losses, learning rate and metrics.
         best: the epoch, from 1, whose weights are weights/best; 0 before there is one.
+        of_ranks: what is each rank's own, see ``collect``; empty for a process that is alone.
     """
 
     parts: Mapping[str, Any]
@@ -37,12 +37,26 @@ class State:
     totals: dict[str, Tensor] = field(default_factory=dict)
     history: list[dict[str, float]] = field(default_factory=list)
     best: int = 0
+    of_ranks: Sequence[bytes] = ()
+
+    def collect(self, *, closing: bool = False) -> None:
+        """Let the main process have what its next checkpoint needs of the others; called by all.
+
+        Args:
+            closing: that checkpoint is written with the epoch closed, whose losses are none then.
+        """
+        if ranks.size() > 1:
+            own = {"rng": checkpoint.rng_state(), "totals": {} if closing else self.totals}
+            self.of_ranks = ranks.each(checkpoint.dumps(own))
 
     def save(self, path: Path) -> None:
         """Write a checkpoint, in one step."""
         content = {name: part.state_dict() for name, part in self.parts.items()}
         content |= {"position": vars(self.position), "history": self.history}
         content |= {"totals": self.totals, "best_epoch": self.best, "rng": checkpoint.rng_state()}
+        if self.of_ranks:
+            rows = [torch.frombuffer(bytearray(each), dtype=torch.uint8) for each in self.of_ranks]
+            content["ranks"] = rows
         with section("checkpoint"):
             checkpoint.save(path, content)
 
@@ -56,11 +70,14 @@ class State:
         for name, part in self.parts.items():
             part.load_state_dict(content[name])
         self.position = Position(**content["position"])
-        self.totals = {name: value.to(device) for name, value in content["totals"].items()}
+        own = content
+        if not ranks.is_main():
+            own = checkpoint.loads(content["ranks"][ranks.here().rank].numpy().tobytes())
+        self.totals = {name: value.to(device) for name, value in own["totals"].items()}
         self.history = content["history"]
         # older checkpoints kept the metric's value, of the first epoch that reached it
         self.best = content["best_epoch"] if "best_epoch" in content else self._first_best()
-        checkpoint.set_rng_state(content["rng"])
+        checkpoint.set_rng_state(own["rng"])
 
     def add(self, losses: Mapping[str, Tensor], *, stepped: bool) -> None:
         """Count a batch, and the optimizer step that it ended."""
@@ -69,14 +86,14 @@ class State:
         epoch, batch, step = vars(self.position).values()
         self.position = Position(epoch, batch + 1, step + stepped)
 
-    def means(self, accelerator: Accelerator) -> dict[str, float]:
-        """Mean losses of the epoch over its batches and all processes.
+    def means(self) -> dict[str, float]:
+        """Mean losses of the epoch over its batches and all ranks.
 
         Raises:
             RunError: one is not finite.
         """
         count = self.position.batch
-        means = {n: float(accelerator.reduce(t / count, "mean")) for n, t in self.totals.items()}
+        means = {n: float(ranks.mean(total / count)) for n, total in self.totals.items()}
         for name, mean in means.items():
             if not math.isfinite(mean):
                 raise RunError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import socket
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -18,24 +19,25 @@ from typing import Any, Literal, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import set_seed
 from pydantic import JsonValue
 from safetensors.torch import save as to_bytes
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
-from engineworks.runtime import files, labels
+from engineworks.runtime import files, labels, signals
 from engineworks.runtime.errors import BackendError, ConfigError, RunError
 from engineworks.runtime.folders import Tally
 from engineworks.runtime.labels import Labelled
 from engineworks.runtime.signals import Stopped, stoppable, unbroken
 from engineworks.runtime.survey import survey
-from engineworks.training import checkpoint
+from engineworks.training import checkpoint, ranks
 from engineworks.training.allocator import keep_freed_memory
 from engineworks.training.backbones import read_weights
 from engineworks.training.config import SystemConfig, TrainConfig
 from engineworks.training.data import labels_fingerprint
 from engineworks.training.learner import Learner
+from engineworks.training.processes import untold
 from engineworks.training.profiler import Profiler, section
 from engineworks.training.run import (
     Run,
@@ -73,6 +75,9 @@ def train(
     checkpoint is written and, where an epoch is done, all that an export needs. A second Ctrl-C
     leaves out the latter. What is logged at INFO is a line per epoch.
 
+    Where the environment tells of several processes (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT),
+    they train together, each its part of every batch; see ``training.ranks``.
+
     Args:
         data: folder in the system's layout.
         out: run folder; None takes the next free ``runs/<system>/trainN``.
@@ -89,28 +94,48 @@ def train(
         InUseError: another process trains there.
         DatasetError, WeightsError: from the task.
         ConfigError: ``train.patience`` without data that choose the best epoch.
-        BackendError: the device asked for is not there.
+        BackendError: the device asked for is not there, or other processes are not.
+        RankError: another process of this training has ended.
         Stopped: by a signal; a ``KeyboardInterrupt``.
     """
     if resume and out is not None:
         open_run(out)  # refuses a wrong path before a folder is made there
-    accelerator = _accelerator(config.train)
-    with stoppable(), ExitStack() as stack:
-        chosen: list[Path | None] = [None]
-        if accelerator.is_main_process:
-            chosen = [stack.enter_context(reserve(out, config.system))]
-        (root,) = broadcast_object_list(chosen)
-        assert root is not None
+    with ranks.joined(config.train.device), stoppable(), ExitStack() as stack:
+        accelerator = _accelerator(config.train)
+        progress = progress if progress is not None and ranks.is_main() else _silent
+        root = _place(config, out, stack)
         before = None
         if not resume:
-            check_place(root, config, exist_ok=exist_ok)
+            if ranks.is_main():
+                check_place(root, config, exist_ok=exist_ok)
         elif (before := open_run(root)).info.status == "finished" and before.config == config:
-            _log.warning("run %s is already finished: nothing to resume", root)
-            remove(root, _task(config).working)
+            if ranks.is_main():
+                _log.warning("run %s is already finished: nothing to resume", root)
+                remove(root, _task(config).working)
             return before
         else:
-            before = to_go_on(before, config)
-        return _train(config, data, root, before, accelerator, profile, progress or _silent)
+            before = to_go_on(before, config, ranks.size())
+        return _train(config, data, root, before, accelerator, profile, progress)
+
+
+def _place(config: SystemConfig, out: Path | None, stack: ExitStack) -> Path:
+    """The folder of a run, which the main process reserves.
+
+    Raises:
+        InUseError: another process trains there.
+        RunError: this machine does not see it.
+    """
+    if ranks.is_main():
+        root = stack.enter_context(reserve(out, config.system))
+        ranks.tell(str(root.absolute()))
+        return root
+    root = Path(ranks.tell(""))
+    if not root.is_dir():
+        raise RunError(
+            f"{socket.gethostname()} does not see the folder {root}",
+            fix="train into a folder that all machines share",
+        )
+    return root
 
 
 def conclude(
@@ -163,28 +188,29 @@ def _train(
     _check_labels(task.dataset, data)
     _check_patience(config.train, task)
     run = _open_record(config, data, root, before, task, accelerator)
+    if not ranks.is_main():  # built alike, from here on the ranks draw their own numbers
+        set_seed(ranks.own_seed(config.train.seed))
     learner = Learner(task, config.train, accelerator)
     state = State(learner.parts, task.best or ())
     if content is not None:
         state.restore(content, accelerator.device)
         learner.follow_schedule()
-    loop = _Loop(run, task, learner, state, accelerator, progress)
+    loop = _Loop(run, task, learner, state, progress)
     with ExitStack() as stack:
         profiler = stack.enter_context(Profiler()) if profile else None
         loop.log_to(stack)
+        if ranks.size() > 1:  # they stop together, and nowhere else
+            stack.enter_context(unbroken())
         try:
             while not loop.is_done():
                 loop.epoch()
         except Stopped:
             loop.keep()
             raise
-    run = loop.run
-    if accelerator.is_main_process:
-        extra = {} if profiler is None else {"profile": cast(JsonValue, profiler.shares())}
-        run = _conclude(run, task, progress, status="finished", extra=extra)
-        remove(root, task.working)
-    accelerator.wait_for_everyone()
-    return run
+        signals.asked()
+    extra = {} if profiler is None else {"profile": cast(JsonValue, profiler.shares())}
+    ranks.by_main(lambda: loop.finish(extra))
+    return loop.run if ranks.is_main() else open_run(root)
 
 
 class _Loop:
@@ -200,21 +226,19 @@ class _Loop:
         task: Task,
         learner: Learner,
         state: State,
-        accelerator: Accelerator,
         progress: Progress,
     ) -> None:
         self.run = run
         self._task = task
         self._learner = learner
         self._state = state
-        self._accelerator = accelerator
         self._progress = progress
         self._settings = run.config.train
         self._writer: SummaryWriter | None = None  # of the main process
 
     def log_to(self, stack: ExitStack) -> None:
         """Open TensorBoard's log; its thread ends with the stack, also where training fails."""
-        if self._accelerator.is_main_process:
+        if ranks.is_main():
             purge = self._state.position.epoch or None
             self._writer = SummaryWriter(str(self.run.root), purge_step=purge)
             stack.callback(self._writer.close)
@@ -224,15 +248,37 @@ class _Loop:
         position, patience = self._state.position, self._settings.patience
         stale = self._state.is_stale(patience)
         done = position.epoch >= self._settings.epochs
-        if stale and not done:
+        if stale and not done and ranks.is_main():
             _log.info("no epoch was better than %d: patience is used up", self._state.best)
-        (over,) = broadcast_object_list([done or stale])
-        return bool(over)
+        return ranks.tell(done or stale)
 
     def epoch(self) -> None:
         """What an epoch still has to do; a signal to end waits for the end of a step."""
         learner, state, started = self._learner, self._state, time.monotonic()
         name = f"epoch {state.position.epoch + 1}/{self._settings.epochs}"
+        self._learn(name)
+        row = {**state.means(), "epoch": state.position.epoch + 1.0}
+        if learner.rate is not None:
+            row["lr"] = learner.rate
+        judged = learner.judged()
+
+        def judge() -> None:
+            with torch.no_grad(), section("evaluation"):
+                row.update(self._task.evaluate(judged))
+            with unbroken():
+                state.close_epoch(row)
+                self._write_epoch(judged)
+            told = _told(row, best=bool(state.criteria) and state.is_best)
+            _log.info("%s, %.0f s%s", name, time.monotonic() - started, told)
+
+        state.collect(closing=True)
+        ranks.by_main(judge)
+        if not ranks.is_main():
+            state.close_epoch()
+
+    def _learn(self, name: str) -> None:
+        """The batches that an epoch still has."""
+        learner, state = self._learner, self._state
         with ExitStack() as step:
             for batch in learner.batches(state.position):
                 step.enter_context(unbroken())
@@ -241,27 +287,20 @@ class _Loop:
                 if learner.stepped:
                     self._save_between()
                     step.close()
+                    ranks.stop_together()
                 self._progress(name, state.position.batch, learner.num_batches)
-        row = {**state.means(self._accelerator), "epoch": state.position.epoch + 1.0}
-        if learner.rate is not None:
-            row["lr"] = learner.rate
-        judged = learner.judged()
-        if self._accelerator.is_main_process:
-            with torch.no_grad(), section("evaluation"):
-                row |= self._task.evaluate(judged)
-            with unbroken():
-                state.close_epoch(row)
-                self._write_epoch(judged)
-            told = _told(row, best=bool(state.criteria) and state.is_best)
-            _log.info("%s, %.0f s%s", name, time.monotonic() - started, told)
-        else:
-            state.close_epoch()
-        self._accelerator.wait_for_everyone()
 
     def keep(self) -> None:
         """After a signal to end: what it takes to go on, and what an export needs."""
-        if not self._accelerator.is_main_process:
-            return
+        self._state.collect()
+        ranks.by_main(self._keep)
+
+    def finish(self, extra: Mapping[str, JsonValue]) -> None:
+        """The task's last step, and the record of all."""
+        self.run = _conclude(self.run, self._task, self._progress, status="finished", extra=extra)
+        remove(self.run.root, self._task.working)
+
+    def _keep(self) -> None:
         done, root = self._state.position.epoch, self.run.root
         with unbroken():
             self._save()
@@ -278,8 +317,10 @@ class _Loop:
 
     def _save_between(self) -> None:
         every = self._settings.checkpoint_steps
-        if every and self._state.position.step % every == 0 and self._accelerator.is_main_process:
-            self._state.save(self.run.root / checkpoint.NAME)
+        if every and self._state.position.step % every == 0:
+            self._state.collect()
+            if ranks.is_main():
+                self._state.save(self.run.root / checkpoint.NAME)
 
     def _save(self) -> None:
         """Checkpoint and record."""
@@ -333,12 +374,13 @@ def _open_record(
         run = before
     else:
         run = Run(root, config, _described(config, task, accelerator, summary))
-    if accelerator.is_main_process:
+    ranks.wait()  # nobody reads what was there any more
+    if ranks.is_main():
         if before is None:
             clear(root, (*task.written, *task.working))
             (root / "weights").mkdir()
         run.save()
-    accelerator.wait_for_everyone()
+    ranks.wait()
     return run
 
 
@@ -403,11 +445,12 @@ def _accelerator(settings: TrainConfig) -> Accelerator:
         raise ConfigError(
             "train.precision is fp16, which needs a CUDA device", fix="use bf16 or fp32"
         )
-    return Accelerator(
-        cpu=on_cpu,
-        mixed_precision="no" if settings.precision == "fp32" else settings.precision,
-        gradient_accumulation_steps=settings.accumulate,
-    )
+    with untold():  # the ranks speak by ``training.ranks``, each has an accelerator of its own
+        return Accelerator(
+            cpu=on_cpu,
+            mixed_precision="no" if settings.precision == "fp32" else settings.precision,
+            gradient_accumulation_steps=settings.accumulate,
+        )
 
 
 def _check_labels(labelled: Labelled, data: Path) -> None:
@@ -436,4 +479,5 @@ def _described(
         versions={package: metadata.version(package) for package in _PACKAGES},
         data=data,
         provenance=task.provenance,
+        processes=ranks.size(),
     )

@@ -60,6 +60,11 @@ def show_messages(*, quiet: bool) -> None:
     logger.setLevel(handler.level)
 
 
+def hide_messages() -> None:
+    """From now on, show nothing: another process of the same command tells it."""
+    logging.getLogger("engineworks").handlers = [logging.NullHandler()]
+
+
 class Progress:
     """Progress on stderr: bars; where it is no terminal, a line a minute; with --quiet nothing."""
 

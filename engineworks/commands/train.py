@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from engineworks.commands.options import EXIST_OK, FOLDER, PATH
-from engineworks.commands.printing import Progress, echo, print_results
+from engineworks.commands.printing import Progress, echo, hide_messages, print_results
 from engineworks.runtime.errors import UsageError
 
 
@@ -23,6 +23,11 @@ from engineworks.runtime.errors import UsageError
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting.")
 @click.option("--resume", is_flag=True, help="Go on with the run in --out.")
 @click.option("--profile", is_flag=True, help="Print where the time of a step went.")
+@click.option(
+    "--processes",
+    type=click.IntRange(min=1),
+    help="Train in so many processes of this machine: CPUs, or a GPU each [1].",
+)
 @EXIST_OK
 @click.pass_context
 def train(
@@ -34,17 +39,23 @@ def train(
     overrides: tuple[str, ...],
     resume: bool,
     profile: bool,
+    processes: int | None,
     exist_ok: bool,
 ) -> None:
     """Train SYSTEM on a folder of data.
 
     Ctrl-C keeps the run: what is done can be exported, and --resume goes on. With --resume, --set
     may change train.epochs and train.patience.
+
+    Several processes share each batch, on one machine by --processes, on several by torchrun or the
+    variables RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT of a cluster. A run becomes
+    the same with any number of them, up to rounding and what is drawn at random.
     """
     from engineworks.runtime.doctor import need
 
     need("torch", "train")
     from engineworks.training.config import changed, load_config
+    from engineworks.training.processes import check_alone, launch, place
     from engineworks.training.run import open_run
 
     if resume and out is not None and not config:
@@ -56,13 +67,21 @@ def train(
             )
     else:
         merged = load_config(system, config, overrides)
+    here = place()
+    if processes not in (None, 1, here.size):
+        check_alone(here, processes)
+        launch(processes)
+        return
     from engineworks.training.train import (
         train as train_run,  # torch takes seconds, a misspelt key needs none
     )
 
+    if not here.is_main:
+        hide_messages()
     with Progress(context) as progress:
         run = train_run(
             merged, data, out, resume=resume, exist_ok=exist_ok, profile=profile, progress=progress
         )
-    print_results(run.info.results)
-    echo(run.root)
+    if here.is_main:
+        print_results(run.info.results)
+        echo(run.root)

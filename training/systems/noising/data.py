@@ -14,7 +14,8 @@ from engineworks.runtime.datasets import MvtecSample
 from engineworks.runtime.preprocess import PreprocessSpec
 from engineworks.runtime.systems.noising.tiles import Layout, Tiles
 from engineworks.runtime.tensors import Array
-from engineworks.training.data import preprocess
+from engineworks.training.data import WHOLE, preprocess
+from engineworks.training.ranks import Part
 from engineworks.training.systems.noising.config import AugmentConfig, CopiesConfig
 
 
@@ -88,7 +89,16 @@ def _size(path: Path) -> tuple[int, int]:
 class Patches:
     """Batches of normal patches, drawn from features that were computed once."""
 
-    def __init__(self, features_IND: Array, images: Array, *, steps: int, patches: int) -> None:
+    def __init__(
+        self,
+        features_IND: Array,
+        images: Array,
+        *,
+        steps: int,
+        patches: int,
+        part: Part = WHOLE,
+    ) -> None:
+        self.part = part
         self.features_IND = features_IND
         self.images = images
         self.steps = steps
@@ -98,10 +108,11 @@ class Patches:
         return self.steps
 
     def get(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
-        """``rows`` (patches, D) float32."""
+        """``rows`` (patches, D) float32; this rank's part of them."""
         chosen = self.images[rng.integers(len(self.images), size=self.patches)]
         places = rng.integers(self.features_IND.shape[1], size=self.patches)
-        return {"rows": self.features_IND[chosen, places]}
+        own = self.part.of(self.patches, "patches")
+        return {"rows": self.features_IND[chosen[own], places[own]]}
 
 
 class Augmented:
@@ -115,7 +126,9 @@ class Augmented:
         *,
         steps: int,
         batch_size: int,
+        part: Part = WHOLE,
     ) -> None:
+        self.part = part
         self.samples = samples
         self.spec = spec
         self.config = config
@@ -126,11 +139,11 @@ class Augmented:
         return self.steps
 
     def get(self, index: int, rng: np.random.Generator) -> dict[str, Any]:
-        """``images`` (batch_size, 3, height, width) float32."""
+        """``images`` (batch_size, 3, height, width) float32; this rank's part of them."""
         chosen = rng.integers(len(self.samples), size=self.batch_size)
         pictures = [images.read(self.samples[i].path) for i in chosen]
         changed = [augment(picture, self.config, rng) for picture in pictures]
-        return {"images": preprocess(self.spec, changed)}
+        return {"images": preprocess(self.spec, changed[self.part.of(len(changed))])}
 
 
 def augment(image: Array, config: AugmentConfig, rng: np.random.Generator) -> Array:

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from engineworks.runtime.coreset import greedy_k_centre, projection
 from engineworks.runtime.tensors import Array
+from engineworks.training import ranks
 from engineworks.training.systems.noising.config import DiscriminatorConfig
 from engineworks.training.systems.noising.model import PatchFeatures
 
@@ -197,8 +198,9 @@ class DiscriminatorTraining(nn.Module):
         """Losses of (N, D) normal patches, and how often the net is right."""
         noisy_ND = rows_ND + self.proposal(rows_ND)
         normal_N, noise_N = self.discriminator(torch.cat([rows_ND, noisy_ND])).chunk(2)
-        loss = 0.5 * (F.softplus(normal_N).mean() + F.softplus(-noise_N).mean())
-        right = 0.5 * ((normal_N < 0).float().mean() + (noise_N > 0).float().mean())
+        mean = ranks.mean_loss
+        loss = 0.5 * (mean(F.softplus(normal_N)) + mean(F.softplus(-noise_N)))
+        right = 0.5 * (mean((normal_N < 0).float()) + mean((noise_N > 0).float()))
         return {"loss": loss, "accuracy": right.detach()}
 
     def judge(self) -> Judged:

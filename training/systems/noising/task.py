@@ -8,7 +8,8 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -30,9 +31,10 @@ from engineworks.runtime.systems.noising.fit import calibrate, fit, hold_out
 from engineworks.runtime.systems.noising.params import DiscriminatorParams, Params
 from engineworks.runtime.systems.noising.signals import anomaly_map, image_score
 from engineworks.runtime.tensors import Array
-from engineworks.training import backbones
-from engineworks.training.data import Samples, fingerprint, iterate, loader
+from engineworks.training import backbones, ranks
+from engineworks.training.data import WHOLE, Samples, fingerprint, iterate, loader
 from engineworks.training.profiler import section
+from engineworks.training.ranks import Part
 from engineworks.training.run import Run
 from engineworks.training.systems.noising.config import TaskConfig
 from engineworks.training.systems.noising.data import Augmented, Images, Patches
@@ -110,7 +112,8 @@ class Task:
     def loader(self) -> DataLoader[Any]:
         config, spec = self.config, self.config.preprocess
         if not isinstance(self.model, DiscriminatorTraining):
-            return loader(self.images, config.train, shuffle=False)
+            part = ranks.part()
+            return loader(self.images, config.train, shuffle=False, part=part, whole=True)
         self._extract()
         settings, seed = config.discriminator, config.train.seed
         learned, _ = hold_out(len(self.samples), config.fit, seed=seed)
@@ -118,7 +121,11 @@ class Task:
         self.model.discriminator.fit(features_IND[learned])
         self.model.proposal.fit(features_IND[learned], seed=seed)
         batches: Samples = Patches(
-            features_IND, learned, steps=settings.steps, patches=settings.patches
+            features_IND,
+            learned,
+            steps=settings.steps,
+            patches=settings.patches,
+            part=ranks.part(),
         )
         if settings.augment is not None:
             batches = Augmented(
@@ -127,6 +134,7 @@ class Task:
                 settings.augment,
                 steps=settings.steps,
                 batch_size=config.train.batch_size,
+                part=ranks.part(),
             )
         return loader(batches, config.train, shuffle=False, batched=True)
 
@@ -142,20 +150,19 @@ class Task:
         return 1.0
 
     def step(self, model: nn.Module, batch: Any, position: Position) -> Mapping[str, Tensor]:
-        """Losses of a discriminator. For a bank there are none: the features of the batch are
-        written to their place in the file.
+        """Losses of a discriminator. For a bank there are none: the features of the batches of all
+        ranks are written to their place in the file.
         """
         if not isinstance(self.model, DiscriminatorTraining):
-            rows_BND = model(batch["images"]).float().cpu().numpy()
-            self._features()[batch["index"].cpu().numpy()] = rows_BND
+            self._keep(self._features, model, batch)
             return {}
         if "rows" in batch:
             rows_ND = batch["rows"]
         else:
             with torch.no_grad(), section("features"):
                 patches_ND = self.features(batch["images"]).float().flatten(0, 1)
-            chosen = torch.randperm(len(patches_ND))[: self.config.discriminator.patches]
-            rows_ND = patches_ND[chosen.to(patches_ND.device)]
+            num, cpu = self.config.discriminator.patches, torch.device("cpu")
+            rows_ND = patches_ND[ranks.draw(len(patches_ND), num, cpu).to(patches_ND.device)]
         with section("discriminator"):
             return cast(Mapping[str, Tensor], model(rows_ND))
 
@@ -299,18 +306,28 @@ class Task:
         Raises:
             RunError: a resumed run has lost them; its checkpoint comes too late to make them anew.
         """
-        if self.features_path.is_file():
+        if ranks.tell(self.features_path.is_file()):
             return
         if not self.has_weights:
             raise self._lost()
         partial = self.features_path.with_suffix(".partial")
-        features_IND = self._features(partial, "w+")
+        file = cache(lambda: self._features(partial, "w+"))
         with torch.no_grad(), section("features"):
-            for batch in self._batches(self.samples):
-                rows_BND = self.features(batch["images"].to(self._device)).float().cpu().numpy()
-                features_IND[batch["index"].numpy()] = rows_BND
-        features_IND.flush()
-        partial.rename(self.features_path)
+            for batch in self._batches(self.samples, ranks.part()):
+                self._keep(file, self.features, batch)
+        if ranks.is_main():
+            file().flush()
+            partial.rename(self.features_path)
+        ranks.wait()
+
+    def _keep(
+        self, file: Callable[[], np.memmap[Any, Any]], net: nn.Module, batch: Mapping[str, Tensor]
+    ) -> None:
+        """Compute the features of a batch; the main process writes those of all ranks."""
+        rows_BND = ranks.gather(net(batch["images"].to(self._device)).float())
+        index_B = ranks.gather(batch["index"].to(self._device))
+        if ranks.is_main():
+            file()[index_B.cpu().numpy()] = rows_BND.cpu().numpy()
 
     def _lost(self) -> RunError:
         return RunError(
@@ -340,10 +357,12 @@ class Task:
         rows_ND = torch.from_numpy(np.ascontiguousarray(features_ND)).to(self._device)
         return np.asarray(discriminator(rows_ND).cpu().numpy())
 
-    def _batches(self, samples: Sequence[datasets.MvtecSample]) -> Iterator[Any]:
-        """All images of a list as at inference, in its order."""
+    def _batches(
+        self, samples: Sequence[datasets.MvtecSample], part: Part = WHOLE
+    ) -> Iterator[Any]:
+        """All images of a list as at inference, in its order; of several ranks each its batches."""
         images = Images(list(samples), self.config.preprocess)
-        return iterate(loader(images, self.config.train, shuffle=False))
+        return iterate(loader(images, self.config.train, shuffle=False, part=part, whole=True))
 
     def _labelled(self, progress: Progress) -> Iterator[Labelled]:
         """Features, label and mask of each test image."""

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
+from engineworks.training import ranks
 from engineworks.training.profiler import section
 from engineworks.training.systems.paco.config import LossConfig
 from engineworks.training.systems.paco.metric import (
@@ -58,12 +59,12 @@ def weighted_cross_entropy(
     share: float,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """Mean over b of (1 - share) CE_b + share w_b CE_b.
+    """Mean over b, of all ranks, of (1 - share) CE_b + share w_b CE_b.
 
     With weights that are all the mean of the pictures' saliency this is the published formula.
     """
     each_B = F.cross_entropy(logits_BC, labels_B, reduction="none", label_smoothing=label_smoothing)
-    return (each_B * (1 - share + share * weights_B)).mean()
+    return ranks.mean_loss(each_B * (1 - share + share * weights_B))
 
 
 # --- matching ------------------------------------------------------------------------------------

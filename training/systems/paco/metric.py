@@ -195,9 +195,8 @@ class LowRank:
 class RunningCovariance(nn.Module):
     """Exponential mean of covariances per row (a class, or everything), in the model's state.
 
-    The upper triangle is kept: 8.3 MB for 1000 classes of width 64. Statistics are those of the
-    process: in distributed training each updates from its own share of the batch, and buffers are
-    then whatever the wrapper makes of them (DDP takes the first process's).
+    The upper triangle is kept: 8.3 MB for 1000 classes of width 64. Several ranks each update by
+    the whole batch.
 
     Args:
         momentum: share of the old mean that an update keeps.

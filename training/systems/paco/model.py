@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from engineworks.runtime.errors import InputError
+from engineworks.training import ranks
 from engineworks.training.profiler import section
 from engineworks.training.systems.paco.config import LossConfig, PartsConfig
 from engineworks.training.systems.paco.loss import PartLoss, weighted_cross_entropy
@@ -131,9 +132,9 @@ class PeakMemory(nn.Module):
 
     def recall(self, index_B: Tensor, affine_VB23: Tensor, grid: tuple[int, int]) -> Tensor | None:
         """Peaks (V B, K, 2) in cells of each view, or None where one has to be searched again."""
-        if (self.visits_N[index_B] >= self.refresh).any():
+        if ranks.any_of(bool((self.visits_N[index_B] >= self.refresh).any())):
             return None
-        self.visits_N[index_B] += 1
+        self.visits_N[ranks.gather(index_B)] += 1
         points_BK2 = self.points_NK2[index_B].to(affine_VB23.dtype)
         turn_VB22, shift_VB12 = affine_VB23[..., :2], affine_VB23[..., 2].unsqueeze(-2)
         size = points_BK2.new_tensor(grid)
@@ -149,7 +150,8 @@ class PeakMemory(nn.Module):
         points_BK2 = ((peaks_BK2 + 0.5) / size).flip(-1)
         turn_B22, shift_B12 = affine_B23[..., :2], affine_B23[..., 2].unsqueeze(-2)
         points_BK2 = torch.linalg.solve(turn_B22, (points_BK2 - shift_B12).mT).mT
-        self.points_NK2[index_B] = points_BK2.to(self.points_NK2.dtype)
+        index_B = ranks.gather(index_B)
+        self.points_NK2[index_B] = ranks.gather(points_BK2.to(self.points_NK2.dtype))
         self.visits_N[index_B] = 1
 
 
@@ -234,13 +236,16 @@ class PacoTraining(nn.Module):
         losses = {"loss": ce, "ce": ce, "pac": zero, "soc": zero, "active": zero}
         if parts_BKD is not None and self.criterion is not None:
             parts_VBKD = parts_BKD.view(num_views, -1, *parts_BKD.shape[1:])
-            losses |= self.criterion(parts_VBKD, labels_B, epoch)
+            # parts of all pictures of the batch are compared with each other
+            parts_VBKD = ranks.gather(parts_VBKD.transpose(0, 1)).transpose(0, 1)
+            losses |= self.criterion(parts_VBKD, ranks.gather(labels_B), epoch)
             weighted = self.loss.pac * losses["pac"] + self.loss.soc * losses["soc"]
             losses["loss"] = ce + ramp * weighted
         elif self.reduction is not None:
             # distributed training waits for the gradient of every parameter, be it 0
             losses["loss"] = ce + 0 * self.reduction.weight.sum()
-        return losses | {"accuracy": (logits_BC.argmax(1) == labels_B).float().mean()}
+        right_B = (logits_BC.argmax(1) == labels_B).float()
+        return losses | {"accuracy": ranks.mean_loss(right_B)}
 
     @torch.no_grad()
     def peaks(self, images_BCHW: Tensor) -> tuple[Tensor, tuple[int, int]]:
@@ -275,12 +280,12 @@ def part_saliency(map_BCHW: Tensor, windows_BKN: Tensor) -> Tensor:
 
 
 def sample_weights(map_BCHW: Tensor, windows_BKN: Tensor, num_views: int) -> Tensor:
-    """(B,) saliency of every picture over its views, divided by the mean of the batch.
+    """(B,) saliency of every picture over its views, divided by the mean of all ranks' batch.
 
     A batch without any saliency has weights of 1.
     """
     saliency_B = part_saliency(map_BCHW, windows_BKN).view(num_views, -1).mean(0)
-    mean = saliency_B.mean()
+    mean = ranks.mean_value(saliency_B)
     return torch.where(mean > 0, saliency_B / torch.where(mean > 0, mean, 1), 1)
 
 

@@ -23,9 +23,10 @@ from engineworks.runtime.metrics import ClassificationMetrics
 from engineworks.runtime.names import file_name
 from engineworks.runtime.preprocess import place
 from engineworks.runtime.tensors import Array
-from engineworks.training import backbones
-from engineworks.training.data import Samples, fingerprint, iterate, loader, preprocess
+from engineworks.training import backbones, ranks
+from engineworks.training.data import WHOLE, Samples, fingerprint, iterate, loader, preprocess
 from engineworks.training.features import FeatureCache
+from engineworks.training.ranks import Part
 from engineworks.training.run import Run, judged, open_run, read_json
 from engineworks.training.systems.paco.config import TaskConfig
 from engineworks.training.systems.paco.data import Pictures, Views
@@ -49,7 +50,8 @@ class Probe(nn.Module):
     def forward(self, embedding_BF: Tensor, labels_B: Tensor) -> dict[str, Tensor]:
         logits_BC = self.net.classifier(embedding_BF)
         loss = F.cross_entropy(logits_BC, labels_B, label_smoothing=self.label_smoothing)
-        return {"loss": loss, "accuracy": (logits_BC.argmax(1) == labels_B).float().mean()}
+        accuracy = ranks.mean_loss((logits_BC.argmax(1) == labels_B).float())
+        return {"loss": loss * ranks.weight(len(labels_B)), "accuracy": accuracy}
 
 
 class Embeddings:
@@ -165,7 +167,7 @@ class Task:
         samples: Samples
         if self.config.frozen:
             labels = [sample.label for sample in self.training.samples]
-            samples = Embeddings(self._embedded("train", self.training), labels)
+            samples = Embeddings(self._embedded("train", self.training, ranks.part()), labels)
         else:
             samples = Views(
                 self.training.samples,
@@ -175,7 +177,7 @@ class Task:
             )
         # a picture alone in the last batch has no negatives, and its norms no statistics
         alone = len(samples) % settings.batch_size == 1
-        return loader(samples, settings, shuffle=True, drop_last=alone)
+        return loader(samples, settings, shuffle=True, drop_last=alone, part=ranks.part())
 
     def step(self, model: nn.Module, batch: Any, position: Position) -> Mapping[str, Tensor]:
         if self.config.frozen:
@@ -272,19 +274,32 @@ class Task:
         labels = [sample.label for sample in self.judged.samples]
         return logits_NC.detach().float().cpu().numpy(), np.array(labels)
 
-    def _batches(self, folder: datasets.ClassFolder) -> Iterator[Tensor]:
-        """All pictures as at inference: (B, 3, height, width) float32 on the model's device."""
+    def _batches(self, folder: datasets.ClassFolder, part: Part = WHOLE) -> Iterator[Tensor]:
+        """All pictures as at inference: (B, 3, height, width) float32 on the model's device.
+
+        Args:
+            part: of several ranks, each of which takes its batches.
+        """
         pictures = Pictures(folder.samples, self.config.preprocess, read=datasets.read)
-        for batch in iterate(loader(pictures, self.config.train, shuffle=False)):
+        batches = loader(pictures, self.config.train, shuffle=False, part=part, whole=True)
+        for batch in iterate(batches):
             yield batch["images"].to(_device(self.model))
 
-    def _embedded(self, name: str, folder: datasets.ClassFolder) -> Array:
-        """(N, F) float32 features of all pictures by the frozen net, computed once."""
+    def _embedded(self, name: str, folder: datasets.ClassFolder, part: Part = WHOLE) -> Array:
+        """(N, F) float32 features of all pictures by the frozen net, computed once.
+
+        Args:
+            part: of several ranks, which compute them together.
+        """
         if name not in self._embeddings:
             self.model.net.eval()
+            rows = list[Tensor]()
             with torch.no_grad():
-                parts = [self._embed(batch).float().cpu() for batch in self._batches(folder)]
-            self._embeddings[name] = torch.cat(parts).numpy()
+                for batch in self._batches(folder, part):
+                    rows_BF = self._embed(batch).float().cpu()
+                    rows.append(rows_BF if part == WHOLE else ranks.gather(rows_BF))
+            # the last batch may have been taken by several ranks
+            self._embeddings[name] = torch.cat(rows)[: len(folder.samples)].numpy()
         return self._embeddings[name]
 
     def _embed(self, images_BCHW: Tensor) -> Tensor:

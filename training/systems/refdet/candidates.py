@@ -22,6 +22,8 @@ from engineworks.runtime.objects import ObjectData
 from engineworks.runtime.preprocess import PreprocessSpec, apply
 from engineworks.runtime.references import mean_template
 from engineworks.runtime.tensors import Array
+from engineworks.training.data import WHOLE
+from engineworks.training.ranks import Part
 from engineworks.training.systems.refdet.config import RelationConfig
 from engineworks.training.systems.refdet.match import DetectMatch
 from engineworks.training.systems.refdet.relation import moves
@@ -54,7 +56,8 @@ class Candidates:
 class Batches:
     """Candidates for ``training.data.loader``, which must take each as a whole batch."""
 
-    def __init__(self, candidates: Candidates, batch_size: int) -> None:
+    def __init__(self, candidates: Candidates, batch_size: int, part: Part = WHOLE) -> None:
+        self.part = part
         self.candidates = candidates
         self.batch_size = batch_size
 
@@ -62,8 +65,9 @@ class Batches:
         return -(-len(self.candidates) // self.batch_size)
 
     def get(self, index: int, rng: Generator) -> dict[str, Tensor]:
-        """A batch, drawn anew."""
+        """A batch, drawn anew; this rank's part of it."""
         chosen = torch.from_numpy(rng.integers(len(self.candidates), size=self.batch_size))
+        chosen = chosen[self.part.of(self.batch_size, "candidates")]
         found = self.candidates
         return {
             "windows": found.windows[chosen].float(),

@@ -20,6 +20,8 @@ from engineworks.runtime.frames import Frames
 from engineworks.runtime.objects import LabelledFrame, ObjectData
 from engineworks.runtime.preprocess import PreprocessSpec, apply, place
 from engineworks.runtime.tensors import Array
+from engineworks.training.data import WHOLE
+from engineworks.training.ranks import Part
 from engineworks.training.systems.refdet.config import AugmentConfig, TaskConfig
 
 _FEWEST, _MOST = 10, 1000  # episodes of an epoch, where their number is computed
@@ -37,7 +39,12 @@ def num_episodes(num_frames: int, batch_size: int, coverage: float) -> int:
 class Episodes:
     """Episodes for ``training.data.loader``, which must take each as a whole batch."""
 
-    def __init__(self, data: ObjectData, config: TaskConfig) -> None:
+    def __init__(self, data: ObjectData, config: TaskConfig, part: Part = WHOLE) -> None:
+        """Take a part of each episode: of its frames, and of its pictures.
+
+        Every rank draws the whole of it, because one thing follows from the other.
+        """
+        self.part = part
         self.data = data
         self.config = config
         self.names = sorted(data.references)
@@ -58,10 +65,10 @@ class Episodes:
 
         Returns:
             ``images`` (B, 3, H, W) and ``pictures`` (R, 3, S, S) float32 network input;
-            ``object_of_picture`` (R,) int64; ``prompted`` (B, N) bool: what each frame is searched
-            for; per frame, in lists: ``boxes`` (M, 4) float32 xyxy in pixels of the network's
-            input, ``objects`` (M,) int64 in [0, N), -1: none of the N, and ``base`` (M,) int64
-            class, -1: none.
+            ``object_of_picture`` (R,) int64, of the pictures of all ranks; ``prompted`` (B, N)
+            bool: what each frame is searched for; per frame, in lists: ``boxes`` (M, 4) float32
+            xyxy in pixels of the network's input, ``objects`` (M,) int64 in [0, N), -1: none of the
+            N, and ``base`` (M,) int64 class, -1: none.
         """
         config, augment = self.config, self.config.augment
         chosen, names = self._choose(rng)
@@ -92,14 +99,16 @@ class Episodes:
         column = {name: i for i, name in enumerate(names)}
         base = {name: i if config.base else -1 for i, name in enumerate(self.names)}
         objects = [_numbers(column.get(name, -1) for name in seen) for _, seen in found]
+        prompted = [self._prompt(each, len(names), rng) for each in objects]
+        own, shown = self.part.of(len(pixels), "frames"), self.part.of(len(pictures), "references")
         return {
-            "images": apply(config.preprocess, pixels),
-            "pictures": apply(config.reference_preprocess, pictures),
+            "images": apply(config.preprocess, pixels[own]),
+            "pictures": apply(config.reference_preprocess, pictures[shown]),
             "object_of_picture": np.repeat(np.arange(len(names)), config.episodes.shots),
-            "prompted": np.stack([self._prompt(each, len(names), rng) for each in objects]),
-            "boxes": [known for known, _ in found],
-            "objects": objects,
-            "base": [_numbers(base[name] for name in seen) for _, seen in found],
+            "prompted": np.stack(prompted[own]),
+            "boxes": [known for known, _ in found[own]],
+            "objects": objects[own],
+            "base": [_numbers(base[name] for name in seen) for _, seen in found[own]],
         }
 
     def _choose(self, rng: Generator) -> tuple[list[LabelledFrame], list[str]]:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
+from engineworks.training import ranks
 from engineworks.training.systems.refdet.assign import Assignment, Targets, iou, pad, task_aligned
 from engineworks.training.systems.refdet.config import LossConfig, WeightsConfig
 
@@ -83,15 +84,15 @@ class WIoU(nn.Module):
         self.register_buffer("mean", torch.ones(()))
 
     def forward(self, boxes_N4: Tensor, wanted_N4: Tensor) -> Tensor:
-        """(N,); in training, the running mean learns from them first."""
+        """(N,); in training, the running mean learns from those of all ranks first."""
         missing_N = 1 - iou(boxes_N4, wanted_N4)
         distance_N, hull_N = _centre_and_hull(boxes_N4, wanted_N4)
         loss_N = (distance_N / hull_N.detach()).exp() * missing_N
         if self.version == 1:
             return loss_N
         with torch.no_grad():
-            if self.training and len(missing_N):
-                self.mean.lerp_(missing_N.mean(), 1 - self.momentum)
+            if self.training and ranks.any_of(len(missing_N) > 0):
+                self.mean.lerp_(ranks.mean_value(missing_N), 1 - self.momentum)
             beta_N = missing_N / self.mean
             if self.version == 2:
                 focus_N = beta_N.sqrt()
@@ -156,8 +157,8 @@ class DetectionLoss(nn.Module):
         """Unweighted losses.
 
         A box weighs as much as its anchor's score should be, and all sums are divided by the sum of
-        these weights (at least 1), as in TOOD: an image with many boxes is no more than its boxes,
-        and one without any still has to say so.
+        these weights over the whole batch (at least 1), as in TOOD: an image with many boxes is no
+        more than its boxes, and one without any still has to say so.
 
         Args:
             distances_BA4R: logits of l, t, r, b in units of the stride; R = 1: no distributions.
@@ -180,7 +181,7 @@ class DetectionLoss(nn.Module):
         )
         wanted_BA4 = targets.boxes_BM4.gather(1, found.box_BA[..., None].expand(-1, -1, 4))
         weights_BA = found.scores_BAC.sum(-1)
-        total = weights_BA.sum().clamp_min(1)
+        total = ranks.total(weights_BA.sum()).clamp_min(1) / ranks.size()
 
         positive_BA = found.positive_BA
         weights_N, wanted_N4 = weights_BA[positive_BA], wanted_BA4[positive_BA]
@@ -340,7 +341,7 @@ def hardest_triplet(
 
 
 class Losses(nn.Module):
-    """Every loss of a step, and their weighted sum."""
+    """Every loss of a step, and their weighted sum; what is contrasted is that of all ranks."""
 
     def __init__(self, config: LossConfig, num_base: int) -> None:
         """See the class.
@@ -365,8 +366,8 @@ class Losses(nn.Module):
 
         Args:
             output: of the detector for ``batch["images"]``.
-            rows_RP: of the reference pictures, which ``batch["object_of_picture"]`` belong to N
-                objects.
+            rows_RP: of the reference pictures of all ranks, which belong to N objects by
+                ``batch["object_of_picture"]``.
             prototypes_NP: what was looked for.
             batch: see ``data``.
         """
@@ -418,7 +419,8 @@ class Losses(nn.Module):
             for boxes_M4, objects_M in zip(batch["boxes"], batch["objects"], strict=True)
         ]
         labels_M = torch.cat([objects_M[objects_M >= 0] for objects_M in batch["objects"]])
-        features_MP = pooled(output.prototype.embeddings, output.strides, known)
+        labels_M = ranks.gather(labels_M)
+        features_MP = ranks.gather(pooled(output.prototype.embeddings, output.strides, known))
         if weights.prototype:
             term = prototype_contrast(features_MP, prototypes_NP, labels_M, config.temperature)
             shares["prototype"] = term, weights.prototype
@@ -430,7 +432,7 @@ class Losses(nn.Module):
         if weights.triplet:
             size = batch["images"].shape[2:]
             empty = elsewhere(batch["boxes"], size)
-            nothing_KP = pooled(output.prototype.embeddings, output.strides, empty)
+            nothing_KP = ranks.gather(pooled(output.prototype.embeddings, output.strides, empty))
             items = torch.cat([features_MP, nothing_KP])
             labels = torch.cat([labels_M, labels_M.new_full((len(nothing_KP),), -1)])
             own_N = torch.arange(len(prototypes_NP), device=labels.device)
@@ -444,14 +446,14 @@ class Losses(nn.Module):
         """Contrast of what the maps hold inside predicted boxes, each from its own image."""
         config = self.config
         places_K2 = found.positive_BA.nonzero()
-        order_K = torch.randperm(len(places_K2), device=places_K2.device)[: config.proposals]
+        order_K = ranks.draw(len(places_K2), config.proposals, places_K2.device)
         image_K, anchor_K = places_K2[order_K.sort().values].unbind(1)
         counts = torch.bincount(image_K, minlength=len(boxes_BA4)).tolist()
         boxes = torch.split(boxes_BA4[image_K, anchor_K], counts)
         return proposal_contrast(
-            pooled(output.prototype.embeddings, output.strides, boxes),
-            targets.classes_BM[image_K, found.box_BA[image_K, anchor_K]],
-            found.ious_BA[image_K, anchor_K],
+            ranks.gather(pooled(output.prototype.embeddings, output.strides, boxes)),
+            ranks.gather(targets.classes_BM[image_K, found.box_BA[image_K, anchor_K]]),
+            ranks.gather(found.ious_BA[image_K, anchor_K]),
             temperature=config.proposal_temperature,
             min_iou=config.min_iou,
             max_gap=config.max_gap,

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from engineworks.runtime.errors import ConfigError
 from engineworks.runtime.objects import ObjectData, read_objects
+from engineworks.training import ranks
 from engineworks.training.backbones import read_weights
 from engineworks.training.data import loader
 from engineworks.training.profiler import section
@@ -34,11 +35,16 @@ def losses(
     right = overlaps >= config.right
     told = (right | (overlaps < config.wrong)).to(logits.dtype)
     each = F.binary_cross_entropy_with_logits(logits, right.to(logits.dtype), reduction="none")
-    score = (each * told).sum() / told.sum().clamp(min=1)
+    score = (each * told).sum() / _of_all(told)
     near = (overlaps >= config.wrong).to(logits.dtype)
     apart = F.smooth_l1_loss(moves, batch["moves"], reduction="none", beta=0.1).sum(1)
-    box = (apart * near).sum() / near.sum().clamp(min=1)
+    box = (apart * near).sum() / _of_all(near)
     return {"loss": score + config.box * box, "score": score, "box": box}
+
+
+def _of_all(counts: Tensor) -> Tensor:
+    """What sums of this rank are divided by: the sum of all ranks, at least 1, shared out."""
+    return ranks.total(counts.sum()).clamp(min=1) / ranks.size()
 
 
 class Task(match_task.Task):
@@ -90,7 +96,8 @@ class Task(match_task.Task):
         self.provenance["warm_start"] = folder.name
 
     def loader(self) -> DataLoader[Any]:
-        batches = Batches(self._candidates(), self.config.train.batch_size)
+        found = Candidates(*ranks.from_main(lambda: list(vars(self._candidates()).values())))
+        batches = Batches(found, self.config.train.batch_size, ranks.part())
         return loader(batches, self.config.train, shuffle=False, batched=True)
 
     def _candidates(self) -> Candidates:

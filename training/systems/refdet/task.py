@@ -19,6 +19,7 @@ from engineworks.runtime.objects import ObjectData, object_labels, object_splits
 from engineworks.runtime.preprocess import apply
 from engineworks.runtime.systems.refdet import detecting
 from engineworks.runtime.tensors import Array
+from engineworks.training import ranks
 from engineworks.training.backbones import feature_cache
 from engineworks.training.data import fingerprint, loader
 from engineworks.training.profiler import section
@@ -50,13 +51,14 @@ class Training(nn.Module):
 
         Args:
             batch: see ``data``.
-            features_RF: of its pictures, where they are known; None: they are computed here.
+            features_RF: of its pictures, which are this rank's, where they are known; None: they
+                are computed here.
         """
         prompted_BN = batch["prompted"]
         with section("encoder"):
             if features_RF is None:
                 features_RF = self.net.encoder.features(batch["pictures"])
-            rows_RP = self.net.encoder(features_RF)
+            rows_RP = ranks.gather(self.net.encoder(features_RF))
             whose_R = batch["object_of_picture"]
             prototypes_NP = self.net.prototypes(rows_RP, whose_R, prompted_BN.shape[1])
         output = self.net.detector(batch["images"], prototypes_NP, prompted_BN)
@@ -153,9 +155,8 @@ class Task:
         }
 
     def loader(self) -> DataLoader[Any]:
-        return loader(
-            Episodes(self.training, self.config), self.config.train, shuffle=False, batched=True
-        )
+        episodes = Episodes(self.training, self.config, ranks.part())
+        return loader(episodes, self.config.train, shuffle=False, batched=True)
 
     def step(self, model: nn.Module, batch: Any, position: Position) -> Mapping[str, Tensor]:
         self._enter(self.stage(position.epoch))

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engineworks.training import ranks
 from engineworks.training.systems.stripe.config import LossConfig
 
 
@@ -28,4 +29,4 @@ def focal(logits_B1HW: Tensor, mask_B1HW: Tensor, config: LossConfig) -> Tensor:
         loss = loss * torch.sigmoid(-signed) ** config.gamma
     if config.alpha is not None:
         loss = loss * torch.where(mask_B1HW, config.alpha, 1 - config.alpha)
-    return loss.mean()
+    return ranks.mean_loss(loss)

@@ -19,6 +19,7 @@ from engineworks.runtime.evaluation import Evaluation
 from engineworks.runtime.preprocess import PlanesSpec
 from engineworks.runtime.systems import stripe
 from engineworks.runtime.tensors import Array
+from engineworks.training import ranks
 from engineworks.training.data import fingerprint, loader
 from engineworks.training.profiler import section
 from engineworks.training.run import Run, judged
@@ -81,7 +82,9 @@ class Task:
         self.provenance: dict[str, JsonValue] = {**provenance}
 
     def loader(self) -> DataLoader[Any]:
-        return loader(self._tiles(), self.config.train, shuffle=True)
+        with ranks.first_here():
+            tiles = self._tiles()
+        return loader(tiles, self.config.train, shuffle=True, part=ranks.part())
 
     def step(self, model: nn.Module, batch: Any, position: Position) -> Mapping[str, Tensor]:
         planes_BCHW = batch["planes"].float().contiguous(memory_format=torch.channels_last)
