@@ -71,11 +71,11 @@ class TrainConfig(Config):
     Attributes:
         device: ``auto`` takes CUDA where there is one and the run records what it was.
         precision: arithmetic of the forward pass; ``fp16`` scales the loss.
-        batch_size: images per process and step.
+        batch_size: images per step, of all processes that train together.
         patience: training ends where so many epochs have gone by since the best one; null trains
             all. Needs data that choose the best epoch.
         accumulate: batches per optimizer step.
-        workers: loader processes; 0 loads in the training process.
+        workers: loader processes of each training process; 0 loads in it.
         prefetch: batches that each of these has ready, or in the making.
         pin_memory: batches wait in memory that a CUDA device copies from without the CPU; without
             such a device there is nothing to do.

@@ -240,7 +240,7 @@ def mean_value(value_N: Tensor) -> Tensor:
     if size() == 1:
         return value_N.mean()
     found, count = total(torch.stack([value_N.sum(), value_N.new_tensor(float(value_N.numel()))]))
-    return found / count.clamp_min(1)
+    return torch.as_tensor(found / count.clamp_min(1))
 
 
 def any_of(flag: bool) -> bool:

@@ -42,6 +42,9 @@ class Task(Protocol):
     the starting weights need not be there any more. Where no parameter of ``model`` wants a
     gradient, the loop makes one pass per epoch without an optimizer.
 
+    Where several processes train together, all of them call ``loader`` and ``step``, and the main
+    process alone ``evaluate`` and ``finish``: see ``training.ranks``.
+
     Attributes:
         model: everything that learns or is saved; prototypes and the like are its buffers.
         best: what chooses weights/best: the first criterion, where epochs are equal in it the next
@@ -62,11 +65,13 @@ class Task(Protocol):
     provenance: dict[str, JsonValue]
 
     def loader(self) -> DataLoader[Any]:
-        """Training batches, from ``training.data.loader``."""
+        """Training batches, from ``training.data.loader``: this rank's part of each."""
         ...
 
     def step(self, model: nn.Module, batch: Any, position: Position) -> Mapping[str, Tensor]:
         """Losses of a batch, scalars; ``loss`` is the one to minimise, the others are logged.
+
+        Their mean over the ranks is what the whole batch has.
 
         Args:
             model: ``self.model`` as accelerate wrapped it; call this one.
