@@ -25,7 +25,6 @@ from engineworks.commands.serve import serve
 from engineworks.commands.train import train
 from engineworks.runtime.refusals import explain
 from engineworks.runtime.signals import Stopped, stoppable
-from engineworks.training.processes import tells_launcher
 
 
 class Cli(click.Group):
@@ -38,15 +37,13 @@ class Cli(click.Group):
         except (click.ClickException, click.Abort, click.exceptions.Exit):
             raise
         except Stopped as stopped:
-            if not tells_launcher(stopped):
-                echo(f"{stopped}", fg="yellow", err=True)
+            echo(f"{stopped}", fg="yellow", err=True)
             context.exit(stopped.exit_code)
         except Exception as error:
             if isinstance(error, OSError) and error.errno == errno.EPIPE:
                 raise  # click ends quietly where nobody reads on
             explained = explain(error)
-            if not tells_launcher(explained):
-                echo(f"error: {explained}", fg="red", err=True)
+            echo(f"error: {explained}", fg="red", err=True)
             _drop_unwritten()
             context.exit(explained.exit_code)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
@@ -9,6 +11,8 @@ import click
 from engineworks.commands.options import EXIST_OK, FOLDER, PATH
 from engineworks.commands.printing import Progress, echo, hide_messages, print_results
 from engineworks.runtime.errors import UsageError
+from engineworks.runtime.refusals import explain
+from engineworks.runtime.signals import Stopped
 
 
 @click.command()
@@ -78,10 +82,24 @@ def train(
 
     if not here.is_main:
         hide_messages()
-    with Progress(context) as progress:
+    with _told_once(context), Progress(context) as progress:
         run = train_run(
             merged, data, out, resume=resume, exist_ok=exist_ok, profile=profile, progress=progress
         )
     if here.is_main:
         print_results(run.info.results)
         echo(run.root)
+
+
+@contextmanager
+def _told_once(context: click.Context) -> Iterator[None]:
+    """What ends one of several processes is told by one of them."""
+    from engineworks.training.processes import tells_launcher
+
+    try:
+        yield
+    except (Stopped, Exception) as error:
+        told = error if isinstance(error, Stopped) else explain(error)
+        if not tells_launcher(told):
+            raise
+        context.exit(told.exit_code)
