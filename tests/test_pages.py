@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -12,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from tests.command import Answer, interpreter, python
 
 ROOT = Path(__file__).parents[1]
 # in the order in which a reader follows them: each takes up what those before have made
@@ -75,30 +76,16 @@ class Played:
     """What commands and Python of all pages answered, by page and text."""
 
     folder: Path
-    answers: dict[tuple[str, str], subprocess.CompletedProcess[str]]
+    answers: dict[tuple[str, str], Answer]
 
     def of(self, page: str) -> str:
-        return "".join(answer.stdout for (name, _), answer in self.answers.items() if name == page)
+        return "".join(answer.out for (name, _), answer in self.answers.items() if name == page)
 
 
 @pytest.fixture(scope="module")
 def played(tmp_path_factory: pytest.TempPathFactory) -> Played:
     """All commands but the installation, and all Python, in one folder that was empty."""
     folder = tmp_path_factory.mktemp("pages")
-
-    # the package of this tree, as if it were installed
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, *arguments],
-            cwd=folder,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
 
     answers = {}
     for page, text in TEXTS.items():
@@ -108,9 +95,11 @@ def played(tmp_path_factory: pytest.TempPathFactory) -> Played:
             faster = []
             if script == "cli.py":
                 faster = FASTER.get(f"train {rest[1]}" if rest[0] == "train" else rest[0], [])
-            answers[page, command] = run(str(ROOT / script), *rest, *faster)
+            # what a newcomer reads first is run by an interpreter that starts as theirs does
+            run = interpreter if page == "README.md" else python
+            answers[page, command] = run(ROOT / script, *rest, *faster, cwd=folder)
         for code in blocks(text, "python"):
-            answers[page, code] = run("-c", code)
+            answers[page, code] = python("-c", code, cwd=folder)
     return Played(folder, answers)
 
 
@@ -120,7 +109,7 @@ class TestThePages:
     def test_have_commands_and_python_that_all_work(self, played: Played) -> None:
         assert len(played.answers) >= 30
         for (page, text), answer in played.answers.items():
-            assert answer.returncode == 0, f"{page}: {text}\n{answer.stdout}{answer.stderr}"
+            assert answer.code == 0, f"{page}: {text}\n{answer.all}"
 
     def test_show_every_command_of_the_workflow(self, played: Played) -> None:
         verbs = {shlex.split(text)[2] for _, text in played.answers if "python cli.py" in text}

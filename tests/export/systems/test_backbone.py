@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +21,10 @@ from engineworks.runtime.preprocess import apply
 from engineworks.runtime.systems import open_system
 from engineworks.runtime.testing import draw_flower, write_flowers
 from engineworks.training.config import BackboneConfig
+from tests.command import cli
 
 pytestmark = pytest.mark.train
 
-ROOT = Path(__file__).parents[3]
 VIT = BackboneConfig(name="test_vit", weights="none")
 
 
@@ -101,16 +99,6 @@ def test_a_net_that_timm_does_not_have_is_refused(tmp_path: Path) -> None:
         trace_backbone(BackboneConfig(name="resnet18x"), tmp_path / "bundle")
 
 
-def cli(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "cli.py"), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-
-
 class TestTheCommand:
     def test_makes_an_int8_bundle_with_a_gate_on_who_is_alike(self, tmp_path: Path) -> None:
         data = write_flowers(tmp_path / "data", num_test=2)
@@ -120,7 +108,7 @@ class TestTheCommand:
             *("--int8", "--samples", data / "train", "--num-samples", 4, "--method", "minmax"),
             *("--eval", data, "--seconds", 0.1),
         )
-        assert done.returncode == 0, done.stderr
+        assert done.code == 0, done.err
         manifest = read(tmp_path / "bundle").manifest
         assert set(manifest.graphs["features"].variants) == {"float", "int8", "int8-u8"}
         assert manifest.params["args"] == {"act_layer": "relu"}
@@ -140,11 +128,11 @@ class TestTheCommand:
         self, arguments: list[str], message: str, tmp_path: Path
     ) -> None:
         done = cli("export", *arguments, "--out", tmp_path / "bundle")
-        assert done.returncode == 2
-        assert message in done.stderr
+        assert done.code == 2
+        assert message in done.err
 
     def test_sends_who_wants_to_train_one_there(self, tmp_path: Path) -> None:
         for verb in (["train", "backbone", "--data", tmp_path], ["sample", "backbone"]):
             done = cli(*verb, "--out", tmp_path / "out")
-            assert done.returncode == 2
-            assert "cli.py export backbone:NAME" in done.stderr
+            assert done.code == 2
+            assert "cli.py export backbone:NAME" in done.err
