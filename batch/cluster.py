@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 from engineworks.runtime.errors import ResourceError
@@ -57,7 +57,9 @@ def joined(address: str | None, num_cpus: int) -> Iterator[None]:
     try:
         with _own_handlers(), _without_stderr():
             _connect(address, num_cpus, folder)
-        yield
+        # a thread of Ray prints there that a process died
+        with Path(os.devnull).open("w") as nothing, redirect_stdout(nothing):
+            yield
     finally:
         with unbroken():
             ray.shutdown()

@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -199,7 +199,10 @@ def _answers(
             for row in answered.to_pylist():
                 yield row["rows"], [(source, message) for source, message in row["failures"]]
     except ray.exceptions.RayError as error:
-        raise _explained(error) from error
+        explained = _explained(error)
+        if explained is error:
+            raise
+        raise explained from error
 
 
 def _row(number: int, sources: Sequence[str]) -> Any:
@@ -229,19 +232,26 @@ def _explained(error: BaseException) -> BaseException:
 
 
 class _Writer:
-    """Answers the pictures of a block and writes its file; lives in an actor."""
+    """Answers the pictures of a block and writes its file; lives in an actor.
+
+    Opens the bundle once, for its first block.
+    """
 
     def __init__(self, opening: partial[Mapper], out: Path, folder: Path) -> None:
-        """Open the bundle.
+        """Open nothing yet: Ray tells what is wrong with an answer, not what is with an actor.
 
         Args:
             folder: that paths are relative to.
         """
         os.chdir(folder)
         self._out = out
-        self._mapper = opening()
+        self._opening = opening
         # maps take much room: they are written as they come
         self._piece = opening.keywords["batch"] if opening.keywords["maps"] else None
+
+    @cached_property
+    def _mapper(self) -> Mapper:
+        return self._opening()
 
     def __call__(self, rows: Any) -> Any:
         answered = []
