@@ -181,6 +181,7 @@ def _answers(
 
     context = DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
+    context.raise_original_map_exception = True
     logging.getLogger("ray").setLevel(logging.CRITICAL)
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     asked = [_row(number, blocks.share(number)) for number in missing]
@@ -223,11 +224,15 @@ def _share_of_gpu(backend: str, actors: int) -> float:
 
 def _explained(error: BaseException) -> BaseException:
     """What is behind an error of Ray: our own, or one of the system's, if there is one."""
+    from ray.exceptions import RayTaskError
+
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, EngineworksError | OSError):
+        # it is of the class of its cause too, with a traceback for its message
+        of_task = isinstance(seen, RayTaskError)
+        if not of_task and isinstance(seen, EngineworksError | OSError):
             return seen
-        seen = getattr(seen, "cause", None) or seen.__cause__
+        seen = seen.cause if of_task else seen.__cause__  # type: ignore[attr-defined]
     return error
 
 
