@@ -16,7 +16,10 @@ from tests.command import python
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "add-a-system.md"
-TREE = ("engineworks", "runtime", "calibration", "training", "export", "cli.py", "setup.cfg")
+TREE = (
+    *("engineworks", "runtime", "calibration", "batch", "training", "export"),
+    *("cli.py", "setup.cfg"),
+)
 
 
 def blocks(before: str, language: str) -> list[tuple[tuple[str, ...], str]]:
