@@ -42,9 +42,9 @@ class _Shared(_BatchNorm):
         y, mean_C, variance_C, count = _Normalised.apply(x, self.weight, self.bias, self.eps, shape)
         if self.running_mean is not None and self.running_var is not None:
             self._follow(mean_C, variance_C * count / (count - 1).clamp_min(1))
-        # timm's have both in one module
-        for name in ("drop", "act"):
-            y = getattr(self, name, torch.nn.Identity())(y)
+        for name in ("drop", "act"):  # timm has these in the same module
+            if (follows := getattr(self, name, None)) is not None:
+                y = follows(y)
         return torch.as_tensor(y)
 
     @torch.no_grad()

@@ -7,6 +7,7 @@ RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. What they then say to
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import os
@@ -27,6 +28,7 @@ _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 # by which accelerate would start a group of its own
 _OF_MPI = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 _ERRORS = "ENGINEWORKS_TRAIN_ERRORS"  # folder in which a process that was launched leaves its error
+_END_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
 _POLL_S = 0.1
 _BY_SIGNAL = 128  # exit codes of commands that a signal ended are so much more
 
@@ -98,6 +100,13 @@ def tells_launcher(error: EngineworksError | Stopped) -> bool:
     content = {"text": str(error), "exit_code": error.exit_code, "follows": follows}
     Path(folder, f"{time.time_ns():020d}.json").write_text(json.dumps(content), encoding="utf-8")
     return True
+
+
+def follow_launcher() -> None:
+    """Let the kernel end this process when the one that launched it is killed; Linux alone can."""
+    library = ctypes.CDLL(None)
+    if os.environ.get(_ERRORS) is not None and hasattr(library, "prctl"):
+        library.prctl(_END_WITH_PARENT, int(signal.SIGTERM))
 
 
 class LaunchError(EngineworksError):

@@ -59,7 +59,7 @@ def train(
 
     need("torch", "train")
     from engineworks.training.config import changed, load_config
-    from engineworks.training.processes import check_alone, launch, place
+    from engineworks.training.processes import check_alone, follow_launcher, launch, place
     from engineworks.training.run import open_run
 
     if resume and out is not None and not config:
@@ -80,6 +80,7 @@ def train(
         train as train_run,  # torch takes seconds, a misspelt key needs none
     )
 
+    follow_launcher()
     if not here.is_main:
         hide_messages()
     with _told_once(context), Progress(context) as progress:
