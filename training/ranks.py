@@ -97,7 +97,7 @@ def joined(device: str) -> Iterator[Place]:
         BackendError: they cannot meet, or there are fewer GPUs than processes.
     """
     here = place()
-    if here.size == 1 or dist.is_initialized():
+    if here.size == 1:
         yield _group.place
         return
     before = _group.place, torch.get_num_threads(), cv2.getNumThreads()
@@ -146,10 +146,12 @@ def _at_home(here: Place) -> Place:
 
 def _take_gpu(here: Place) -> None:
     assert here.local_rank is not None
-    if here.local_rank >= (count := torch.cuda.device_count()):
+    count = torch.cuda.device_count()
+    if any_of(here.local_rank >= count):  # in all of them: none waits for one that has ended
         raise BackendError(
-            f"{here.local_size} processes on a machine with {count} GPUs",
-            fix=f"take {count} processes there, or train on the CPU: --set train.device=cpu",
+            f"there are machines with fewer GPUs than processes; this one has {count} and "
+            f"{here.local_size}",
+            fix="take as many processes as GPUs, or train on the CPU: --set train.device=cpu",
         )
     torch.cuda.set_device(here.local_rank)
     group = dist.new_group(backend="nccl", timeout=_COMPUTING)
