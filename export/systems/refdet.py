@@ -110,7 +110,7 @@ def _matching(run: Run, config: TaskConfig) -> dict[str, Source]:
                 examples=((shown[:2], rows), (shown[2:], rows[:1])),
                 free={"images": {0: "batch"}, "prototypes": {0: "objects"}},
                 before_choice=module.before_choice,
-                keep_float=KeepFloat(patterns=(r"(matcher\.)?(score|relation\..*)",)),
+                keep_float=KeepFloat(patterns=(r"(matcher\.)?(score|kind|relation\..*)",)),
             )
             for name, (module, shown) in detects.items()
         },

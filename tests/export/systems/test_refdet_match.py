@@ -48,6 +48,7 @@ SETTINGS = [
     "match.scales=[2, 1]",
     "match.smallest=12",
     "match.num_sizes=4",
+    "match.kind.stage=3",
     "match.follow.size=[64, 64]",
     "num_candidates=20",
     "train.device=cpu",

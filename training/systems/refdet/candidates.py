@@ -25,7 +25,7 @@ from engineworks.runtime.tensors import Array
 from engineworks.training.data import WHOLE
 from engineworks.training.ranks import Part
 from engineworks.training.systems.refdet.config import RelationConfig
-from engineworks.training.systems.refdet.match import DetectMatch
+from engineworks.training.systems.refdet.match import DetectMatch, Maps
 from engineworks.training.systems.refdet.relation import moves
 from engineworks.training.systems.refdet.synthesis import Scene, Synthesis
 from engineworks.training.task import Progress
@@ -115,9 +115,7 @@ def collect(
             for name in _searched(scene, sorted(rows), config.absent, rng):
                 row = mean_template(rng.permutation(rows[name])[:shots])
                 truth_M4 = _truth(scene, name, spec)
-                found.append(
-                    _of_object(detect, maps[i : i + 1], seen[i : i + 1], row, truth_M4, config)
-                )
+                found.append(_of_object(detect, maps.of(i), seen[i : i + 1], row, truth_M4, config))
         progress("candidates", start + len(scenes), num + num_made)
     return Candidates(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
@@ -135,7 +133,7 @@ def _truth(scene: Scene, name: str, spec: PreprocessSpec) -> Array:
 
 def _of_object(
     detect: DetectMatch,
-    maps_1CHW: Tensor,
+    maps: Maps,
     seen_1HW: Tensor,
     row_P: Array,
     truth_M4: Array,
@@ -143,7 +141,7 @@ def _of_object(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The best candidates of one object in one frame."""
     row_1P = torch.from_numpy(row_P)[None]
-    found = detect.matcher.found(maps_1CHW, seen_1HW, row_1P)
+    found = detect.matcher.found(maps, seen_1HW, row_1P)
     num = config.candidates if len(truth_M4) else max(1, config.candidates // 2)
     places_1M, is_peak_1M = detect.peaks(found, num)
     places_1M = places_1M[:, is_peak_1M[0] > 0]

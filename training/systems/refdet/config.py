@@ -144,6 +144,20 @@ class RelationConfig(Config):
     box: float = Field(default=1.0, ge=0)
 
 
+class KindConfig(Config):
+    """What kind of thing a candidate is, by the encoder's deepest map over its box.
+
+    Attributes:
+        stage: of the encoder, behind ``encoder.stages``.
+        factor: of the cosine to the references, in a candidate's logit.
+        usual: cosine at which nothing is added.
+    """
+
+    stage: NonNegativeInt
+    factor: float = Field(ge=0)
+    usual: float = Field(default=0.5, ge=-1, le=1)
+
+
 class MatchConfig(Config):
     """A detector that compares maps of one frozen net, ``encoder``, and learns next to nothing.
 
@@ -162,6 +176,7 @@ class MatchConfig(Config):
         bias: of it.
         object_share: share of a reference picture that the object's longer side takes.
         follow: how objects of a video are followed; null: every frame is searched whole.
+        kind: what candidates are judged by once more; null: by nothing, as runs before it.
         relation: what is learned to judge candidates by; null: nothing is.
     """
 
@@ -176,6 +191,7 @@ class MatchConfig(Config):
     bias: float = 0.0
     object_share: float = Field(default=0.625, gt=0, le=1)
     follow: FollowConfig | None = None
+    kind: KindConfig | None = None
     relation: RelationConfig | None = None
 
     @model_validator(mode="after")
@@ -411,6 +427,10 @@ class TaskConfig(SystemConfig):
     def _maps_to_match(self) -> Self:
         if self.match is None and self.encoder.stages is not None:
             raise ValueError("the detector's encoder is taken whole: leave encoder.stages at null")
+        if self.match is not None and self.match.kind is not None:
+            stages, stage = self.encoder.stages, self.match.kind.stage
+            if stages is None or stage <= max(stages):
+                raise ValueError("name encoder.stages, and match.kind.stage behind them (or null)")
         if self.match is not None and self.base:
             raise ValueError("matching knows no base classes: set base to false")
         return self

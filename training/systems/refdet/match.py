@@ -10,6 +10,10 @@ What is alike everywhere in a frame explains nothing. So the score of a place is
 deviations from the frame's own mean, for each size: then sizes can be compared, and a whole object
 outscores its parts, of which there are many that look like something.
 
+Templates tell where something of that shape is, and little of what it is: they are of a net's
+middle maps. Its deepest map, of a few cells, knows kinds; what it says on average over a
+candidate's box is compared with what it says of the references.
+
 Source: DE-ViT (arXiv 2309.12969) for templates of frozen features; standardised similarity after
 Hanselmann et al., "Local normalised cross-correlation", and FSOD-VFM (arXiv 2603.03137) for wholes
 before parts.
@@ -28,12 +32,19 @@ from torch import Tensor, nn
 from engineworks.runtime.preprocess import PreprocessSpec
 from engineworks.training import backbones
 from engineworks.training.systems.refdet.config import EncoderConfig, FollowConfig, MatchConfig
-from engineworks.training.systems.refdet.relation import Relation, averaged, moved, resampled
+from engineworks.training.systems.refdet.relation import (
+    NUM_FACTS,
+    Relation,
+    averaged,
+    moved,
+    resampled,
+)
 
 _EPS = 1e-6
 _NOWHERE = -20.0  # logit of places that are no peak, or lie beside the frame
 _FLAT = 0.025  # curvature of a peak of logits that noise might make
 _EVEN = 1e-3  # of the grey around a frame, in deviations of its pixels
+_DEEP_PLACES = 8  # in a box, each way, that the deepest map is read at
 AT_ONCE = 16  # objects that are judged together; each has candidates of its own
 FEATURES = ("above", "similarity", "mean", "deviation", "size")  # that a score is made of
 
@@ -53,11 +64,36 @@ def scored(factors: Sequence[float], bias: float) -> nn.Linear:
     return score
 
 
+def _told_by_kind(factor: float, usual: float) -> nn.Linear:
+    """What a cosine of kinds adds to a logit; nothing where it is as usual."""
+    told = nn.Linear(1, 1)
+    with torch.no_grad():
+        told.weight.fill_(factor)
+        told.bias.fill_(-factor * usual)
+    return told
+
+
+class Maps(NamedTuple):
+    """What the net says of pictures.
+
+    Attributes:
+        fine: (B, C, h, w) on the finest grid: the part of each stage has length 1 at each place.
+        deep: (B, K, h', w') of the stage that tells kinds; K is 0 where none does.
+    """
+
+    fine: Tensor
+    deep: Tensor
+
+    def of(self, picture: int) -> Maps:
+        """One picture's."""
+        return Maps(*(each[picture : picture + 1] for each in self))
+
+
 class Found(NamedTuple):
     """What matching says of every place, for B frames, N objects and S sizes.
 
     Attributes:
-        maps: (B, C, h, w).
+        maps: of the frames.
         seen: (B, h, w): 1 where a frame is, 0 beside it.
         cosines: (B, N V t t, h, w), see ``Matcher.cosines``.
         similar: (B, N, S, h, w), see ``Matcher.similarities``.
@@ -65,7 +101,7 @@ class Found(NamedTuple):
         features: (B, N, S, h, w, 5), ``FEATURES``.
     """
 
-    maps: Tensor
+    maps: Maps
     seen: Tensor
     cosines: Tensor
     similar: Tensor
@@ -77,8 +113,8 @@ class Matcher(nn.Module):
     """Frozen maps, templates, and the few numbers that make a score of similarities.
 
     Attributes:
-        width: P of a prototype: templates of all sizes, cell by cell, and the logarithm of the
-            object's width over its height.
+        width: P of a prototype: templates of all sizes, cell by cell, what the deepest map says of
+            the object, and the logarithm of its width over its height.
         sizes: of the longer side of boxes that are looked for, in pixels of the network's input.
     """
 
@@ -103,15 +139,22 @@ class Matcher(nn.Module):
             ConfigError, WeightsError: see ``training.backbones.create``.
         """
         super().__init__()
+        kind = config.kind
+        if kind is not None:
+            assert encoder.stages is not None
+            encoder = encoder.model_copy(update={"stages": (*encoder.stages, kind.stage)})
         made = backbones.create(encoder, seed=seed, weights=weights, size=preprocess.size)
         self.provenance = made.provenance
         self.net = made.net.requires_grad_(False)
         self.config = config
-        self.channels = sum(made.channels)
+        *fine, self.num_kinds = (*made.channels, 0) if kind is None else made.channels
+        self.channels = sum(fine)
         self.stride = preprocess.size[0] // made.grids[0][0]
+        self.deep_stride = preprocess.size[0] // made.grids[-1][0]
         self.sizes = config.sizes
         self.object_size = object_size
-        self.width = len(config.scales) * config.cells**2 * self.channels + 1
+        self.num_templates = len(config.scales) * config.cells**2 * self.channels  # numbers of them
+        self.width = self.num_templates + self.num_kinds + 1
         grey = [
             (preprocess.pad_value / 255 - mean) / std
             for mean, std in zip(preprocess.mean, preprocess.std, strict=True)
@@ -119,7 +162,11 @@ class Matcher(nn.Module):
         self.register_buffer("grey_C", torch.tensor(grey), persistent=False)
         self.grey_C: Tensor
         self.score = scored(config.score, config.bias)
-        self.relation = None if config.relation is None else Relation(config.relation, config.cells)
+        self.kind = None if kind is None else _told_by_kind(kind.factor, kind.usual)
+        num_facts = NUM_FACTS + (kind is not None)
+        self.relation = (
+            None if config.relation is None else Relation(config.relation, config.cells, num_facts)
+        )
 
     @torch.no_grad()
     def calibrate(self, scale: float, shift: float) -> None:
@@ -127,18 +174,22 @@ class Matcher(nn.Module):
         last = self.score if self.relation is None else self.relation.out
         last.weight[0] *= scale
         last.bias[0] = scale * last.bias[0] + shift
+        if self.relation is None and self.kind is not None:
+            self.kind.weight *= scale
+            self.kind.bias *= scale
 
-    def maps(self, pictures_BCHW: Tensor) -> Tensor:
-        """(B, C, h, w) on the finest grid: the part of each stage has length 1 at each place."""
+    def maps(self, pictures_BCHW: Tensor) -> Maps:
+        """What the net says of pictures."""
         with torch.no_grad():
             maps = self.net(pictures_BCHW)
+        *maps, deep = maps if self.kind is not None else (*maps, maps[-1][:, :0])
         grid = maps[0].shape[2:]
         parts = []
         for each in maps:
             if each.shape[2:] != grid:
                 each = F.interpolate(each, size=grid, mode="bilinear", align_corners=False)
             parts.append(each / (each.square().sum(1, keepdim=True) + _EPS).sqrt())
-        return torch.cat(parts, 1) / math.sqrt(len(parts))
+        return Maps(torch.cat(parts, 1) / math.sqrt(len(parts)), deep)
 
     def encode(self, pictures_RCHW: Tensor, boxes_R4: Tensor) -> Tensor:
         """Rows (R, P) of references.
@@ -146,13 +197,44 @@ class Matcher(nn.Module):
         Args:
             boxes_R4: xyxy of the object in pixels of its picture.
         """
-        templates = []
+        templates, kinds = [], []
         for scale in self.config.scales:
             smaller = F.avg_pool2d(pictures_RCHW, scale) if scale > 1 else pictures_RCHW
-            templates.append(self._template(self.maps(smaller), boxes_R4 / scale).flatten(1))
+            maps, boxes = self.maps(smaller), boxes_R4 / scale
+            templates.append(self._template(maps.fine, boxes).flatten(1))
+            kinds.append(self.kinds(maps.deep, boxes[:, None])[:, 0])
         width_R = (boxes_R4[:, 2] - boxes_R4[:, 0]).clamp(min=1)
         height_R = (boxes_R4[:, 3] - boxes_R4[:, 1]).clamp(min=1)
-        return torch.cat([*templates, (width_R / height_R).log()[:, None]], 1)
+        ratio_R1 = (width_R / height_R).log()[:, None]
+        return torch.cat([*templates, torch.stack(kinds).mean(0), ratio_R1], 1)
+
+    def kinds(self, deep_BKHW: Tensor, boxes_BM4: Tensor) -> Tensor:
+        """(B, M, K): what the deepest map says of boxes on average, of length 1.
+
+        Args:
+            boxes_BM4: xyxy in pixels of the pictures.
+        """
+        shares_P = (torch.arange(_DEEP_PLACES, device=boxes_BM4.device) + 0.5) / _DEEP_PLACES
+        low_BM2 = boxes_BM4[..., :2] / self.deep_stride - 0.5
+        side_BM2 = (boxes_BM4[..., 2:] - boxes_BM4[..., :2]) / self.deep_stride
+        places_BM2P = low_BM2[..., None] + side_BM2[..., None] * shares_P
+        height, width = deep_BKHW.shape[2:]
+        down_BMH = resampled(places_BM2P[:, :, 1], height).mean(2)
+        across_BMW = resampled(places_BM2P[:, :, 0], width).mean(2)
+        taken_BMA = (down_BMH[..., None] * across_BMW[:, :, None]).flatten(2)
+        means_BMK = torch.matmul(taken_BMA, deep_BKHW.flatten(2).transpose(1, 2))
+        return means_BMK / (means_BMK.square().sum(2, keepdim=True) + _EPS).sqrt()
+
+    def kind_cosines(
+        self, maps: Maps, boxes_BM4: Tensor, whose_BM: Tensor, prototypes_NP: Tensor
+    ) -> Tensor:
+        """(B, M): how much each box is of its object's kind.
+
+        Args:
+            whose_BM: number of the object.
+        """
+        wanted_NK = prototypes_NP[:, self.num_templates : -1]
+        return (self.kinds(maps.deep, boxes_BM4) * wanted_NK[whose_BM]).sum(2)
 
     def _template(self, maps_RCHW: Tensor, boxes_R4: Tensor) -> Tensor:
         """(R, t * t, C): cells of each box, row by row; each is the mean of four places in it."""
@@ -186,21 +268,23 @@ class Matcher(nn.Module):
 
     def found(
         self,
-        maps_BCHW: Tensor,
+        maps: Maps,
         seen_BHW: Tensor,
         prototypes_NP: Tensor,
         sizes: Sequence[float] | None = None,
         score: nn.Linear | None = None,
     ) -> Found:
         """As ``forward``, of maps that are known, and where they show a frame."""
-        cosines = self.cosines(maps_BCHW, prototypes_NP)
+        cosines = self.cosines(maps.fine, prototypes_NP)
         similar = self.similarities(cosines, prototypes_NP, sizes or self.sizes)
         logits, features = self.judged(similar, seen_BHW, sizes or self.sizes, score)
-        return Found(maps_BCHW, seen_BHW, cosines, similar, logits, features)
+        return Found(maps, seen_BHW, cosines, similar, logits, features)
 
     def cosines(self, maps_BCHW: Tensor, prototypes_NP: Tensor) -> Tensor:
         """(B, N V t t, h, w): how much each place looks like each cell of each template."""
-        templates = prototypes_NP[:, :-1].reshape(-1, self.channels)  # (N V t t, C)
+        templates = prototypes_NP[:, : self.num_templates].reshape(
+            -1, self.channels
+        )  # (N V t t, C)
         batch, _, height, width = maps_BCHW.shape
         cosines = torch.matmul(templates, maps_BCHW.flatten(2))
         return cosines.reshape(batch, -1, height, width)
@@ -323,6 +407,7 @@ class DetectMatch(nn.Module):
         self.sizes = tuple(sizes or matcher.sizes)
         self.score = score or matcher.score
         self.relation = matcher.relation if score is None else None
+        self.kind = matcher.kind if score is None else None
 
     def forward(self, frames_BCHW: Tensor, prototypes_NP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Boxes (B, N M, 4) xyxy in pixels, scores (B, N M) in [0, 1], classes (B, N M) int64."""
@@ -334,6 +419,9 @@ class DetectMatch(nn.Module):
         objects = torch.arange(found.logits.shape[1], device=places_BM.device)[:, None, None, None]
         classes_BA = (objects + torch.zeros_like(found.logits, dtype=torch.int64)).flatten(1)
         classes_BM = classes_BA.gather(1, places_BM)  # as boxes: exports know a choice by it
+        if self.relation is None and self.kind is not None:
+            cosines_BM = self.matcher.kind_cosines(found.maps, boxes_BM4, classes_BM, prototypes_NP)
+            logits_BM = logits_BM + self.kind(cosines_BM[..., None])[..., 0]
         if self.relation is not None:
             windows, facts = self.candidates(found, places_BM, boxes_BM4, prototypes_NP)
             logits_R, moves_R4 = self.relation(windows, facts)
@@ -345,13 +433,16 @@ class DetectMatch(nn.Module):
         return boxes_BM4, scores_BM * is_peak_BM, classes_BM
 
     def before_choice(self, frames_BCHW: Tensor, prototypes_NP: Tensor) -> tuple[Tensor, Tensor]:
-        """What candidates are chosen from: boxes (B, 4, A) and logits (B, A). Those that are judged
-        once more stay as they are: boxes (B, N M, 4) and scores (B, N M).
+        """What candidates are chosen from: boxes (B, 4, A) and logits (B, A). What is judged once
+        more behind the choice stays as it is: scores (B, N M), and boxes (B, N M, 4) that move.
         """
         if self.relation is not None:
             return self.forward(frames_BCHW, prototypes_NP)[:2]
         found = self.matcher(frames_BCHW, prototypes_NP, self.sizes, self.score)
-        return self.boxes(found.logits, prototypes_NP), found.logits.flatten(1)
+        boxes_B4A = self.boxes(found.logits, prototypes_NP)
+        if self.kind is not None:
+            return boxes_B4A, self.forward(frames_BCHW, prototypes_NP)[1]
+        return boxes_B4A, found.logits.flatten(1)
 
     def peaks(self, found: Found, num: int | None = None) -> tuple[Tensor, Tensor]:
         """The best places (B, N M) of each object, among all of ``found.logits``, and 1 where there
@@ -372,7 +463,7 @@ class DetectMatch(nn.Module):
     def candidates(
         self, found: Found, places_BM: Tensor, boxes_BM4: Tensor, prototypes_NP: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """What ``relation`` judges: windows (B M, K, c, c) and facts (B M, 8).
+        """What ``relation`` judges: windows (B M, K, c, c) and facts (B M, 8 or, with kinds, 9).
 
         Args:
             places_BM, boxes_BM4: candidates, as places among all of ``found.logits``.
@@ -382,7 +473,7 @@ class DetectMatch(nn.Module):
         batch, objects, sizes, height, width = logits.shape
         scales, area = len(matcher.config.scales), height * width
         cosines = found.cosines.reshape(-1, matcher.config.cells**2, height, width)
-        parts = self.relation.parts(cosines, found.maps, found.seen)
+        parts = self.relation.parts(cosines, found.maps.fine, found.seen)
         whose = torch.arange(batch, device=logits.device)[:, None] * objects
         whose_BM = whose + places_BM // (sizes * area)  # among the objects of all frames
         size_BM = places_BM // area % sizes
@@ -402,6 +493,11 @@ class DetectMatch(nn.Module):
         ratio_R = prototypes_NP[:, -1].repeat(batch)[whose_BM.flatten()]
         logit_R = logits_BM.flatten()
         facts = [facts_R5, logit_R[:, None], (logit_R - best_R)[:, None], ratio_R[:, None]]
+        if self.kind is not None:
+            kind_BM = matcher.kind_cosines(
+                found.maps, boxes_BM4, places_BM // (sizes * area), prototypes_NP
+            )
+            facts.append(kind_BM.flatten()[:, None])
         return windows, torch.cat(facts, 1)
 
     def boxes(self, logits: Tensor, prototypes_NP: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from engineworks.training.systems.refdet.config import RelationConfig
 
-NUM_FACTS = 8  # of a candidate beside its planes
+NUM_FACTS = 8  # of a candidate beside its planes; one more where kinds are told
 _EPS = 1e-6
 _LARGEST = 0.7  # logarithm of how many times a side may become as long
 
@@ -48,18 +48,19 @@ class Relation(nn.Module):
         num_planes: of a candidate.
     """
 
-    def __init__(self, config: RelationConfig, cells: int) -> None:
+    def __init__(self, config: RelationConfig, cells: int, num_facts: int = NUM_FACTS) -> None:
         """Build it.
 
         Args:
             cells: rows and columns of a template; a multiple of ``config.parts``.
+            num_facts: of a candidate.
         """
         super().__init__()
         self.config = config
         self.cells = cells
         self.num_planes = config.parts**2 + 2
         self.planes = nn.Linear(self.num_planes * config.window**2, config.width)
-        self.facts = nn.Linear(NUM_FACTS, config.width)
+        self.facts = nn.Linear(num_facts, config.width)
         self.hidden = nn.Linear(config.width, config.width)
         self.out = nn.Linear(config.width, 5)
         nn.init.zeros_(self.out.weight)

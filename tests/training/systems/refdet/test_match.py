@@ -9,9 +9,15 @@ from torch import Tensor
 
 from engineworks.runtime.preprocess import PreprocessSpec
 from engineworks.runtime.tensors import Array
-from engineworks.training.systems.refdet.config import EncoderConfig, FollowConfig, MatchConfig
+from engineworks.training.systems.refdet.config import (
+    EncoderConfig,
+    FollowConfig,
+    KindConfig,
+    MatchConfig,
+)
 from engineworks.training.systems.refdet.match import (
     DetectMatch,
+    Maps,
     Matcher,
     follower,
     quadratic_peak,
@@ -193,7 +199,79 @@ def test_following_looks_at_its_own_sizes_with_its_own_score(matcher: Matcher) -
     frames, rows = random(1, 3, 64, 64), random(1, matcher.width, seed=3)
     with torch.no_grad():
         boxes, scores, _ = follower(matcher, config)(frames, rows)
-        cosines = matcher.cosines(matcher.maps(frames), rows)
+        cosines = matcher.cosines(matcher.maps(frames).fine, rows)
         similar = matcher.similarities(cosines, rows, config.sizes)
     assert boxes.shape == (1, 16, 4)
     assert scores.max() == pytest.approx(float(torch.sigmoid(2 * similar.max() - 1)), rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def told() -> Matcher:
+    """As ``matcher``, and a deeper stage of the same net tells kinds."""
+    encoder = EncoderConfig(name="test_resnet", stages=(1, 2), weights="none")
+    config = CONFIG.model_copy(update={"kind": KindConfig(stage=3, factor=4.0, usual=0.25)})
+    return Matcher(encoder, config, preprocess=FRAME, object_size=40.0).eval()
+
+
+class TestTheKind:
+    def test_is_the_mean_of_the_deepest_map_over_a_box(self, told: Matcher) -> None:
+        deep = random(2, told.num_kinds, 4, 6)
+        boxes = torch.tensor([[[8.0, 4.0, 70.0, 60.0], [40.0, 30.0, 44.0, 38.0]]] * 2)
+        got = told.kinds(deep, boxes).numpy()
+        for b, plane_KHW in enumerate(deep.double().numpy()):
+            for m, (x0, y0, x1, y1) in enumerate(boxes[b].double().numpy() / told.deep_stride):
+                shares = (np.arange(8) + 0.5) / 8  # four parts, each at two places
+                want = np.array(
+                    [
+                        np.mean(
+                            [
+                                _at(plane_HW, y0 + (y1 - y0) * i - 0.5, x0 + (x1 - x0) * j - 0.5)
+                                for i in shares
+                                for j in shares
+                            ]
+                        )
+                        for plane_HW in plane_KHW
+                    ]
+                )
+                np.testing.assert_allclose(got[b, m], want / np.linalg.norm(want), atol=1e-5)
+
+    def test_of_a_candidate_is_compared_with_its_own_object(self, told: Matcher) -> None:
+        deep, rows = random(1, told.num_kinds, 4, 6), random(2, told.width, seed=1)
+        maps = Maps(torch.zeros(1, told.channels, 8, 12), deep)
+        boxes = torch.tensor([[[0.0, 0.0, 32.0, 32.0], [32.0, 0.0, 64.0, 32.0]] * 2])
+        got = told.kind_cosines(maps, boxes, torch.tensor([[0, 0, 1, 1]]), rows).numpy()
+        kinds = told.kinds(deep, boxes)[0].double().numpy()
+        wanted = rows[:, told.num_templates : -1].double().numpy()
+        want = [kinds[0] @ wanted[0], kinds[1] @ wanted[0], kinds[2] @ wanted[1]]
+        np.testing.assert_allclose(got[0, :3], want, atol=1e-4)
+
+    def test_changes_scores_alone_and_the_more_the_less_usual(
+        self, told: Matcher, matcher: Matcher
+    ) -> None:
+        frames = random(1, 3, 64, 96)
+        pictures, boxes = random(2, 3, 64, 64, seed=2), torch.tensor([[12.0, 12.0, 52.0, 52.0]] * 2)
+        with torch.no_grad():
+            rows, plain_rows = told.encode(pictures, boxes), matcher.encode(pictures, boxes)
+            torch.testing.assert_close(rows[:, : told.num_templates], plain_rows[:, :-1])
+            found, scores, classes = DetectMatch(told, 5)(frames, rows)
+            plain, plain_scores, plain_classes = DetectMatch(matcher, 5)(frames, plain_rows)
+            cosines = told.kind_cosines(told.maps(frames), found, classes, rows)
+        torch.testing.assert_close(found, plain)
+        assert (classes == plain_classes).all()
+        there = plain_scores > 0
+        moved = torch.logit(scores[there].double()) - torch.logit(plain_scores[there].double())
+        # a logit of float32 scores near 1 is known to four digits
+        torch.testing.assert_close(moved, 4 * (cosines[there].double() - 0.25), atol=2e-3, rtol=0)
+
+    def test_is_calibrated_with_the_score(self) -> None:
+        encoder = EncoderConfig(name="test_resnet", stages=(1, 2), weights="none")
+        config = CONFIG.model_copy(update={"kind": KindConfig(stage=3, factor=4.0)})
+        told = Matcher(encoder, config, preprocess=FRAME, object_size=40.0).eval()
+        frames = random(1, 3, 64, 96)
+        with torch.no_grad():
+            rows = told.encode(random(1, 3, 64, 64), torch.tensor([[12.0, 12.0, 52.0, 52.0]]))
+            detect = DetectMatch(told, 3)
+            before = torch.logit(detect(frames, rows)[1].double())
+            told.calibrate(0.5, -1.0)
+            after = torch.logit(detect(frames, rows)[1].double())
+        torch.testing.assert_close(after, 0.5 * before - 1, atol=2e-3, rtol=0)
