@@ -147,7 +147,8 @@ class Matcher(nn.Module):
         self.provenance = made.provenance
         self.net = made.net.requires_grad_(False)
         self.config = config
-        *fine, self.num_kinds = (*made.channels, 0) if kind is None else made.channels
+        fine, deep = (made.channels, 0) if kind is None else (made.channels[:-1], made.channels[-1])
+        self.num_kinds = deep
         self.channels = sum(fine)
         self.stride = preprocess.size[0] // made.grids[0][0]
         self.deep_stride = preprocess.size[0] // made.grids[-1][0]
@@ -175,14 +176,14 @@ class Matcher(nn.Module):
         last.weight[0] *= scale
         last.bias[0] = scale * last.bias[0] + shift
         if self.relation is None and self.kind is not None:
-            self.kind.weight *= scale
-            self.kind.bias *= scale
+            self.kind.weight.mul_(scale)
+            self.kind.bias.mul_(scale)
 
     def maps(self, pictures_BCHW: Tensor) -> Maps:
         """What the net says of pictures."""
         with torch.no_grad():
-            maps = self.net(pictures_BCHW)
-        *maps, deep = maps if self.kind is not None else (*maps, maps[-1][:, :0])
+            said: Sequence[Tensor] = self.net(pictures_BCHW)
+        maps, deep = (said, said[-1][:, :0]) if self.kind is None else (said[:-1], said[-1])
         grid = maps[0].shape[2:]
         parts = []
         for each in maps:
