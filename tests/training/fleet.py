@@ -12,6 +12,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from torch.distributed import TCPStore
 
@@ -19,6 +20,7 @@ from engineworks.runtime.errors import EngineworksError, RunError
 from engineworks.runtime.signals import Stopped
 from engineworks.training import ranks
 from engineworks.training.config import load_config
+from engineworks.training.systems.noising.discriminator import Proposal
 from engineworks.training.train import train
 from tests.training.toy import config, known
 
@@ -59,7 +61,14 @@ def train_toy(root: Path, changes: Mapping[str, Any], **wanted: Any) -> Any:
 
 
 def train_system(system: str, file: str | None, settings: list[str], data: Path, root: Path) -> Any:
-    """The results of a run."""
+    """The results of a run; the noise of a discriminator is the same in each process."""
+    with patch.object(Proposal, "forward", lambda self, rows_ND: self.std(rows_ND) * rows_ND.sin()):
+        return _train_system(system, file, settings, data, root)
+
+
+def _train_system(
+    system: str, file: str | None, settings: list[str], data: Path, root: Path
+) -> Any:
     chosen = load_config(system, None if file is None else Path(file), settings)
     return train(chosen, data, root).info.results
 

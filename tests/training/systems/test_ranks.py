@@ -122,14 +122,15 @@ def test_a_bank_is_the_same_bit_for_bit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("augment", ["null", "{rotation: 90}"])
 def test_a_discriminator_learns_of_the_same_pictures(augment: str, tmp_path: Path) -> None:
-    discriminator = {"steps": 5, "patches": 31, "rows": 64, "augment": augment}
+    # of pictures that are changed all patches are taken: which, would be drawn at random
+    patches = 31 if augment == "null" else 8 * 64
+    discriminator = {"steps": 5, "patches": patches, "rows": 64, "augment": augment}
     settings = [f"discriminator.{name}={value}" for name, value in discriminator.items()]
     case = Case("noising", write_parts, (*PATCHES, "judge=discriminator", *settings))
     results, one, two = both(case, tmp_path)
     want, got = (load_file(run / "weights" / "last.safetensors") for run in (one, two))
     assert torch.equal(want["discriminator.mean_D"], got["discriminator.mean_D"])
     assert results["fit"]["bank_rows_of_proposal"] == 64
-    # another noise, and no more than that
-    key = "discriminator.first.weight"
-    torch.testing.assert_close(got[key], want[key], rtol=0, atol=0.02)
+    for key, value in want.items():
+        torch.testing.assert_close(got[key], value, rtol=1e-3, atol=1e-4, msg=key)
     assert not (two / "features.float32").exists()
