@@ -413,8 +413,13 @@ class DetectMatch(nn.Module):
     def forward(self, frames_BCHW: Tensor, prototypes_NP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Boxes (B, N M, 4) xyxy in pixels, scores (B, N M) in [0, 1], classes (B, N M) int64."""
         found = self.matcher(frames_BCHW, prototypes_NP, self.sizes, self.score)
+        return self._chosen(found, self.boxes(found.logits, prototypes_NP), prototypes_NP)
+
+    def _chosen(
+        self, found: Found, boxes_B4A: Tensor, prototypes_NP: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What ``forward`` gives, of what is found everywhere and its boxes."""
         places_BM, is_peak_BM = self.peaks(found)
-        boxes_B4A = self.boxes(found.logits, prototypes_NP)
         boxes_BM4 = boxes_B4A.gather(2, places_BM[:, None].expand(-1, 4, -1)).transpose(1, 2)
         logits_BM = found.logits.flatten(1).gather(1, places_BM)
         objects = torch.arange(found.logits.shape[1], device=places_BM.device)[:, None, None, None]
@@ -437,12 +442,12 @@ class DetectMatch(nn.Module):
         """What candidates are chosen from: boxes (B, 4, A) and logits (B, A). What is judged once
         more behind the choice stays as it is: scores (B, N M), and boxes (B, N M, 4) that move.
         """
-        if self.relation is not None:
-            return self.forward(frames_BCHW, prototypes_NP)[:2]
         found = self.matcher(frames_BCHW, prototypes_NP, self.sizes, self.score)
         boxes_B4A = self.boxes(found.logits, prototypes_NP)
+        if self.relation is not None:
+            return self._chosen(found, boxes_B4A, prototypes_NP)[:2]
         if self.kind is not None:
-            return boxes_B4A, self.forward(frames_BCHW, prototypes_NP)[1]
+            return boxes_B4A, self._chosen(found, boxes_B4A, prototypes_NP)[1]
         return boxes_B4A, found.logits.flatten(1)
 
     def peaks(self, found: Found, num: int | None = None) -> tuple[Tensor, Tensor]:
