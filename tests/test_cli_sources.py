@@ -18,6 +18,7 @@ import pytest
 
 from engineworks.runtime.testing import draw_part, write_parts, write_tiny_noising_bundle
 from engineworks.runtime.video import VideoWriter
+from tests.command import cli
 
 ROOT = Path(__file__).parents[1]
 NUM_FRAMES = 12
@@ -25,12 +26,6 @@ NUM_FRAMES = 12
 
 def command(*arguments: object) -> list[str]:
     return [sys.executable, str(ROOT / "cli.py"), *map(str, arguments)]
-
-
-def cli(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(*arguments), capture_output=True, text=True, timeout=120, check=False
-    )
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -92,7 +87,7 @@ class TestAListOfCameras:
             *("--jsonl", "--save-overlays", "--keep", "doubtful:1MB", "--report", page),
             *("--post", f"http://127.0.0.1:{server.server_port}/results"),
         )
-        assert answer.returncode == 1, answer.stderr
+        assert answer.code == 1, answer.err
         port, star, stills = (
             lines(out / name / "results.jsonl") for name in ("port", "star", "stills")
         )
@@ -100,14 +95,14 @@ class TestAListOfCameras:
         assert [line["frame"] for line in star] == list(range(0, NUM_FRAMES, 2))
         assert len(stills) == 3
         assert {line["camera"] for line in port} == {"port"}
-        assert "dead: " in answer.stderr and "broken.mp4" in answer.stderr
+        assert "dead: " in answer.err and "broken.mp4" in answer.err
         assert (out / "port" / "left.mp4").exists()
         assert len(list((out / "stills" / "overlays").glob("*.png"))) == 3
         counters = json.loads((out / "counters.json").read_text())["sources"]
         assert counters["port"]["done"] == NUM_FRAMES
         assert counters["port"]["latency_ms"]["p99"] >= counters["port"]["latency_ms"]["p50"] > 0
         assert counters["dead"]["failed"] == 1
-        assert f"port: {NUM_FRAMES} seen, 0 dropped, {NUM_FRAMES} done" in answer.stderr
+        assert f"port: {NUM_FRAMES} seen, 0 dropped, {NUM_FRAMES} done" in answer.err
         sent = server.got  # type: ignore[attr-defined]
         assert [each["frame"] for each in sent if each["camera"] == "port"] == list(range(12))
         assert any("error" in each for each in sent)
@@ -117,11 +112,11 @@ class TestAListOfCameras:
     def test_answers_as_each_source_alone(self, folder: Path, tmp_path: Path) -> None:
         sources = [folder / "left.mp4", folder / "parts" / "train" / "good"]
         both = ("--source", sources[0], "--source", sources[1])
-        assert cli("infer", folder / "bundle", *both, "--out", tmp_path / "both").returncode == 0
+        assert cli("infer", folder / "bundle", *both, "--out", tmp_path / "both").code == 0
         for source in sources:
             out = tmp_path / source.stem
             call = ("infer", folder / "bundle", "--source", source, "--out", out, "--jsonl")
-            assert cli(*call).returncode == 0
+            assert cli(*call).code == 0
         together = (tmp_path / "both" / "left" / "results.csv").read_text().splitlines()
         alone = (tmp_path / "left" / "results.csv").read_text().splitlines()
         assert [line.partition(",")[2] for line in together] == alone
@@ -129,8 +124,8 @@ class TestAListOfCameras:
     def test_is_refused_before_anything_is_written(self, folder: Path, tmp_path: Path) -> None:
         call = ("infer", folder / "bundle", "--source", folder / "cameras.yaml")
         answer = cli(*call, "--out", tmp_path / "out", "--post", "example.org")
-        assert answer.returncode == 2
-        assert "no address" in answer.stderr and "fix:" in answer.stderr
+        assert answer.code == 2
+        assert "no address" in answer.err and "fix:" in answer.err
         assert not (tmp_path / "out").exists()
 
 
@@ -151,7 +146,7 @@ class TestAnOutage:
         process.send_signal(signal.SIGKILL)
         process.communicate()
         answer = cli(*call, "--exist-ok", "--post", f"http://127.0.0.1:{server.server_port}/")
-        assert answer.returncode == 0, answer.stderr
+        assert answer.code == 0, answer.err
         sent = server.got  # type: ignore[attr-defined]
         assert [each["frame"] for each in sent] == [*range(NUM_FRAMES)] * 2
         assert len({each["id"] for each in sent}) == 2 * NUM_FRAMES
