@@ -382,10 +382,11 @@ def _convolutions(
     Args:
         used: what the nodes need is added.
     """
-    used["query_zero"], used["outer"] = np.array(0, np.int8), np.array([0, 3], np.int64)
+    # (1, N, 1, D) to (1, D, N, 1) is a change of layout, which OpenVINO does with its fast reorder
+    used["query_zero"], used["outer"] = np.array(0, np.int8), np.array([0, 2], np.int64)
     nodes = [
         helper.make_node("Unsqueeze", ["dithered", "outer"], ["rows"]),
-        helper.make_node("Transpose", ["rows"], ["pixels"], perm=[0, 2, 1, 3]),
+        helper.make_node("Transpose", ["rows"], ["pixels"], perm=[0, 3, 1, 2]),
         helper.make_node("QuantizeLinear", ["pixels", "query_step", "query_zero"], ["q"]),
         helper.make_node("DequantizeLinear", ["q", "query_step", "query_zero"], ["dq"]),
     ]

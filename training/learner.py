@@ -38,7 +38,8 @@ class Learner:
         self._parameters = [p for p in task.model.parameters() if p.requires_grad]
         if self._parameters and ranks.size() > 1:
             share_statistics(task.model)
-        self._model, self._loader = accelerator.prepare(task.model, task.loader())
+        self._model = accelerator.prepare(task.model)  # first: a loader may ask it for features
+        self._loader = accelerator.prepare(task.loader())
         self.num_batches = len(self._loader)
         self._optimizer = self._scheduler = self._average = None
         if self._parameters:
