@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import threading
 import weakref
+from collections import deque
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -22,7 +22,11 @@ _MAX_KERNELS = 256
 
 
 class OpenVinoEngine:
-    """One ONNX graph compiled by OpenVINO for latency; one infer request per calling thread."""
+    """One ONNX graph compiled by OpenVINO for latency; as many infer requests as calls at a time.
+
+    Requests belong to no thread: one that a thread took along at its end would ask for Python's
+    lock, and where Python is ending meanwhile, that aborts the process.
+    """
 
     backend = "openvino"
 
@@ -65,7 +69,7 @@ class OpenVinoEngine:
             ) from error
         self.inputs: Mapping[str, TensorSpec] = names[0]
         self.outputs: Mapping[str, TensorSpec] = names[1]
-        self._local = threading.local()
+        self._requests: deque[ov.InferRequest] = deque()
         self._finalizer = weakref.finalize(self, _idle.add, (os.getpid(), self._threads))
 
     def run(self, feeds: Feeds, *, stream: int | None = None) -> dict[str, Array]:
@@ -75,21 +79,24 @@ class OpenVinoEngine:
             raise EngineError("this engine is closed", fix="open it again")
         check_host(feeds, stream, self.backend)
         check_feeds(self.inputs, feeds)
-        request = getattr(self._local, "request", None)
-        if request is None:
-            request = self._local.request = compiled.create_infer_request()
         try:
-            # the request keeps its output buffers: copy, because outputs belong to the caller
+            request = self._requests.pop()
+        except IndexError:
+            request = compiled.create_infer_request()
+        try:
             results = request.infer(
                 [np.ascontiguousarray(feeds[name]) for name in self.inputs], share_inputs=True
             )
         except Exception as error:  # as above
             raise EngineError(f"OpenVINO failed: {error}") from error
-        return {name: np.array(results[i]) for i, name in enumerate(self.outputs)}
+        # the request keeps its output buffers: copy, because outputs belong to the caller
+        outputs = {name: np.array(results[i]) for i, name in enumerate(self.outputs)}
+        self._requests.append(request)
+        return outputs
 
     def close(self) -> None:
         self._compiled = None
-        self._local = threading.local()
+        self._requests.clear()
         self._finalizer()
 
 

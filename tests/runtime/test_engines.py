@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+import threading
 from contextlib import closing
 from pathlib import Path
 
@@ -188,3 +189,22 @@ class TestASpec:
 class TestThreads:
     def test_available_are_those_of_the_process(self) -> None:
         assert 1 <= available_threads() <= 4096
+
+
+def test_threads_that_end_take_no_infer_request_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    openvino = pytest.importorskip("openvino")
+    created = []
+    create = openvino.CompiledModel.create_infer_request
+
+    def counted(model: object) -> object:
+        created.append(request := create(model))
+        return request
+
+    monkeypatch.setattr(openvino.CompiledModel, "create_infer_request", counted)
+    with closing(open_engine(parse(ADD_ONE), "openvino")) as engine:
+        for _ in range(4):
+            thread = threading.Thread(target=engine.run, args=(feeds(),))
+            thread.start()
+            thread.join()
+        engine.run(feeds())
+    assert len(created) == 1

@@ -245,7 +245,13 @@ def _lines(side: int, lines: Sequence[Array]) -> Array:
 
 
 def _over(canvas: Array, colour: Array, alpha: Array) -> Array:
-    return np.asarray(canvas + (colour - canvas) * alpha[..., None])
+    # most shapes are small, and where alpha is 0 nothing changes
+    x, y, width, height = cv2.boundingRect((alpha > 0).astype(np.uint8))
+    part = slice(y, y + height), slice(x, x + width)
+    drawn = canvas.astype(np.result_type(canvas, colour, alpha))
+    under, over = drawn[part], np.broadcast_to(colour, canvas.shape)[part]
+    drawn[part] = under + (over - under) * alpha[part][..., None]
+    return np.asarray(drawn)
 
 
 def _shaded(canvas: Array, alpha: Array) -> Array:
