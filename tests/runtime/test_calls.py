@@ -60,13 +60,14 @@ class Work:
 
 
 def queue(
-    calls: Calls, work: Callable[..., Any], pool: ThreadPoolExecutor, *pictures: Sequence[int]
+    calls: Calls, work: Work, pool: ThreadPoolExecutor, *pictures: Sequence[int]
 ) -> list[Future[Any]]:
     """Calls that wait one behind the other, in this order; the first runs."""
     asked: list[Future[Any]] = []
     for values_ in pictures:
         asked.append(pool.submit(calls.run, work, [image(value) for value in values_]))
         wait_for(lambda: len(calls._waiting) + calls._num_running == len(asked))
+        assert work.begun.wait(30)  # before, the second might be joined to the first
     return asked
 
 
