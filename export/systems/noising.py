@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from engineworks.export.quantize import KeepFloat
 from engineworks.export.systems import TRANSFORMER, Contents, Recipe, Source
 from engineworks.runtime.bundle import Threshold
 from engineworks.runtime.systems.noising import DISCRIMINATE, FEATURES
@@ -24,9 +23,6 @@ from engineworks.training.systems.noising.task import build_model
 # of the largest value: beside zero, where a transformer's features often lie, the root of an error
 # is what is left of it, and the recipe's 1e-4 becomes this
 _ROOTED = 1e-2
-# The only product of a convolutional net stretches what hardly varies, and an error with it. In a
-# transformer it is one of many, and INT8 like these.
-_WHITENING = KeepFloat(op_types=frozenset({"MatMul"}))
 
 
 def graphs(run: Path) -> dict[str, Source]:
@@ -44,9 +40,6 @@ def graphs(run: Path) -> dict[str, Source]:
     examples = torch.randn(3, 3, height, width, generator=generator)
     features = model.features if isinstance(model, DiscriminatorTraining) else model
     num_patches = math.prod(features.grid(height, width))
-    keep_float = None if features.whitening_DD is None else _WHITENING
-    if is_transformer(features.backbone):
-        keep_float = TRANSFORMER
 
     def source(module: nn.Module, output: str, *shape: int) -> Source:
         return Source(
@@ -57,7 +50,7 @@ def graphs(run: Path) -> dict[str, Source]:
             free={"images": {0: "batch"}},
             shapes={output: ("batch", *shape)},
             tolerance=_ROOTED if config.scale == "roots" else None,
-            keep_float=keep_float,
+            keep_float=TRANSFORMER if is_transformer(features.backbone) else None,
         )
 
     if isinstance(model, DiscriminatorTraining):

@@ -3,7 +3,7 @@ r"""``noising`` with few normal pictures, with contaminated ones, and in another
     python -m tests.benchmarks.noising_robust PART --data DIR --weights FILE \
         [--seeds 3] [--set key=value ...]
 
-PART: ``few``: 8 normal pictures against all, with and without turned copies, and whitened. ``contaminated``: a
+PART: ``few``: 8 normal pictures against all, with and without turned copies. ``contaminated``: a
 fifth of the defective test pictures lies among the normal ones; the rest is judged, with and
 without ``fit.clean``. ``light``: test pictures darker and brighter, with and without copies of that
 kind. One line of JSON per arm and seed.
@@ -32,10 +32,8 @@ from engineworks.training.systems.noising.config import CopiesConfig, TaskConfig
 from engineworks.training.systems.noising.data import Images
 from engineworks.training.systems.noising.model import PatchFeatures
 from engineworks.training.systems.noising.task import build_model
-from engineworks.training.systems.noising.whitening import whitening
 
 FEW = 8
-WHITEN = 0.5
 SHARE = 0.2
 LIGHTS = (0.7, 1.3)
 BATCH = 8
@@ -54,7 +52,7 @@ class Bench:
         self.labels = np.array([sample.label for sample in self.labelled], bool)
 
     def features(self, batches: Iterator[Array]) -> Array:
-        """(I, N, D) float32 of prepared batches, not whitened."""
+        """(I, N, D) float32 of prepared batches."""
         with torch.inference_mode():
             return np.concatenate([self.net(torch.from_numpy(b)).numpy() for b in batches])
 
@@ -107,7 +105,7 @@ def say(**line: Any) -> None:
 def few(bench: Bench, seeds: int) -> None:
     """8 normal pictures against all."""
     test = bench.of_pictures(bench.labelled)
-    arms = {"none": None, "rotation 10": (10.0, 4), "rotation 180": (180.0, 8), "whiten": None}
+    arms = {"none": None, "rotation 10": (10.0, 4), "rotation 180": (180.0, 8)}
     for seed in range(seeds):
         chosen = np.random.default_rng(seed).permutation(len(bench.normal))[:FEW]
         pictures = [bench.normal[i] for i in np.sort(chosen)]
@@ -118,16 +116,12 @@ def few(bench: Bench, seeds: int) -> None:
                 if copies
                 else (bench.of_pictures(pictures), None)
             )
-            judged = test
-            if name == "whiten":
-                matrix = whitening(features, WHITEN)
-                features, judged = features @ matrix, test @ matrix
             fitted = bench.fit(features, seed, shown)
-            scores = bench.scores(fitted, judged)
+            scores = bench.scores(fitted, test)
             rejected = scores >= fitted.thresholds["image"].value
             say(
                 pictures=FEW,
-                arm=name,
+                copies=name,
                 seed=seed,
                 image_auroc=auroc(scores, bench.labels),
                 false_rejects=float(rejected[~bench.labels].mean()),

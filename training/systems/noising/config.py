@@ -87,9 +87,6 @@ class TaskConfig(SystemConfig):
         scale: ``roots``: signed square roots of the features, and of their length;
             ``unit``: of length 1 in each map, so that distances are those of cosines; ``none``: as
             they are, and as in runs that do not say.
-        whiten: 0 to 0.5: how far distances count all directions of the features alike, however
-            much normal patches vary along them; see ``whitening``. With more, pictures that are
-            held out, which whitening has seen, score too low, and the border with them.
         copies: null: the bank holds the pictures as they are; else changed copies as well, for
             parts that lie turned, light that varies, or few pictures.
         tiles: null: each picture is brought to ``preprocess.size``. Else it is covered by tiles of
@@ -107,7 +104,6 @@ class TaskConfig(SystemConfig):
     width: int | None = Field(default=None, ge=1)
     neighbourhood: Neighbourhood = "inside"
     scale: Scale = "none"
-    whiten: float = Field(default=0.0, ge=0, le=0.5)
     copies: CopiesConfig | None = None
     tiles: Tiles | None = None
     judge: Literal["bank", "discriminator"] = "bank"
@@ -123,8 +119,6 @@ class TaskConfig(SystemConfig):
             )
         if self.fit.layers and self.scale != "unit":
             raise ValueError("fit.layers compares by cosines: set scale to unit")
-        if self.whiten and (self.fit.layers or self.judge != "bank"):
-            raise ValueError("whiten is for judge=bank without fit.layers, which compares cosines")
         if self.judge != "bank" and (self.fit.layers or self.fit.foreground):
             raise ValueError("fit.layers and fit.foreground are for judge=bank")
         return self

@@ -1,8 +1,7 @@
 """The features of image patches: the graph ``features`` of the bundle.
 
 backbone stages -> 3x3 neighbourhood mean -> roots -> bilinear resize to the largest grid ->
-channels side by side -> pooling along the channels -> rows in row-major order -> whitening, where
-it is asked for.
+channels side by side -> pooling along the channels -> rows in row-major order.
 
 Beyond a map's border the mean counts zeros. Means of the part inside, of fewer patches, are noisier
 there, and the highest distance of a normal picture then lies on its outermost ring.
@@ -75,10 +74,8 @@ class PatchFeatures(nn.Module):
         width: feature width D; None keeps all channels.
         neighbourhood: what a patch is the mean of; see ``TaskConfig``.
         scale: ``roots``, ``unit`` or ``none``; see ``TaskConfig``.
-        whitened: rows are multiplied with a matrix, until it is known by that of unity.
 
     Attributes:
-        whitening_DD: that matrix; None where they are not.
         widths: of the maps' parts in a row, where their channels are not pooled.
         width: D.
     """
@@ -90,7 +87,6 @@ class PatchFeatures(nn.Module):
         width: int | None = None,
         neighbourhood: Neighbourhood = "zeros",
         scale: Scale = "roots",
-        whitened: bool = False,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -99,13 +95,10 @@ class PatchFeatures(nn.Module):
         self.widths = tuple(channels)
         self.width = width or sum(channels)
         self.pool = ChannelPool(sum(channels), self.width)
-        self.register_buffer("whitening_DD", torch.eye(self.width) if whitened else None)
-        self.whitening_DD: Tensor | None
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         """(B, 3, H, W) float32, normalised -> (B, N, D) float32, N = h w of the largest map."""
-        rows_BND = self.rows(self.pooled(self.backbone(images_BCHW)))
-        return rows_BND if self.whitening_DD is None else rows_BND @ self.whitening_DD
+        return self.rows(self.pooled(self.backbone(images_BCHW)))
 
     @torch.no_grad()
     def grid(self, height: int, width: int) -> tuple[int, int]:

@@ -44,11 +44,9 @@ from engineworks.training.systems.noising.discriminator import (
     DiscriminatorTraining,
 )
 from engineworks.training.systems.noising.model import PatchFeatures
-from engineworks.training.systems.noising.whitening import whitening
 from engineworks.training.task import Criterion, Position, Progress
 
 _FEATURES_NAME = "features.float32"
-_WHITENING_IMAGES = 64  # evenly drawn from all: a covariance of 1,000 patches each
 
 
 def build_model(
@@ -67,12 +65,7 @@ def build_model(
         config.backbone, seed=config.train.seed, weights=weights, size=config.preprocess.size
     )
     features = PatchFeatures(
-        backbone.net,
-        backbone.channels,
-        config.width,
-        config.neighbourhood,
-        config.scale,
-        whitened=config.whiten > 0,
+        backbone.net, backbone.channels, config.width, config.neighbourhood, config.scale
     )
     features.requires_grad_(False).eval()
     if config.judge == "bank":
@@ -120,8 +113,6 @@ class Task:
         config, spec = self.config, self.config.preprocess
         if not isinstance(self.model, DiscriminatorTraining):
             part = ranks.part()
-            if self.features.whitening_DD is not None and self.has_weights:
-                self._whiten(self.features.whitening_DD)
             return loader(self.images, config.train, shuffle=False, part=part, whole=True)
         self._extract()
         settings, seed = config.discriminator, config.train.seed
@@ -309,17 +300,6 @@ class Task:
             {n: t.model_dump(mode="json") for n, t in {**thresholds, **offered}.items()},
         )
 
-    def _whiten(self, whitening_DD: Tensor) -> None:
-        """Fit the features' whitening to normal images; a resumed run has it with its weights."""
-        rng = np.random.default_rng(self.config.train.seed)
-        num = min(len(self.images), _WHITENING_IMAGES)
-        chosen = np.linspace(0, len(self.images) - 1, num).round().astype(int)
-        with section("features"):
-            patches = (self._features_of(self.images.get(int(i), rng)["images"]) for i in chosen)
-            found_DD = whitening(patches, self.config.whiten)
-        whitening_DD.copy_(torch.from_numpy(found_DD))
-        ranks.align(self.features)
-
     def _extract(self) -> None:
         """The features of all training images as they are, computed once for all epochs.
 
@@ -377,11 +357,6 @@ class Task:
         rows_ND = torch.from_numpy(np.ascontiguousarray(features_ND)).to(self._device)
         return np.asarray(discriminator(rows_ND).cpu().numpy())
 
-    @torch.no_grad()
-    def _features_of(self, image_CHW: Tensor) -> Array:
-        """The patches of one image: (N, D) float32."""
-        return np.asarray(self.features(image_CHW[None].to(self._device))[0].float().cpu().numpy())
-
     def _batches(
         self, samples: Sequence[datasets.MvtecSample], part: Part = WHOLE
     ) -> Iterator[Any]:
@@ -396,7 +371,9 @@ class Task:
         rng = np.random.default_rng(0)
 
         def features(i: int) -> Array:
-            return self._features_of(images.get(i, rng)["images"])
+            images_BCHW = images.get(i, rng)["images"][None].to(self._device)
+            with torch.no_grad():
+                return np.asarray(self.features(images_BCHW)[0].float().cpu().numpy())
 
         for i, sample in enumerate(self.labelled):
             layout = images.layouts[i]

@@ -78,12 +78,6 @@ def run(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return train(config(), drawn, tmp_path_factory.mktemp("runs") / "run")
 
 
-@pytest.fixture(scope="module")
-def whitened(drawn: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    return train(config("whiten=0.5"), drawn, tmp_path_factory.mktemp("runs") / "run")
-
-
 class TestARun:
     def test_holds_bank_statistics_and_thresholds(self, run: Run) -> None:
         bank = Bank.load(run.root / "bank.faiss")
@@ -132,56 +126,6 @@ class TestARun:
     def test_of_another_folder_layout_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(DatasetError):
             train(config(), tmp_path, tmp_path / "run")
-
-
-class TestWhitenedFeatures:
-    def test_are_what_the_bank_holds_and_the_graph_answers(
-        self, run: Run, whitened: Run, drawn: Path, tmp_path: Path
-    ) -> None:
-        made = trace(whitened.root, tmp_path / "bundle")
-        rows_MD = Bank.load(whitened.root / "bank.faiss").rows_MD
-        # of the normal pictures that the bank was made of, some patch is each of its rows
-        pictures = [images.read(s.path) for s in datasets.mvtec(drawn, "train")]
-        engine = open_engine(made.path("features.onnx"), "ort")
-        got = engine.run({"images": apply(made.manifest.preprocess, pictures)})["features"]
-        engine.close()
-        patches = Bank(got.reshape(-1, rows_MD.shape[1]))
-        apart = patches.search(rows_MD, 1)[0].max()
-        # float32 sums in another order
-        assert apart < 1e-3 * np.linalg.norm(rows_MD, axis=1).mean()
-        assert not np.allclose(rows_MD, Bank.load(run.root / "bank.faiss").rows_MD)
-
-    def test_stay_float_in_int8(self, whitened: Run, drawn: Path, tmp_path: Path) -> None:
-        chosen = ExportConfig(
-            int8=True,
-            samples=drawn / "train/good",
-            num_samples=4,
-            method="minmax",
-            threads=1,
-            seconds=0.1,
-        )
-        made = export(whitened.root, tmp_path / "bundle", chosen, say=lambda _: None)
-        graph = onnx.load(made.path("features.int8.onnx")).graph
-        (product,) = (node for node in graph.node if node.op_type == "MatMul")
-        assert product.input[1] in {value.name for value in graph.initializer}
-
-    def test_of_a_run_that_was_stopped_are_those_it_had(
-        self, whitened: Run, drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        def stop(*_: Any) -> None:
-            raise KeyboardInterrupt
-
-        with monkeypatch.context() as patch:
-            patch.setattr(Task, "finish", stop)
-            with pytest.raises(KeyboardInterrupt):
-                train(config("whiten=0.5"), drawn, tmp_path / "cut")
-        cut = train(config("whiten=0.5"), drawn, tmp_path / "cut", resume=True)
-        assert (cut.root / "bank.faiss").read_bytes() == (whitened.root / "bank.faiss").read_bytes()
-
-    @pytest.mark.parametrize("settings", [["judge=discriminator"], ["whiten=0.6"]])
-    def test_are_refused_where_they_mean_nothing(self, settings: list[str]) -> None:
-        with pytest.raises(ConfigError, match="whiten"):
-            config("whiten=0.5", *settings)
 
 
 class TestTheBundle:
