@@ -16,7 +16,7 @@ WEIGHTS ?= none
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo      draw data, train, export to INT8, infer, evaluate, time: about 12 minutes"
+	@echo "make demo      draw data, train, export to INT8, infer, evaluate, time: about 15 minutes"
 	@echo "make test      all tests"
 	@echo "make campaign  hostile files, kills, full disks, long runs, many times over [CAMPAIGN=10]"
 	@echo "make mutants   small faults put into the code, and how many the tests find [MUTANTS=300 SEED=0]"
@@ -55,15 +55,15 @@ demo_noising := --set backbone.weights=$(WEIGHTS) --set "backbone.stages=[1]" \
 # small pictures and a small net with a finer last map: the marks that tell the moths apart are small
 demo_paco := --profile --set backbone.weights=$(WEIGHTS) --set backbone.name=resnet10t \
 	--set "backbone.args={output_stride: 16}" --set "preprocess.size=[96, 96]" \
-	--set train.epochs=8 --set train.batch_size=16 \
+	--set train.epochs=12 --set train.batch_size=16 \
 	--set train.optimizer.lr=2e-3 --set train.optimizer.warmup_epochs=1 --set loss.warmup_epochs=2
 
-demo_refdet := --profile --config small --set train.epochs=6
+demo_refdet := --profile --config small
 samples_refdet := demo/refdet/data/images/train
 pictures_refdet := demo/refdet/data/images/test
 infer_refdet := --refs demo/refdet/data/wanted
 
-demo_stripe := --profile --set tiles.repeat=8 --set train.epochs=3
+demo_stripe := --profile --set tiles.repeat=8 --set train.epochs=6
 # ranges are measured with defects in sight: strips to train on are good
 samples_stripe := demo/stripe/run/painted
 
