@@ -233,6 +233,8 @@ def evaluate(
 
     Returns:
         map50, map50_95, peak_in_box and recall_fp1, see ``runtime.metrics.DetectionMetrics``;
+        map50_present and map50_95_present, the same of the frames alone that show the object, as
+        one-shot detection is judged in the literature (Michaelis et al., arXiv 1811.11507);
         map50_swapped, the same as map50 with the other prototype, where there are at least two
         objects; map50_seen, map50_novel, both with map50_95 as well, and map50_novel_to_seen, their
         ratio, where some of the objects were learned and some not; map50_base and map50_95_base, of
@@ -246,7 +248,7 @@ def evaluate(
     searched = {name: _chosen(frames, name, config.max_evaluated) for name in names}
     needed = {other[name]: searched[other[name]] | searched[name] for name in names}
     generous = config.model_copy(update={"conf": min(config.conf, _EVALUATION_CONF)})
-    own, swapped, base = DetectionMetrics(), DetectionMetrics(), DetectionMetrics()
+    own, present, swapped, base = (DetectionMetrics() for _ in range(4))
     parts = {"seen": DetectionMetrics(), "novel": DetectionMetrics()}
     shown = sorted({name for frame in frames for name in frame.objects}.intersection(labels))
     everything_NP = np.stack([prototypes[name] for name in names])
@@ -275,6 +277,8 @@ def evaluate(
                 continue
             truth_M4 = _truth(frames[i], name)
             own.update(i, name, *answers[name, i], truth_M4)
+            if len(truth_M4):
+                present.update(i, name, *answers[name, i], truth_M4)
             swapped.update(i, name, *answers[other[name], i], truth_M4)
             part = parts["seen" if name in learned else "novel"]
             part.update(i, name, *answers[name, i], truth_M4)
@@ -291,6 +295,7 @@ def evaluate(
             progress(stop, len(frames))
     judged = own.evaluation(config.conf)
     metrics = dict(judged.metrics)
+    metrics |= {f"{key}_present": value for key, value in present.compute().items()}
     if len(names) > 1 and metrics:
         metrics["map50_swapped"] = swapped.compute()["map50"]
     divided = {name: part.compute() for name, part in parts.items()}

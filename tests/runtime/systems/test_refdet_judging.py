@@ -38,7 +38,8 @@ ZERO, ONE = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
 SPEC = PreprocessSpec(size=(40, 60), resize="letterbox", mean=ZERO, std=ONE, pad_value=0)
 
 
-ALL = {"map50": 1, "map50_95": 1, "peak_in_box": 1, "recall_fp1": 1}
+EVERYWHERE = {"map50": 1, "map50_95": 1, "peak_in_box": 1, "recall_fp1": 1}
+ALL = {**EVERYWHERE, "map50_present": 1, "map50_95_present": 1}
 
 
 def grey(height: int = 40, width: int = 60) -> Array:
@@ -152,6 +153,20 @@ class TestJudging:
 
         # for `b` the wrong box always scores higher: precision 1/2 at all recalls
         assert metrics["map50"] == metrics["map50_swapped"] == pytest.approx((1 + 0.5) / 2)
+
+    def test_of_frames_with_the_object_alone_counts_nothing_that_is_found_elsewhere(self) -> None:
+        frames = [Labelled(0, boxed(BOX), ("a",)), Labelled(1, boxed(BOX), ("b",))]
+        found: Found = {
+            (0, "a"): [(BOX, 0.5)],
+            (1, "a"): [(AWAY, 0.9)],
+            (0, "b"): [(AWAY, 0.9)],
+            (1, "b"): [(BOX, 0.5)],
+        }
+
+        metrics = judge(frames, found, names="ab")
+
+        assert metrics["map50"] == metrics["map50_95"] == pytest.approx(1 / 2)
+        assert metrics["map50_present"] == metrics["map50_95_present"] == 1
 
     def test_tells_objects_that_were_learned_from_those_that_were_not(self) -> None:
         frames = [Labelled(i, boxed(BOX, AWAY), ("a", "b")) for i in range(4)]

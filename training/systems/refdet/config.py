@@ -127,6 +127,9 @@ class RelationConfig(Config):
         right: overlap from which a candidate is the object; below ``wrong`` it is not.
         wrong: see ``right``.
         box: weight of the loss of boxes.
+        share: of what is learned in a candidate's logit, beside the whole of what matching says of
+            it; null: what is learned judges alone, as in runs before it. Whatever it is, the boxes
+            are those that were learned.
     """
 
     parts: int = Field(default=3, ge=1)
@@ -142,6 +145,7 @@ class RelationConfig(Config):
     right: float = Field(default=0.4, gt=0, le=1)
     wrong: float = Field(default=0.3, ge=0, le=1)
     box: float = Field(default=1.0, ge=0)
+    share: float | None = Field(default=None, ge=0)
 
 
 class KindConfig(Config):

@@ -116,6 +116,7 @@ class Matcher(nn.Module):
         width: P of a prototype: templates of all sizes, cell by cell, what the deepest map says of
             the object, and the logarithm of its width over its height.
         sizes: of the longer side of boxes that are looked for, in pixels of the network's input.
+        scale, shift: what turns a logit into that of a share of right boxes.
     """
 
     def __init__(
@@ -162,6 +163,7 @@ class Matcher(nn.Module):
         ]
         self.register_buffer("grey_C", torch.tensor(grey), persistent=False)
         self.grey_C: Tensor
+        self.scale, self.shift = 1.0, 0.0
         self.score = scored(config.score, config.bias)
         self.kind = None if kind is None else _told_by_kind(kind.factor, kind.usual)
         num_facts = NUM_FACTS + (kind is not None)
@@ -169,15 +171,9 @@ class Matcher(nn.Module):
             None if config.relation is None else Relation(config.relation, config.cells, num_facts)
         )
 
-    @torch.no_grad()
     def calibrate(self, scale: float, shift: float) -> None:
-        """Make logits ``scale`` times as large and add ``shift``, in what judges last."""
-        last = self.score if self.relation is None else self.relation.out
-        last.weight[0] *= scale
-        last.bias[0] = scale * last.bias[0] + shift
-        if self.relation is None and self.kind is not None:
-            self.kind.weight.mul_(scale)
-            self.kind.bias.mul_(scale)
+        """Make the last logits ``scale`` times as large and add ``shift``."""
+        self.scale, self.shift = scale * self.scale, scale * self.shift + shift
 
     def maps(self, pictures_BCHW: Tensor) -> Maps:
         """What the net says of pictures."""
@@ -409,6 +405,7 @@ class DetectMatch(nn.Module):
         self.score = score or matcher.score
         self.relation = matcher.relation if score is None else None
         self.kind = matcher.kind if score is None else None
+        self.calibrated = score is None
 
     def forward(self, frames_BCHW: Tensor, prototypes_NP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Boxes (B, N M, 4) xyxy in pixels, scores (B, N M) in [0, 1], classes (B, N M) int64."""
@@ -425,16 +422,19 @@ class DetectMatch(nn.Module):
         objects = torch.arange(found.logits.shape[1], device=places_BM.device)[:, None, None, None]
         classes_BA = (objects + torch.zeros_like(found.logits, dtype=torch.int64)).flatten(1)
         classes_BM = classes_BA.gather(1, places_BM)  # as boxes: exports know a choice by it
-        if self.relation is None and self.kind is not None:
+        if self.kind is not None:
             cosines_BM = self.matcher.kind_cosines(found.maps, boxes_BM4, classes_BM, prototypes_NP)
             logits_BM = logits_BM + self.kind(cosines_BM[..., None])[..., 0]
         if self.relation is not None:
             windows, facts = self.candidates(found, places_BM, boxes_BM4, prototypes_NP)
             logits_R, moves_R4 = self.relation(windows, facts)
-            logits_BM = logits_R.reshape(places_BM.shape)
+            learned_BM, share = logits_R.reshape(places_BM.shape), self.relation.config.share
+            logits_BM = learned_BM if share is None else logits_BM + share * learned_BM
             found_R4 = moved(boxes_BM4.reshape(-1, 4), moves_R4)
             # of what is no peak two libraries take different ones
             boxes_BM4 = found_R4.reshape(boxes_BM4.shape) * is_peak_BM[..., None]
+        if self.calibrated:
+            logits_BM = self.matcher.scale * logits_BM + self.matcher.shift
         scores_BM = 1 / (1 + (-logits_BM).exp())
         return boxes_BM4, scores_BM * is_peak_BM, classes_BM
 

@@ -21,8 +21,9 @@ from engineworks.training.run import open_run
 from engineworks.training.systems.refdet import match_task
 from engineworks.training.systems.refdet.candidates import Batches, Candidates, collect
 from engineworks.training.systems.refdet.config import RelationConfig
+from engineworks.training.systems.refdet.loss import ciou
 from engineworks.training.systems.refdet.match import DetectMatch
-from engineworks.training.systems.refdet.relation import Relation
+from engineworks.training.systems.refdet.relation import Relation, moved
 from engineworks.training.task import Position
 
 
@@ -37,7 +38,8 @@ def losses(
     each = F.binary_cross_entropy_with_logits(logits, right.to(logits.dtype), reduction="none")
     score = (each * told).sum() / _of_all(told)
     near = (overlaps >= config.wrong).to(logits.dtype)
-    apart = F.smooth_l1_loss(moves, batch["moves"], reduction="none", beta=0.1).sum(1)
+    unit = moves.new_tensor([[-0.5, -0.5, 0.5, 0.5]])  # the candidate
+    apart = ciou(moved(unit, moves), moved(unit, batch["moves"]))
     box = (apart * near).sum() / _of_all(near)
     return {"loss": score + config.box * box, "score": score, "box": box}
 

@@ -14,6 +14,7 @@ from engineworks.training.systems.refdet.config import (
     FollowConfig,
     KindConfig,
     MatchConfig,
+    RelationConfig,
 )
 from engineworks.training.systems.refdet.match import (
     DetectMatch,
@@ -275,3 +276,46 @@ class TestTheKind:
             told.calibrate(0.5, -1.0)
             after = torch.logit(detect(frames, rows)[1].double())
         torch.testing.assert_close(after, 0.5 * before - 1, atol=2e-3, rtol=0)
+
+
+def learner(share: float | None) -> Matcher:
+    """The same net and learned numbers, whatever their share."""
+    encoder = EncoderConfig(name="test_resnet", stages=(1, 2), weights="none")
+    relation = RelationConfig(parts=3, width=8, share=share)
+    update = {"kind": KindConfig(stage=3, factor=4.0), "relation": relation}
+    made = Matcher(encoder, CONFIG.model_copy(update=update), preprocess=FRAME, object_size=40.0)
+    assert made.relation is not None
+    generator = torch.Generator().manual_seed(1)
+    for each in made.relation.parameters():
+        each.data = 0.1 * torch.randn(each.shape, generator=generator)
+    return made.eval()
+
+
+class TestWhatIsLearned:
+    def test_is_added_in_its_share_to_what_matching_says(self) -> None:
+        frames = random(1, 3, 64, 96)
+        found, logits = {}, {}
+        for share in (None, 0.0, 0.5):
+            matcher = learner(share)
+            with torch.no_grad():
+                rows = matcher.encode(
+                    random(2, 3, 64, 64, seed=2), torch.tensor([[12.0, 12.0, 52.0, 52.0]] * 2)
+                )
+                found[share], scores, _ = DetectMatch(matcher, 5)(frames, rows)
+            logits[share] = torch.logit(scores[scores > 0].double())
+        # a logit of float32 scores near 1 is known to three digits
+        want = logits[0.0] + 0.5 * logits[None]
+        torch.testing.assert_close(logits[0.5], want, atol=5e-3, rtol=0)
+        for share in (0.0, 0.5):
+            torch.testing.assert_close(found[share], found[None])
+
+    def test_is_calibrated_with_the_rest(self) -> None:
+        matcher, frames = learner(0.5), random(1, 3, 64, 96)
+        with torch.no_grad():
+            rows = matcher.encode(random(1, 3, 64, 64), torch.tensor([[12.0, 12.0, 52.0, 52.0]]))
+            detect = DetectMatch(matcher, 3)
+            before = torch.logit(detect(frames, rows)[1].double())
+            matcher.calibrate(0.5, -1.0)
+            matcher.calibrate(1.5, 0.25)
+            after = torch.logit(detect(frames, rows)[1].double())
+        torch.testing.assert_close(after, 0.75 * before - 1.25, atol=5e-3, rtol=0)
