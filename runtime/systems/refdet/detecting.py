@@ -267,11 +267,12 @@ def evaluate(
             sizes = [_size(pictures[row]) for row in rows]
             prototypes_NP = np.stack([prototypes[name] for name in asked])
             each = generous.model_copy(update={"max_objects": len(asked) * generous.max_objects})
-            found = _detect(run, batch[rows], sizes, prototypes_NP, spec, each)
+            its = batch if len(rows) == len(batch) else batch[rows]  # the same array: seen once
+            found = _detect(run, its, sizes, prototypes_NP, spec, each)
             for row, (boxes_K4, scores_K, classes_K) in zip(rows, found, strict=True):
                 for kind, name in enumerate(asked, len(labels)):
-                    its = classes_K == kind
-                    answers[name, places[row]] = boxes_K4[its], scores_K[its]
+                    of_it = classes_K == kind
+                    answers[name, places[row]] = boxes_K4[of_it], scores_K[of_it]
         for i, name in product(places, names):
             if i not in searched[name]:
                 continue

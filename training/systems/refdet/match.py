@@ -409,7 +409,17 @@ class DetectMatch(nn.Module):
 
     def forward(self, frames_BCHW: Tensor, prototypes_NP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Boxes (B, N M, 4) xyxy in pixels, scores (B, N M) in [0, 1], classes (B, N M) int64."""
-        found = self.matcher(frames_BCHW, prototypes_NP, self.sizes, self.score)
+        return self.answer(self.see(frames_BCHW), prototypes_NP)
+
+    def see(self, frames_BCHW: Tensor) -> tuple[Maps, Tensor]:
+        """What is seen of frames, whatever is looked for: maps, and where they show a frame."""
+        return self.matcher.maps(frames_BCHW), self.matcher.seen(frames_BCHW)
+
+    def answer(
+        self, seen: tuple[Maps, Tensor], prototypes_NP: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As ``forward``, of what was seen."""
+        found = self.matcher.found(*seen, prototypes_NP, self.sizes, self.score)
         return self._chosen(found, self.boxes(found.logits, prototypes_NP), prototypes_NP)
 
     def _chosen(

@@ -165,8 +165,18 @@ class Detector(nn.Module):
             prototypes_NP: one row per object.
             prompted_BN: bool: which objects are looked for in which frame; None: all in all.
         """
+        return self.answer(self.see(frames_BCHW), prototypes_NP, prompted_BN)
+
+    def see(self, frames_BCHW: Tensor) -> list[Tensor]:
+        """What is seen of frames, whatever is looked for: a map of each scale."""
         with section("backbone"):
-            maps = self.backbone(frames_BCHW)
+            maps: list[Tensor] = self.backbone(frames_BCHW)
+        return maps
+
+    def answer(
+        self, maps: list[Tensor], prototypes_NP: Tensor, prompted_BN: Tensor | None = None
+    ) -> Output:
+        """As ``forward``, of what was seen."""
         with section("fusion"):
             maps = self.fusion(maps, prototypes_NP, prompted_BN)
         with section("head"):
@@ -281,7 +291,15 @@ class Detect(nn.Module):
 
     def forward(self, frames_BCHW: Tensor, prototypes_NP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Boxes (B, M, 4) xyxy in pixels, scores (B, M) in [0, 1], classes (B, M) int64."""
-        output: Output = self.detector(frames_BCHW, prototypes_NP)
+        return self.answer(self.see(frames_BCHW), prototypes_NP)
+
+    def see(self, frames_BCHW: Tensor) -> list[Tensor]:
+        """See ``Detector``."""
+        return self.detector.see(frames_BCHW)
+
+    def answer(self, seen: list[Tensor], prototypes_NP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As ``forward``, of what was seen."""
+        output = self.detector.answer(seen, prototypes_NP)
         branches = self._branches(output)
         best = [(raw.logits_BCA.max(1), first) for raw, first in branches]
         logits_BA = torch.cat([found.values for found, _ in best], 1)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, Protocol, cast
 
 import torch
 from pydantic import JsonValue
@@ -92,6 +92,19 @@ def build_model(
             weights=weights,
         )
     return Training(net, Losses(config.loss, num_base)), net.provenance
+
+
+class Finder(Protocol):
+    """A graph ``detect`` in eager torch, in two parts: frames are seen once for all objects."""
+
+    def see(self, frames_BCHW: Tensor, /) -> Any:
+        """What is seen of frames, whatever is looked for."""
+
+    def answer(self, seen: Any, prototypes_NP: Tensor, /) -> tuple[Tensor, Tensor, Tensor]:
+        """Boxes (B, M, 4) xyxy in pixels, scores (B, M) in [0, 1], classes (B, M) int64."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Of both parts."""
 
 
 class Task:
@@ -265,7 +278,7 @@ class Task:
 
     def _measured(
         self,
-        detect: nn.Module,
+        detect: Finder,
         prototypes: Mapping[str, Array],
         data: ObjectData,
         progress: Progress | None,
@@ -273,11 +286,15 @@ class Task:
         whole: bool = False,
     ) -> Evaluation:
         device = next(detect.parameters()).device
+        last: tuple[Array, Any] | None = None  # frames come again, for each object
 
         @torch.no_grad()
         def run(images_BCHW: Array, prototypes_NP: Array) -> tuple[Array, Array, Array]:
-            feeds = (torch.from_numpy(array).to(device) for array in (images_BCHW, prototypes_NP))
-            boxes_BM4, scores_BM, classes_BM = (each.cpu().numpy() for each in detect(*feeds))
+            nonlocal last
+            if last is None or last[0] is not images_BCHW:
+                last = images_BCHW, detect.see(torch.from_numpy(images_BCHW).to(device))
+            answer = detect.answer(last[1], torch.from_numpy(prototypes_NP).to(device))
+            boxes_BM4, scores_BM, classes_BM = (each.cpu().numpy() for each in answer)
             return boxes_BM4, scores_BM, classes_BM
 
         def report(done: int, of: int) -> None:

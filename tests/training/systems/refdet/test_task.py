@@ -20,6 +20,7 @@ from engineworks.training.backbones import read_weights
 from engineworks.training.config import load_config, validate
 from engineworks.training.run import Run
 from engineworks.training.systems.refdet.config import TaskConfig
+from engineworks.training.systems.refdet.model import Detect
 from engineworks.training.systems.refdet.task import Task, build_model
 from engineworks.training.task import Paced, Position
 from engineworks.training.train import train
@@ -113,6 +114,24 @@ class TestARun:
         assert all(torch.equal(value, last[name]) for name, value in best.items())
         judged: Any = run.info.results["test"]
         assert judged["map50"] == pytest.approx(float(metrics(run)[-1]["map50"]))
+
+    def test_sees_a_frame_once_whatever_is_looked_for(
+        self, drawn: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        task = Task(config(), drawn, tmp_path)
+        before = task.evaluate(task.model)
+        seen: list[int] = []
+        see = Detect.see
+
+        def counted(self: Detect, frames_BCHW: torch.Tensor) -> list[torch.Tensor]:
+            seen.append(len(frames_BCHW))
+            return see(self, frames_BCHW)
+
+        monkeypatch.setattr(Detect, "see", counted)
+        assert task.evaluate(task.model) == before
+        assert task.judged is not None
+        assert sum(seen) == len(task.judged.frames)
+        assert len(task.judged.references) > 1
 
     def test_becomes_the_same_when_it_is_resumed(self, drawn: Path, tmp_path: Path) -> None:
         settings = config(**FROZEN)
