@@ -155,11 +155,15 @@ class KindConfig(Config):
         stage: of the encoder, behind ``encoder.stages``.
         factor: of the cosine to the references, in a candidate's logit.
         usual: cosine at which nothing is added.
+        ground: training frames, evenly spread, whose places beside all labelled boxes say what
+            kinds have in common with what is no object: it is taken from both before they are
+            compared. 0: nothing is, as in runs before it, and where there is nothing to train on.
     """
 
     stage: NonNegativeInt
     factor: float = Field(ge=0)
     usual: float = Field(default=0.5, ge=-1, le=1)
+    ground: int = Field(default=0, ge=0)
 
 
 class MatchConfig(Config):

@@ -73,6 +73,11 @@ def _told_by_kind(factor: float, usual: float) -> nn.Linear:
     return told
 
 
+def _unit(vectors: Tensor) -> Tensor:
+    """The same along their last axis, of length 1."""
+    return vectors / (vectors.square().sum(-1, keepdim=True) + _EPS).sqrt()
+
+
 class Maps(NamedTuple):
     """What the net says of pictures.
 
@@ -166,6 +171,9 @@ class Matcher(nn.Module):
         self.scale, self.shift = 1.0, 0.0
         self.score = scored(config.score, config.bias)
         self.kind = None if kind is None else _told_by_kind(kind.factor, kind.usual)
+        ground = None if kind is None or not kind.ground else torch.zeros(deep)
+        self.register_buffer("ground_K", ground)  # of places without an object, of all kinds alike
+        self.ground_K: Tensor | None
         num_facts = NUM_FACTS + (kind is not None)
         self.relation = (
             None if config.relation is None else Relation(config.relation, config.cells, num_facts)
@@ -220,18 +228,30 @@ class Matcher(nn.Module):
         across_BMW = resampled(places_BM2P[:, :, 0], width).mean(2)
         taken_BMA = (down_BMH[..., None] * across_BMW[:, :, None]).flatten(2)
         means_BMK = torch.matmul(taken_BMA, deep_BKHW.flatten(2).transpose(1, 2))
-        return means_BMK / (means_BMK.square().sum(2, keepdim=True) + _EPS).sqrt()
+        return _unit(means_BMK)
 
     def kind_cosines(
         self, maps: Maps, boxes_BM4: Tensor, whose_BM: Tensor, prototypes_NP: Tensor
     ) -> Tensor:
         """(B, M): how much each box is of its object's kind.
 
+        A prototype is as long as its references agree, and so are its cosines.
+
         Args:
             whose_BM: number of the object.
         """
+        kinds_BMK = self.kinds(maps.deep, boxes_BM4)
         wanted_NK = prototypes_NP[:, self.num_templates : -1]
-        return (self.kinds(maps.deep, boxes_BM4) * wanted_NK[whose_BM]).sum(2)
+        if self.ground_K is not None:
+            length_N1 = wanted_NK.square().sum(1, keepdim=True).sqrt()
+            kinds_BMK = _unit(kinds_BMK - self.ground_K)
+            wanted_NK = length_N1 * _unit(wanted_NK - self.ground_K)
+        return (kinds_BMK * wanted_NK[whose_BM]).sum(2)
+
+    @torch.no_grad()
+    def said_of_places(self, frames_BCHW: Tensor) -> Tensor:
+        """(B, h', w', K): what the deepest map says of each place, of length 1."""
+        return _unit(self.maps(frames_BCHW).deep.movedim(1, -1))
 
     def _template(self, maps_RCHW: Tensor, boxes_R4: Tensor) -> Tensor:
         """(R, t * t, C): cells of each box, row by row; each is the mean of four places in it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,13 @@ from pydantic import JsonValue
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from engineworks.runtime import files, references
+from engineworks.runtime import boxes, files, references
 from engineworks.runtime.evaluation import Evaluation
 from engineworks.runtime.evidence import BoxRanking
-from engineworks.runtime.objects import ObjectData, object_splits, read_objects
+from engineworks.runtime.objects import LabelledFrame, ObjectData, object_splits, read_objects
 from engineworks.runtime.preprocess import apply
 from engineworks.runtime.tensors import Array
+from engineworks.training import ranks
 from engineworks.training.data import loader
 from engineworks.training.run import Run, judged
 from engineworks.training.systems.refdet import confidence, task
@@ -51,6 +52,21 @@ def build_matcher(config: TaskConfig, *, weights: bool = True) -> Matcher:
     )
 
 
+def spread(frames: Sequence[LabelledFrame], num: int) -> Sequence[LabelledFrame]:
+    """So many of them, evenly spread; all where they are fewer."""
+    num = min(num, len(frames))
+    return [frames[i * len(frames) // num] for i in range(num)]
+
+
+def _places_in(boxes_N4: Array, grid: Sequence[int], stride: int) -> Array:
+    """(h, w) bool: which places of a map have their centre in one of the boxes."""
+    y, x = (stride * (np.arange(num) + 0.5) for num in grid)
+    low, high = boxes_N4[:, :2, None], boxes_N4[:, 2:, None]
+    across_NW = (low[:, 0] <= x) & (x < high[:, 0])
+    down_NH = (low[:, 1] <= y) & (y < high[:, 1])
+    return np.asarray((down_NH[:, :, None] & across_NW[:, None]).any(0))
+
+
 class Task(task.Task):
     """See ``training.task.Task``; data, judging and what a run holds are those of the detector."""
 
@@ -65,9 +81,39 @@ class Task(task.Task):
     def set_up(self, weights: bool) -> None:
         self.matcher = build_matcher(self.config, weights=weights)
         self.matcher.requires_grad_(False)
+        if weights and self.matcher.ground_K is not None:
+            (ground_K,) = ranks.from_main(lambda: [self._ground()])
+            self.matcher.ground_K.copy_(ground_K)
         self.model = self.matcher
         self.best = ()  # no epoch is better than another
         self.provenance: dict[str, JsonValue] = {**self.matcher.provenance}
+
+    @torch.no_grad()
+    def _ground(self) -> Tensor:
+        """(K,): see ``KindConfig``; 0 where there are no frames for training."""
+        matcher, spec = self.matcher.eval(), self.config.preprocess
+        assert matcher.config.kind is not None and matcher.ground_K is not None
+        total_K, num = torch.zeros_like(matcher.ground_K), 0
+        for each in spread(self.frames_to_train_on(), matcher.config.kind.ground):
+            image = self._frames.read(each.frame)
+            (said_HWK,) = matcher.said_of_places(torch.from_numpy(apply(spec, [image])))
+            height, width = image.shape[:2]
+            found_N4 = boxes.to_network(each.boxes_N4, spec, height, width)
+            whole = np.array([[0, 0, width, height]], np.float32)
+            covered, inside = (
+                _places_in(some, said_HWK.shape[:2], matcher.deep_stride)
+                for some in (found_N4, boxes.to_network(whole, spec, height, width))
+            )
+            ground_LK = said_HWK[torch.from_numpy(inside & ~covered)]
+            total_K += ground_LK.sum(0)
+            num += len(ground_LK)
+        return total_K / max(1, num)
+
+    def frames_to_train_on(self) -> Sequence[LabelledFrame]:
+        """With their boxes; none where the data are there to judge by alone."""
+        if "train" not in object_splits(self._data):
+            return ()
+        return read_objects(self._data, "train", hold_out=self.config.hold_out).frames
 
     def loader(self) -> DataLoader[Any]:
         episodes = Episodes(self.training, self.config)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from engineworks.runtime.errors import ConfigError
-from engineworks.runtime.objects import ObjectData, read_objects
+from engineworks.runtime.objects import LabelledFrame, ObjectData, read_objects
 from engineworks.training import ranks
 from engineworks.training.backbones import read_weights
 from engineworks.training.data import loader
@@ -54,6 +54,9 @@ class Task(match_task.Task):
 
     def read_training(self, data: Path) -> ObjectData:
         return read_objects(data, "train", hold_out=self.config.hold_out)
+
+    def frames_to_train_on(self) -> Sequence[LabelledFrame]:
+        return self.training.frames
 
     def kept_back(self) -> list[str]:
         """Objects of the training that are not learned; none where there are few."""
@@ -106,9 +109,8 @@ class Task(match_task.Task):
         config = self.config
         assert config.match is not None and config.match.relation is not None
         relation, frames = config.match.relation, self.training.frames
-        if relation.frames is not None and relation.frames < len(frames):
-            num = relation.frames
-            frames = tuple(frames[i * len(frames) // num] for i in range(num))
+        if relation.frames is not None:
+            frames = tuple(match_task.spread(frames, relation.frames))
         self.matcher.eval()  # its norms are those of the frozen net
         with section("features"):
             rows = {name: self.rows(self.training, name) for name in self.learned()}

@@ -246,6 +246,31 @@ class TestTheKind:
         want = [kinds[0] @ wanted[0], kinds[1] @ wanted[0], kinds[2] @ wanted[1]]
         np.testing.assert_allclose(got[0, :3], want, atol=1e-4)
 
+    def test_is_compared_without_what_the_ground_is_like(self, told: Matcher) -> None:
+        encoder = EncoderConfig(name="test_resnet", stages=(1, 2), weights="none")
+        kind = KindConfig(stage=3, factor=4.0, usual=0.25, ground=1)
+        config = CONFIG.model_copy(update={"kind": kind})
+        grounded = Matcher(encoder, config, preprocess=FRAME, object_size=40.0).eval()
+        deep, rows = random(1, told.num_kinds, 4, 6), random(2, told.width, seed=1)
+        maps = Maps(torch.zeros(1, told.channels, 8, 12), deep)
+        boxes = torch.tensor([[[0.0, 0.0, 32.0, 32.0], [32.0, 0.0, 64.0, 32.0]]])
+        whose = torch.tensor([[1, 0]])
+        # of nothing it is the same
+        torch.testing.assert_close(
+            grounded.kind_cosines(maps, boxes, whose, rows),
+            told.kind_cosines(maps, boxes, whose, rows),
+        )
+        ground = 0.1 * random(told.num_kinds, seed=2)
+        assert grounded.ground_K is not None
+        grounded.ground_K.copy_(ground)
+        (got,) = grounded.kind_cosines(maps, boxes, whose, rows).numpy()
+        kinds = told.kinds(deep, boxes)[0].double().numpy() - ground.double().numpy()
+        wanted = rows[:, told.num_templates : -1].double().numpy()
+        apart = wanted - ground.double().numpy()
+        for m, n in enumerate((1, 0)):
+            cosine = kinds[m] @ apart[n] / np.linalg.norm(kinds[m]) / np.linalg.norm(apart[n])
+            np.testing.assert_allclose(got[m], cosine * np.linalg.norm(wanted[n]), atol=1e-4)
+
     def test_changes_scores_alone_and_the_more_the_less_usual(
         self, told: Matcher, matcher: Matcher
     ) -> None:
