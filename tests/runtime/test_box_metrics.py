@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from engineworks.runtime.boxes import iou
 from engineworks.runtime.errors import InputError
-from engineworks.runtime.metrics import DetectionMetrics, precision_20px, success_auc
+from engineworks.runtime.metrics import DetectionMetrics, precision_20px, st_iou, success_auc
 
 
 def plain_hits(
@@ -289,6 +289,10 @@ class TestAnObjectThroughAVideo:
         found = {0: box(0, 0), 1: box(12, 16), 2: box(12, 16.1), 9: box(0, 0)}
         assert precision_20px(found, TRUTH) == 0.5
 
+    def test_overlaps_over_all_frames_that_either_knows(self) -> None:
+        found = {0: box(0, 0), 1: box(5, 0), 9: box(0, 0)}
+        assert st_iou(found, TRUTH) == pytest.approx((1 + 1 / 3) / len({*TRUTH, *found}))
+
     def test_that_is_never_there_is_refused(self) -> None:
         for measure in (success_auc, precision_20px):
             with pytest.raises(InputError, match="no true box"):
@@ -310,3 +314,29 @@ def test_the_best_box_and_the_recall_at_one_false_box_per_picture() -> None:
     few = DetectionMetrics()
     few.update(0, "cup", found, np.array([0.9, 0.8, 0.7, 0.6, 0.5]), truth)
     assert few.evaluation(0.5).metrics["recall_fp1"] == pytest.approx(1 / 2)
+
+
+def test_a_box_that_overlaps_by_exactly_the_limit_is_right() -> None:
+    metrics = DetectionMetrics()
+    half = np.array([[0, 0, 10, 20]], np.float32)
+    metrics.update(0, "cup", np.array([box(0, 0)], np.float32), np.array([0.9]), half)
+    assert metrics.compute()["map50"] == 1
+    assert metrics.compute()["map50_95"] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("x", "y"), [(-20, 0), (20, 0), (0, -20), (0, 20)], ids=["left", "right", "above", "below"]
+)
+def test_a_best_box_beside_the_object_is_no_peak_in_it(x: int, y: int) -> None:
+    metrics = DetectionMetrics()
+    truth = np.array([box(0, 0)], np.float32)
+    found = np.array([box(x, y), box(0, 0)], np.float32)
+    metrics.update(0, "cup", found, np.array([0.9, 0.1]), truth)
+    assert metrics.evaluation(0.5).metrics["peak_in_box"] == 0
+
+
+def test_a_score_that_lets_one_false_box_too_many_through_is_not_reached() -> None:
+    metrics = DetectionMetrics()
+    found = np.array([box(50, 50), box(60, 0), box(0, 0)], np.float32)
+    metrics.update(0, "cup", found, np.array([0.9, 0.8, 0.7]), np.array([box(0, 0)], np.float32))
+    assert metrics.evaluation(0.5).metrics["recall_fp1"] == 0
