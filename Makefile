@@ -12,7 +12,7 @@ SYSTEMS := noising paco refdet stripe
 # Weights of the backbone: none (random, so that no download is needed) | hub | FILE.safetensors
 WEIGHTS ?= none
 
-.PHONY: help demo test test-training test-pages test-commands test-export test-runtime test-serve test-ray campaign mutants lint docs bench test-gpu
+.PHONY: help demo test test-training test-pages test-commands test-export test-runtime test-campaign test-serve test-ray campaign mutants lint docs bench test-gpu
 .DEFAULT_GOAL := help
 
 help:
@@ -93,15 +93,16 @@ demo-%: $(VENV)/.installed
 # two processes at a time, each on a core most of the time; the runtime's own never loads torch, as on
 # the machines it is made for
 test: $(VENV)/.installed
-	$(MAKE) --jobs=2 --output-sync=target test-training test-pages test-commands test-export test-runtime
+	$(MAKE) --jobs=2 --output-sync=target test-training test-pages test-commands test-export test-runtime test-campaign
 
 test-training: TESTS := tests/training tests/architecture
 test-pages: TESTS := tests/test_pages.py
 test-commands: TESTS := $(filter-out tests/test_pages.py, $(wildcard tests/test_*.py))
 test-export: TESTS := tests/export tests/calibration
-test-runtime: TESTS := tests/runtime tests/batch tests/campaign
+test-runtime: TESTS := tests/runtime
+test-campaign: TESTS := tests/batch tests/campaign
 
-test-training test-pages test-commands test-export test-runtime: $(VENV)/.installed
+test-training test-pages test-commands test-export test-runtime test-campaign: $(VENV)/.installed
 	$(VENV)/bin/python -m pytest $(TESTS)
 
 # N times as many tries as in the ordinary suite

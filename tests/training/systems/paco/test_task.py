@@ -187,7 +187,7 @@ def test_a_killed_process_can_be_resumed(drawn: Path, tmp_path: Path) -> None:
 
     settings = [
         part
-        for each in [*SETTINGS, "train.epochs=10", "train.checkpoint_steps=1"]
+        for each in [*SETTINGS, "train.epochs=6", "train.checkpoint_steps=1"]
         for part in ("--set", each)
     ]
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
