@@ -16,7 +16,7 @@ WEIGHTS ?= none
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo      draw data, train, export to INT8, infer, evaluate, time: about 15 minutes"
+	@echo "make demo      draw data, train, export to INT8, infer, evaluate, time: about 12 minutes"
 	@echo "make test      all tests"
 	@echo "make campaign  hostile files, kills, full disks, long runs, many times over [CAMPAIGN=10]"
 	@echo "make mutants   small faults put into the code, and how many the tests find [MUTANTS=300 SEED=0]"
