@@ -400,6 +400,52 @@ def _choice(name: str, view: GraphView) -> onnx.NodeProto | None:
     return next(iter(found.values())) if len(found) == 1 else None
 
 
+def telling_choice(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[str]]:
+    """The graph with the indices of each TopK among its outputs, and their names."""
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    names = [node.output[1] for node in _choosing(model)]
+    known = {value.name for value in model.graph.output}
+    result.graph.output.extend(_indices(name) for name in names if name not in known)
+    return result, names
+
+
+def given_choice(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The graph that is told, as inputs, what ``telling_choice`` tells; it chooses no more.
+
+    So two graphs of one net can be compared entry by entry behind a choice: the least error of one
+    would have it choose others, or the same ones in another order.
+    """
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    graph = result.graph
+    chosen = [node.output[1] for node in _choosing(model)]
+    graph.input.extend(map(_indices, chosen))
+    nodes = []
+    for node in model.graph.node:
+        if node.op_type == "TopK" and node.output[-1] in chosen:
+            axis = next((each.i for each in node.attribute if each.name == "axis"), -1)
+            taken, values = [node.input[0], node.output[1]], [node.output[0]]
+            node = helper.make_node("GatherElements", taken, values, name=node.name, axis=axis)
+        nodes.append(node)
+    del graph.node[:]
+    graph.node.extend(nodes)
+    for known in (graph.value_info, graph.output):  # an output that is the choice says nothing now
+        for value in [each for each in known if each.name in chosen]:
+            known.remove(value)
+    return result
+
+
+def _choosing(model: onnx.ModelProto) -> list[onnx.NodeProto]:
+    return [
+        n for n in model.graph.node if n.op_type == "TopK" and len(n.output) > 1 and n.output[1]
+    ]
+
+
+def _indices(name: str) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, onnx.TensorProto.INT64, None)
+
+
 def _replace(field: object, values: Iterable[object]) -> None:
     """Assign to a repeated protobuf field, which has no assignment of its own."""
     new = list(values)

@@ -250,6 +250,33 @@ class TestBeforeTheChoice:
         model = passes.prepare(residual_net(bn=True))
 
         assert passes.before_choice(model) == model
+        assert passes.telling_choice(model) == (model, [])
+        assert passes.given_choice(model) == model
+
+    def test_a_graph_takes_the_choice_of_another_one(self) -> None:
+        rng = np.random.default_rng(0)
+        feeds, others = (
+            {n: rng.normal(size=(1, 9)).astype(np.float32) for n in ("logits", "size")}
+            for _ in range(2)
+        )
+        model = passes.prepare(onnx.parser.parse_model(CANDIDATES))
+        telling, names = passes.telling_choice(model)
+        told = run(telling, feeds)
+        choice = {name: told.pop(name) for name in names}
+        assert choice
+
+        # its own choice changes nothing
+        found = run(passes.given_choice(model), {**feeds, **choice})
+        assert set(found) == set(told)
+        for name, value in told.items():
+            np.testing.assert_array_equal(found[name], value)
+
+        # of another input others would be chosen, and it takes those that it is told
+        other = run(passes.given_choice(model), {**others, **choice})
+        (where,) = choice.values()
+        assert (run(telling, others)[names[0]] != where).any()
+        size = np.take_along_axis(others["size"].astype(np.float64), where, axis=1)
+        np.testing.assert_allclose(other["scores"], 1 / (1 + np.exp(size)), rtol=1e-6)
 
     def test_the_argument_is_not_changed(self) -> None:
         model = passes.infer_shapes(onnx.parser.parse_model(CANDIDATES))
