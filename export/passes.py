@@ -404,10 +404,10 @@ def telling_choice(model: onnx.ModelProto) -> tuple[onnx.ModelProto, list[str]]:
     """The graph with the indices of each TopK among its outputs, and their names."""
     result = onnx.ModelProto()
     result.CopyFrom(model)
-    names = [node.output[1] for node in _choosing(model)]
+    indices = _choices(model)
     known = {value.name for value in model.graph.output}
-    result.graph.output.extend(_indices(name) for name in names if name not in known)
-    return result, names
+    result.graph.output.extend(value for name, value in indices.items() if name not in known)
+    return result, list(indices)
 
 
 def given_choice(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -419,13 +419,13 @@ def given_choice(model: onnx.ModelProto) -> onnx.ModelProto:
     result = onnx.ModelProto()
     result.CopyFrom(model)
     graph = result.graph
-    chosen = [node.output[1] for node in _choosing(model)]
-    graph.input.extend(map(_indices, chosen))
+    chosen = _choices(model)
+    graph.input.extend(chosen.values())
     nodes = []
     for node in model.graph.node:
         if node.op_type == "TopK" and node.output[-1] in chosen:
-            axis = next((each.i for each in node.attribute if each.name == "axis"), -1)
             taken, values = [node.input[0], node.output[1]], [node.output[0]]
+            axis = attribute(node, "axis", -1)
             node = helper.make_node("GatherElements", taken, values, name=node.name, axis=axis)
         nodes.append(node)
     del graph.node[:]
@@ -436,14 +436,21 @@ def given_choice(model: onnx.ModelProto) -> onnx.ModelProto:
     return result
 
 
-def _choosing(model: onnx.ModelProto) -> list[onnx.NodeProto]:
-    return [
-        n for n in model.graph.node if n.op_type == "TopK" and len(n.output) > 1 and n.output[1]
-    ]
-
-
-def _indices(name: str) -> onnx.ValueInfoProto:
-    return helper.make_tensor_value_info(name, onnx.TensorProto.INT64, None)
+def _choices(model: onnx.ModelProto) -> dict[str, onnx.ValueInfoProto]:
+    """Indices that TopK gives, by name; their axes are free."""
+    names = [n.output[1] for n in model.graph.node if n.op_type == "TopK" and len(n.output) > 1]
+    inferred = onnx.shape_inference.infer_shapes(model).graph
+    rank = {
+        value.name: len(value.type.tensor_type.shape.dim)
+        for value in [*inferred.value_info, *inferred.output]
+    }
+    return {
+        name: helper.make_tensor_value_info(
+            name, onnx.TensorProto.INT64, [f"{name}.{axis}" for axis in range(rank[name])]
+        )
+        for name in names
+        if name
+    }
 
 
 def _replace(field: object, values: Iterable[object]) -> None:
