@@ -452,14 +452,13 @@ class DetectMatch(nn.Module):
         objects = torch.arange(found.logits.shape[1], device=places_BM.device)[:, None, None, None]
         classes_BA = (objects + torch.zeros_like(found.logits, dtype=torch.int64)).flatten(1)
         classes_BM = classes_BA.gather(1, places_BM)  # as boxes: exports know a choice by it
-        if self.kind is not None:
+        if self.relation is None and self.kind is not None:
             cosines_BM = self.matcher.kind_cosines(found.maps, boxes_BM4, classes_BM, prototypes_NP)
             logits_BM = logits_BM + self.kind(cosines_BM[..., None])[..., 0]
         if self.relation is not None:
             windows, facts = self.candidates(found, places_BM, boxes_BM4, prototypes_NP)
-            logits_R, moves_R4 = self.relation(windows, facts)
-            learned_BM, share = logits_R.reshape(places_BM.shape), self.relation.config.share
-            logits_BM = learned_BM if share is None else logits_BM + share * learned_BM
+            learned_R, moves_R4 = self.relation(windows, facts)
+            logits_BM = self._beside(logits_BM.flatten(), facts, learned_R).reshape(logits_BM.shape)
             found_R4 = moved(boxes_BM4.reshape(-1, 4), moves_R4)
             # of what is no peak two libraries take different ones
             boxes_BM4 = found_R4.reshape(boxes_BM4.shape) * is_peak_BM[..., None]
@@ -467,6 +466,16 @@ class DetectMatch(nn.Module):
             logits_BM = self.matcher.scale * logits_BM + self.matcher.shift
         scores_BM = 1 / (1 + (-logits_BM).exp())
         return boxes_BM4, scores_BM * is_peak_BM, classes_BM
+
+    def _beside(self, logits_R: Tensor, facts_RF: Tensor, learned_R: Tensor) -> Tensor:
+        """(R,): what is learned, beside what matching and the kind say; see ``RelationConfig``."""
+        assert self.relation is not None
+        share = self.relation.config.share
+        if share is None:
+            return learned_R
+        if self.kind is not None:  # its cosine is the last fact
+            logits_R = logits_R + self.kind(facts_RF[:, -1:])[:, 0]
+        return logits_R + share * learned_R
 
     def before_choice(self, frames_BCHW: Tensor, prototypes_NP: Tensor) -> tuple[Tensor, Tensor]:
         """What candidates are chosen from: boxes (B, 4, A) and logits (B, A). What is judged once

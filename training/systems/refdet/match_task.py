@@ -111,9 +111,8 @@ class Task(task.Task):
 
     def frames_to_train_on(self) -> Sequence[LabelledFrame]:
         """With their boxes; none where the data are there to judge by alone."""
-        if "train" not in object_splits(self._data):
-            return ()
-        return read_objects(self._data, "train", hold_out=self.config.hold_out).frames
+        data = self.training if self.judged_by is None else self.unlearned()
+        return () if data is None else data.frames
 
     def loader(self) -> DataLoader[Any]:
         episodes = Episodes(self.training, self.config)
