@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from engineworks.runtime.testing import write_flowers, write_parts, write_scenes, write_strips
@@ -86,11 +85,6 @@ CASES = {
         "learn",
     ),
 }
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator() -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def both(case: Case, tmp_path: Path) -> tuple[Any, Path, Path]:

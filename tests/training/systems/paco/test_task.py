@@ -48,11 +48,6 @@ def config(*overrides: str) -> SystemConfig:
     return load_config("paco", None, [*SETTINGS, *overrides])
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerator() -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three classes of one colour each, 4 + 2 + 2 pictures."""

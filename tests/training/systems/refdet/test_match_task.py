@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
 from engineworks.runtime import images
 from engineworks.runtime.preprocess import PreprocessSpec, apply
@@ -43,11 +42,6 @@ def config(ground: int) -> TaskConfig:
     found = load_config("refdet", Path("match"), [*SETTINGS, kind])
     assert isinstance(found, TaskConfig)
     return found
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator() -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")

@@ -54,11 +54,6 @@ def config(**sections: Any) -> TaskConfig:
 FROZEN = {"encoder": {"train_blocks": 0}, "augment": {"variants": 1}}
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerator() -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_scenes(tmp_path_factory.mktemp("drawn"))

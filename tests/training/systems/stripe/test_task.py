@@ -44,11 +44,6 @@ def config(*overrides: str) -> SystemConfig:
     return load_config("stripe", None, [*SETTINGS, *overrides])
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerator() -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("drawn") / "data"
