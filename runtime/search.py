@@ -283,9 +283,12 @@ def _similar_rows_together(rows_MD: Array, block: int) -> Array:
             continue
         part = rows_MD[ids] - rows_MD[ids].mean(axis=0)
         direction = start
-        for _ in range(8):  # power iteration
-            direction = part.T @ (part @ direction)
-            direction = direction / (np.linalg.norm(direction) + 1e-30)
+        # some OpenBLAS kernels for narrow matrices leave the flag of an invalid operation, of finite
+        # rows too, by what stood in registers (numpy issue 24067): no warning is meant here
+        with np.errstate(invalid="ignore"):
+            for _ in range(8):  # power iteration
+                direction = part.T @ (part @ direction)
+                direction = direction / (np.linalg.norm(direction) + 1e-30)
         ids = ids[np.argsort(part @ direction, kind="stable")]
         half = max(1, round(len(ids) / block / 2)) * block
         pending += [ids[half:], ids[:half]]
