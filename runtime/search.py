@@ -283,8 +283,8 @@ def _similar_rows_together(rows_MD: Array, block: int) -> Array:
             continue
         part = rows_MD[ids] - rows_MD[ids].mean(axis=0)
         direction = start
-        # some OpenBLAS kernels for narrow matrices leave the flag of an invalid operation, of finite
-        # rows too, by what stood in registers (numpy issue 24067): no warning is meant here
+        # some kernels of OpenBLAS leave the flag of an invalid operation, of finite rows too, by
+        # what stood in registers (numpy issue 24067): no warning is meant
         with np.errstate(invalid="ignore"):
             for _ in range(8):  # power iteration
                 direction = part.T @ (part @ direction)

@@ -12,6 +12,7 @@ from scipy import optimize
 from engineworks.runtime.confidence import (
     Confidence,
     conformal_limit,
+    fit_probabilities,
     fit_temperature,
     generalised_entropy,
 )
@@ -77,6 +78,63 @@ class TestATemperature:
 
         assert before > 0.15
         assert after < 0.03  # as many pictures of a perfect classifier show 0.02
+
+
+class TestEqualChances:
+    def drawn(self, equal: float, count: int = 4000) -> tuple[Array, Array]:
+        """Logits, and labels of which that share has nothing to do with them."""
+        rng = np.random.default_rng(0)
+        logits = 3 * rng.normal(size=(count, 5))
+        odds = np.exp(logits)
+        told = (odds.cumsum(1) / odds.sum(1, keepdims=True) < rng.random((count, 1))).sum(1)
+        blind = rng.random(count) < equal
+        return logits.astype(np.float32), np.where(blind, rng.integers(5, size=count), told)
+
+    def test_are_found_where_some_labels_have_no_sign_of_themselves(self) -> None:
+        temperature, equal = fit_probabilities(*self.drawn(0.08))
+        assert equal == pytest.approx(0.08)
+        assert temperature == pytest.approx(1, abs=0.06)
+
+    def test_are_none_where_a_temperature_says_all(self) -> None:
+        logits, labels = self.drawn(0.0)
+        assert fit_probabilities(logits, labels) == (fit_temperature(logits, labels), 0.0)
+
+    def test_are_not_asked_of_so_few_pictures(self) -> None:
+        logits, labels = self.drawn(0.5, count=4)
+        assert fit_probabilities(logits, labels) == (fit_temperature(logits, labels), 0.0)
+
+    def test_make_probabilities_that_add_up(self) -> None:
+        logits, labels = self.drawn(0.08)
+        fitted, _ = Confidence.fit(logits, labels)
+        odds = np.exp(logits.astype(np.float64) / fitted.temperature)
+        want = (1 - fitted.equal) * odds / odds.sum(1, keepdims=True) + fitted.equal / 5
+        np.testing.assert_allclose(np.exp(fitted.log_probabilities(logits)), want, rtol=1e-12)
+        assert fitted.equal > 0
+
+    def test_take_the_calibration_error_that_a_temperature_leaves(self) -> None:
+        logits, labels = self.drawn(0.08)
+        half = len(labels) // 2
+        fitted, _ = Confidence.fit(logits[:half], labels[:half])
+        alone = logits[half:] / fit_temperature(logits[:half], labels[:half])
+        error, before = (
+            ClassificationMetrics.of(each, labels[half:]).compute()["ece"]
+            for each in (fitted.log_probabilities(logits[half:]), alone)
+        )
+        assert error < 0.6 * before
+
+    def test_come_with_the_likeliest_temperature_beside_them(self) -> None:
+        logits, labels = self.drawn(0.08)
+        temperature, equal = fit_probabilities(logits, labels)
+        doubt = 1 / (len(labels) + 2)
+        wanted = np.full(logits.shape, doubt / 4)
+        wanted[np.arange(len(labels)), labels] = 1 - doubt
+
+        def lack(heat: float) -> float:
+            chance = np.exp(log_softmax(logits.astype(np.float64) / heat))
+            return -float((wanted * np.log((1 - equal) * chance + equal / 5)).sum())
+
+        want = optimize.minimize_scalar(lack, bounds=(0.2, 5), method="bounded").x
+        assert temperature == pytest.approx(want, rel=1e-3)
 
 
 class TestALimit:

@@ -33,7 +33,9 @@ class EagerPaco:
         params = bundle.params(Params)
         self.num_top = min(params.num_top, len(self.labels))
         known = params.confidence.get("float")
-        self.temperature = 1.0 if known is None else known.temperature
+        self.temperature, self.equal = (
+            (1.0, 0.0) if known is None else (known.temperature, known.equal)
+        )
 
     @torch.inference_mode()
     def forward(self, images_BCHW: Array) -> tuple[Tensor, Tensor]:
@@ -45,7 +47,9 @@ class EagerPaco:
     def infer(self, images: Sequence[Array]) -> list[Classification]:
         """See ``runtime.systems.paco.System.infer``; without prediction sets."""
         logits_BC, embedding_BF = self.forward(apply(self.spec, images))
-        best = (logits_BC / self.temperature).softmax(1).topk(self.num_top)
+        probability_BC = (logits_BC / self.temperature).softmax(1)
+        probability_BC = probability_BC.lerp(torch.ones(()) / logits_BC.shape[1], self.equal)
+        best = probability_BC.topk(self.num_top)
         return [
             Classification(
                 label=self.labels[indices[0]],
