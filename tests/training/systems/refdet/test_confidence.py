@@ -45,3 +45,13 @@ def test_what_is_told_apart_without_error_stays_finite() -> None:
     factors = fitted(scores, scores > 0.5)
     assert factors is not None
     assert np.isfinite(factors).all()
+
+
+@pytest.mark.parametrize("middle", [-10.0, -6.0, 6.0, 10.0])
+def test_finds_them_where_nearly_all_scores_are_small_or_large(middle: float) -> None:
+    rng = np.random.default_rng(2)
+    logits = rng.normal(middle, 1, 40_000)
+    right = rng.random(len(logits)) < sigmoid(2 * (logits - middle) - 1)
+    found = fitted(sigmoid(logits), right)
+    # the deviation of the scale is about 0.03, and of the shift that times the middle
+    assert found == pytest.approx((2, -2 * middle - 1), abs=0.1 * abs(middle))
