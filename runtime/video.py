@@ -210,7 +210,7 @@ class VideoWriter:
         self._rate = rate
         self._crf = crf
         self._stream: Any = None
-        self._failed = False
+        self._failed: str | None = None  # why writing failed
         self._last_tick = -1
         path.parent.mkdir(parents=True, exist_ok=True)
         with self._explained():
@@ -228,8 +228,11 @@ class VideoWriter:
                 is moved just behind it, because the format has an order and sources do repeat.
 
         Raises:
-            VideoError: the encoder refuses it, or the disk is full.
+            VideoError: the encoder refuses it, or the disk is full; so is every frame after that.
         """
+        # FFmpeg crashes where it is given more after a write that failed
+        if self._failed is not None:
+            raise self._refused(self._failed)
         with self._explained():
             if self._stream is None:
                 self._stream = self._add_stream(*(max(2, n // 2 * 2) for n in image.shape[:2]))
@@ -262,13 +265,12 @@ class VideoWriter:
         """
         try:
             with self._explained(), self._container:
-                # FFmpeg crashes where it is given more after a write that failed
-                if self._stream is not None and not self._failed:
+                if self._stream is not None and self._failed is None:
                     self._container.mux(self._stream.encode())
         finally:
-            if self._stream is None or self._failed:
+            if self._stream is None or self._failed is not None:
                 self._path.unlink(missing_ok=True)
-        if self._stream is not None and not self._path.exists():
+        if self._stream is not None and self._failed is None and not self._path.exists():
             raise VideoError(
                 f"cannot write {self._path}: removed while it was being written",
                 fix="leave the folder of results alone until the end",
@@ -279,11 +281,14 @@ class VideoWriter:
         try:
             yield
         except av.FFmpegError as error:
-            self._failed = True
-            raise VideoError(
-                f"cannot write {self._path}: {error.strerror}",
-                fix="make room on the disk, or draw smaller pictures",
-            ) from error
+            self._failed = error.strerror
+            raise self._refused(error.strerror) from error
+
+    def _refused(self, why: str) -> VideoError:
+        return VideoError(
+            f"cannot write {self._path}: {why}",
+            fix="make room on the disk, or draw smaller pictures",
+        )
 
     def __enter__(self) -> VideoWriter:
         return self

@@ -202,3 +202,44 @@ class TestWhatACommandLoads:
         code, names = loaded(["--help"])
         assert code == 0
         assert 50 < len(names) < 220
+
+
+class TestNothingIsTold:
+    def home_after(self, tmp_path: Path, code: str, **variables: str) -> list[str]:
+        """What lies in the home of a process that ran some code."""
+        silent = ("ORT_DISABLE_TELEMETRY", "ORT_TELEMETRY_DISABLED", "CI", "XDG_CACHE_HOME")
+        environment = {k: v for k, v in os.environ.items() if k not in silent}
+        subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            env={**environment, **variables, "HOME": str(tmp_path)},
+            check=True,
+        )
+        return [path.name for path in tmp_path.rglob("*")]
+
+    def test_by_onnxruntime(self, tmp_path: Path) -> None:
+        bundle = write_tiny_noising_bundle(tmp_path / "bundle")
+        home = tmp_path / "home"
+        home.mkdir()
+        code = f"""
+from engineworks import open_bundle, read_image
+import numpy as np
+with open_bundle({str(bundle.root)!r}, backend="ort") as system:
+    system.infer([np.zeros((64, 64, 3), np.uint8)])
+"""
+        assert not {"deviceid", "Microsoft"}.intersection(self.home_after(home, code))
+
+    @pytest.mark.parametrize("name", ["ORT_DISABLE_TELEMETRY", "ORT_TELEMETRY_DISABLED"])
+    def test_unless_somebody_wants_it(self, name: str) -> None:
+        code = f"import os, engineworks; print(os.environ[{name!r}])"
+        for given, want in (({}, "1"), ({name: "0"}, "0")):
+            kept = {k: v for k, v in os.environ.items() if k != name}
+            done = subprocess.run(
+                [sys.executable, "-c", code],
+                cwd=ROOT,
+                env={**kept, **given},
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            assert done.stdout.strip() == want

@@ -382,6 +382,21 @@ class TestVideoWriter:
         assert caught.value.fix is not None
         assert list(tmp_path.iterdir()) == []
 
+    @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no full device")
+    def test_on_a_full_disk_refuses_what_comes_after(self, tmp_path: Path) -> None:
+        (tmp_path / "a.mp4").symlink_to("/dev/full")
+        writer = video.VideoWriter(tmp_path / "a.mp4", Fraction(25))
+        with pytest.raises(VideoError, match="No space left"):
+            for i in range(150):  # more than the encoder holds back
+                writer.write(picture(i % 10), i / 25)
+
+        for i in range(150, 153):  # FFmpeg would crash
+            with pytest.raises(VideoError, match=r"cannot write .*a\.mp4: No space left"):
+                writer.write(picture(0), i / 25)
+        writer.close()
+
+        assert list(tmp_path.iterdir()) == []
+
     def test_keeps_the_pictures_in_order(self, tmp_path: Path) -> None:
         with video.VideoWriter(tmp_path / "a.mp4", Fraction(25)) as writer:
             for i, time_s in enumerate(UNEVEN):
