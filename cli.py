@@ -8,6 +8,9 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -32,7 +35,7 @@ class Cli(click.Group):
 
     def invoke(self, context: click.Context) -> Any:
         try:
-            with stoppable():
+            with stoppable(), _threads_explained():
                 return super().invoke(context)
         except (click.ClickException, click.Abort, click.exceptions.Exit):
             raise
@@ -64,6 +67,23 @@ _COMMANDS = (
 )  # fmt: skip
 for _command in _COMMANDS:
     main.add_command(_command)
+
+
+@contextmanager
+def _threads_explained() -> Iterator[None]:
+    """What a library's thread dies of is said as all errors are; the command itself goes on."""
+
+    def tell(died: threading.ExceptHookArgs) -> None:
+        if isinstance(died.exc_value, Exception):
+            echo(f"error: {explain(died.exc_value)}", fg="red", err=True)
+        else:
+            threading.__excepthook__(died)
+
+    before, threading.excepthook = threading.excepthook, tell
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def _drop_unwritten() -> None:

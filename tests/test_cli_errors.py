@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -76,6 +77,28 @@ def test_what_nobody_foresaw_is_one_line_and_a_log(
     assert "Traceback" not in done.output
     assert "Traceback" in log.read_text()
     assert "in examine" in log.read_text()
+
+
+def test_what_a_thread_dies_of_is_told_in_the_same_way(
+    monkeypatch: pytest.MonkeyPatch, logs: Path
+) -> None:
+    def examine() -> dict[str, object]:
+        for error in (OSError(errno.ENOSPC, "No space left on device"), KeyError("verdict")):
+            thread = threading.Thread(target=raising(error))
+            thread.start()
+            thread.join()
+        return {}
+
+    monkeypatch.setattr(doctor, "examine", examine)
+    before = threading.excepthook
+
+    done = invoke("doctor")
+
+    (log,) = logs.iterdir()
+    assert "error: No space left on device\n  fix: make room on the disk" in done.output
+    assert f"error: unexpected KeyError: 'verdict'; details: {log}\n" in done.output
+    assert "Traceback" not in done.output
+    assert threading.excepthook is before
 
 
 def test_without_a_place_for_a_log_the_line_of_the_fault_is_shown(
