@@ -289,7 +289,8 @@ def _similar_rows_together(rows_MD: Array, block: int) -> Array:
             for _ in range(8):  # power iteration
                 direction = part.T @ (part @ direction)
                 direction = direction / (np.linalg.norm(direction) + 1e-30)
-        ids = ids[np.argsort(part @ direction, kind="stable")]
+            along = part @ direction
+        ids = ids[np.argsort(along, kind="stable")]
         half = max(1, round(len(ids) / block / 2)) * block
         pending += [ids[half:], ids[:half]]
     return np.concatenate(sorted(leaves, key=lambda leaf: len(leaf) < block))
