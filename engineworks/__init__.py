@@ -46,7 +46,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 # ONNX Runtime's official builds tell Microsoft about models and machines, and keep a number of this
-# one in the user's cache; it looks here before it begins (the second name is that of some releases)
+# one in the user's cache; it looks here before it begins (the second is the name it had at first)
 for _name in ("ORT_DISABLE_TELEMETRY", "ORT_TELEMETRY_DISABLED"):
     _os.environ.setdefault(_name, "1")
 

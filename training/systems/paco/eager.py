@@ -48,7 +48,7 @@ class EagerPaco:
         """See ``runtime.systems.paco.System.infer``; without prediction sets."""
         logits_BC, embedding_BF = self.forward(apply(self.spec, images))
         probability_BC = (logits_BC / self.temperature).softmax(1)
-        probability_BC = probability_BC.lerp(torch.ones(()) / logits_BC.shape[1], self.equal)
+        probability_BC = (1 - self.equal) * probability_BC + self.equal / logits_BC.shape[1]
         best = probability_BC.topk(self.num_top)
         return [
             Classification(
