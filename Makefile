@@ -9,10 +9,12 @@ RAY_VENV := .venv-ray
 CLI := $(VENV)/bin/python cli.py
 
 SYSTEMS := noising paco refdet stripe
+# of tests, the longest first; each is a process of its own
+GROUPS := test-training test-pages test-export test-commands test-runtime test-systems test-campaign
 # Weights of the backbone: none (random, so that no download is needed) | hub | FILE.safetensors
 WEIGHTS ?= none
 
-.PHONY: help demo test test-training test-pages test-commands test-export test-runtime test-campaign test-serve test-ray campaign mutants lint docs bench test-gpu
+.PHONY: help demo test $(GROUPS) test-serve test-ray campaign mutants lint docs bench test-gpu
 .DEFAULT_GOAL := help
 
 help:
@@ -90,19 +92,20 @@ demo-%: $(VENV)/.installed
 
 # --- checks --------------------------------------------------------------------------------------
 
-# two processes at a time, each on a core most of the time; the runtime's own never loads torch, as on
-# the machines it is made for
+# two processes at a time, each on a core most of the time: two with two threads each take twice as
+# long. The runtime's own never load torch, as on the machines it is made for
 test: $(VENV)/.installed
-	$(MAKE) --jobs=2 --output-sync=target test-training test-pages test-commands test-export test-runtime test-campaign
+	OMP_NUM_THREADS=1 $(MAKE) --jobs=2 --output-sync=target $(GROUPS)
 
 test-training: TESTS := tests/training tests/architecture
 test-pages: TESTS := tests/test_pages.py
 test-commands: TESTS := $(filter-out tests/test_pages.py, $(wildcard tests/test_*.py))
 test-export: TESTS := tests/export tests/calibration
-test-runtime: TESTS := tests/runtime
+test-runtime: TESTS := tests/runtime --ignore=tests/runtime/systems
+test-systems: TESTS := tests/runtime/systems
 test-campaign: TESTS := tests/batch tests/campaign
 
-test-training test-pages test-commands test-export test-runtime test-campaign: $(VENV)/.installed
+$(GROUPS): $(VENV)/.installed
 	$(VENV)/bin/python -m pytest $(TESTS)
 
 # N times as many tries as in the ordinary suite

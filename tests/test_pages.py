@@ -35,15 +35,17 @@ OTHERS = {
 }
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 INSTALLATION = ("git", "cd", "make", "pip", "python3", "source")
-# smaller pictures, fewer samples and judged frames, one way to choose ranges instead of five,
-# shorter timing than a reader wants; every command is otherwise as it stands
+# smaller pictures, fewer sizes, samples and judged frames, one way to choose ranges instead of
+# five, shorter timing than a reader wants; every command is otherwise as it stands
 SMALL = ["--set", "preprocess.size=[64, 64]"]
 FEW = ["--set", "inference.max_evaluated=8"]
+NARROW = ["--set", "match.num_sizes=4", "--set", "match.follow.num_sizes=2"]
 FASTER = {
     "train noising": [*SMALL, "--set", "fit.max_rows=100"],
     "train paco": [*SMALL, "--set", "train.epochs=1", "--set", "parts.window=1"],
     "train refdet": [*FEW, "--set", "train.epochs=1", "--set", "episodes.num=2"],
-    "train refdet --config learn": [*FEW, "--set", "match.relation.frames=12"],
+    "train refdet --config match": [*FEW, *NARROW],
+    "train refdet --config learn": [*FEW, *NARROW, "--set", "match.relation.frames=12"],
     "train stripe": ["--set", "tiles.repeat=1", "--set", "train.epochs=1"],
     "export": ["--method", "minmax", "--num-samples", "8", "--seconds", "0.1"],
     "bench": ["--seconds", "0.05"],

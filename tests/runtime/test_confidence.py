@@ -150,10 +150,9 @@ class TestALimit:
         assert conformal_limit(np.full(8, 0.7), 0.9) == 0.0
         assert conformal_limit(np.full(9, 0.7), 0.9) == 0.7
 
-    @pytest.mark.parametrize("coverage", [0.8, 0.9])
-    @pytest.mark.parametrize("count", [15, 40, 200])
+    @pytest.mark.parametrize(("count", "coverage"), [(15, 0.8), (40, 0.9), (200, 0.9)])
     def test_covers_as_often_as_it_says_whatever_the_classifier(
-        self, coverage: float, count: int
+        self, count: int, coverage: float
     ) -> None:
         """Over many draws of calibration pictures, even of a classifier that is far too sure."""
         covered = []
