@@ -21,6 +21,11 @@ extra ``ray``; of what is here, only ``cluster`` and ``job`` import Ray.
 
 from __future__ import annotations
 
+if __name__ == "batch":  # by the folder's own name, from the root of a checkout
+    from engineworks.folders import same
+
+    same(__name__)
+
 try:
     from engineworks.batch.mapper import Mapper
     from engineworks.batch.rows import schema_of

@@ -141,3 +141,31 @@ class TestOpeningABundle:
         images_BCHW = np.zeros((1, *(int(side) for side in shape[1:])), np.float32)
         with pytest.raises(EngineError, match="closed"):
             system.engines["classify"].run({"images": images_BCHW})
+
+
+class TestAFolderByItsOwnName:
+    """As scripts in the root of a checkout may import it."""
+
+    @pytest.mark.parametrize("first", ["runtime", "engineworks.runtime"])
+    def test_is_the_same_package_whichever_comes_first(self, first: str) -> None:
+        done = python(
+            f"import {first}.errors\n"
+            "import runtime.systems.noising, engineworks.runtime.systems.noising as known\n"
+            "from runtime.errors import BundleError\n"
+            "from engineworks.runtime import errors\n"
+            "assert BundleError is errors.BundleError\n"
+            "assert runtime.systems.noising is known\n"
+            "print(known.__name__, known.__spec__.name, BundleError.__module__)"
+        )
+        assert done.stderr == ""
+        name = "engineworks.runtime.systems.noising"
+        assert done.stdout.split() == [name, name, "engineworks.runtime.errors"]
+
+    @pytest.mark.parametrize("folder", ["runtime", "calibration", "export", "training"])
+    def test_is_one_package_in_every_case(self, folder: str) -> None:
+        done = python(f"import {folder}, engineworks.{folder}\nprint({folder}.__name__)")
+        assert done.stdout.strip() == f"engineworks.{folder}", done.stderr
+
+    def test_leaves_alone_what_is_not_there(self) -> None:
+        done = python("import runtime.nothing")
+        assert "No module named 'engineworks.runtime.nothing'" in done.stderr
