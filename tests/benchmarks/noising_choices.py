@@ -1,11 +1,13 @@
 r"""What the defaults of ``noising`` were chosen by, on several sets and seeds at once.
 
-    python -m tests.benchmarks.noising_choices features|rows|borders --weights FILE \
+    python -m tests.benchmarks.noising_choices layers|features|rows|borders --weights FILE \
         --set DIR:SIZE [--set DIR:SIZE ...] [--seeds 3]
 
-``features``: what a patch is; ``rows``: how many the bank has, and what share of the patches scores
-a picture; ``borders``: rules from held-out scores to a border, beside the border that would reject
-5 % of the good test pictures. Maps of the net are computed once per set; the bank is the product's.
+``layers``: which of the net's maps, from all normal pictures and from eight; ``features``: what a
+patch of the second and the third is; ``rows``: how many the bank has, and what share of the patches
+scores a picture; ``borders``: rules from held-out scores to a border, beside the border that would
+reject 5 % of the good test pictures. Maps of the net are computed once per set; the bank is the
+product's.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
-from torch import Tensor
+from torch import Tensor, nn
 
 from engineworks.runtime import datasets, images
 from engineworks.runtime.bank import Bank
@@ -33,7 +35,12 @@ from engineworks.runtime.systems.noising.signals import anomaly_map, image_score
 from engineworks.runtime.tensors import Array
 from engineworks.training import backbones
 from engineworks.training.config import BackboneConfig
-from engineworks.training.systems.noising.model import neighbourhood_mean, roots, side_by_side
+from engineworks.training.systems.noising.model import (
+    PatchFeatures,
+    neighbourhood_mean,
+    roots,
+    side_by_side,
+)
 
 ROWS = (500, 1000, 2000, 4000)
 DEFAULT_ROWS = 2000
@@ -41,6 +48,8 @@ SAMPLED = 50_000
 TOPS = (0.0, 0.005, 0.01, 0.02, 0.03)  # 0: the highest patch alone
 SMOOTHING = 4.0
 FOLDS = 5
+FEW = 8
+STAGES = (1, 2, 3)
 
 
 def _reflected(maps_BCHW: Tensor) -> Tensor:
@@ -64,9 +73,10 @@ def _inside(maps_BCHW: Tensor) -> Tensor:
 
 
 Change = Callable[[Tensor], Tensor]
+Variant = Callable[[Sequence[Tensor]], Tensor]
 
 
-def _own(*changes: Change) -> Callable[[Sequence[Tensor]], Tensor]:
+def _own(*changes: Change) -> Variant:
     """Each map by itself, then side by side."""
 
     def of(maps: Sequence[Tensor]) -> Tensor:
@@ -77,7 +87,34 @@ def _own(*changes: Change) -> Callable[[Sequence[Tensor]], Tensor]:
     return of
 
 
-VARIANTS: dict[str, Callable[[Sequence[Tensor]], Tensor]] = {
+def _deeper(of: Variant) -> Variant:
+    """Of all maps but the first."""
+    return lambda maps: of(maps[1:])
+
+
+def _layers(stages: Sequence[int], deep: float = 1.0) -> Variant:
+    """These maps in patches of the second, as the product has them."""
+
+    def of(maps: Sequence[Tensor]) -> Tensor:
+        chosen = [maps[STAGES.index(s)] for s in stages]
+        channels = [m.shape[1] for m in chosen]
+        patches = list(stages).index(2)
+        return PatchFeatures(nn.Identity(), channels, patches=patches, deep=deep).pooled(chosen)
+
+    return of
+
+
+LAYERS: dict[str, Variant] = {
+    "2, 3": _layers((2, 3)),
+    "2, 3 x 0.5": _layers((2, 3), 0.5),
+    "2": _layers((2,)),
+    "1, 2": _layers((1, 2)),
+    "1, 2, 3": _layers((1, 2, 3)),
+    "1, 2, 3 x 0.7": _layers((1, 2, 3), 0.7),
+    "1, 2, 3 x 0.5": _layers((1, 2, 3), 0.5),
+}
+DEFAULT = LAYERS["1, 2, 3 x 0.7"]
+VARIANTS: dict[str, Variant] = {
     "part inside, maps together": lambda maps: _inside(side_by_side(maps)),
     "zeros, maps together": lambda maps: _zeros(side_by_side(maps)),
     "part inside, each map": _own(_inside),
@@ -89,7 +126,6 @@ VARIANTS: dict[str, Callable[[Sequence[Tensor]], Tensor]] = {
     "zeros, square roots of unit sum": _own(_zeros, _square_root, _unit),
     "zeros, roots": _own(_zeros, roots),
 }
-DEFAULT = "zeros, roots"
 
 
 @dataclass(frozen=True)
@@ -103,9 +139,9 @@ class Data:
     labels: Array
     masks: list[Array | None]
 
-    def rows(self, variant: str) -> tuple[Array, Array, tuple[int, int]]:
+    def rows(self, variant: Variant) -> tuple[Array, Array, tuple[int, int]]:
         """Features of training and test pictures, (I, N, D), and their grid."""
-        found = [VARIANTS[variant](maps) for maps in (self.train, self.test)]
+        found = [variant(maps) for maps in (self.train, self.test)]
         h, w = found[0].shape[2:]
         train, test = (f.flatten(2).transpose(1, 2).contiguous().numpy() for f in found)
         return train, test, (h, w)
@@ -113,7 +149,7 @@ class Data:
 
 def load(root: Path, side: int, weights: Path) -> Data:
     spec = PreprocessSpec(size=(side, side), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-    config = BackboneConfig(name="resnet18", stages=(2, 3), weights=str(weights))
+    config = BackboneConfig(name="resnet18", stages=STAGES, weights=str(weights))
     net = backbones.create(config, seed=0, weights=True, size=spec.size).net.eval()
 
     def maps(samples: Sequence[datasets.MvtecSample]) -> list[Tensor]:
@@ -170,9 +206,9 @@ def mean(values: Sequence[float]) -> str:
 
 
 def features(sets: Sequence[Data], seeds: int) -> None:
-    for variant in VARIANTS:
+    for variant, of in VARIANTS.items():
         for data in sets:
-            train, test, grid = data.rows(variant)
+            train, test, grid = data.rows(_deeper(of))
             ring = np.ones(grid, bool)
             ring[1:-1, 1:-1] = False
             highest, top, pixel, outermost = [], [], [], []
@@ -185,6 +221,25 @@ def features(sets: Sequence[Data], seeds: int) -> None:
             print(
                 f"{variant:32s} {data.name:14s} highest {mean(highest)}  top 1 % {mean(top)}  "
                 f"pixel {mean(pixel)}  highest on the ring {np.mean(outermost):.2f}",
+                flush=True,
+            )
+
+
+def layers(sets: Sequence[Data], seeds: int) -> None:
+    for data in sets:
+        for variant, of in LAYERS.items():
+            train, test, grid = data.rows(of)
+            every, pixel, few = [], [], []
+            for seed in range(seeds):
+                found = distances(coreset(train, DEFAULT_ROWS, seed), test)
+                every.append(float(roc_auc_score(data.labels, scores(found, 0.01))))
+                pixel.append(pixel_auroc(data, found, grid))
+                eight = np.random.default_rng(seed).permutation(len(train))[:FEW]
+                found = distances(coreset(train[np.sort(eight)], DEFAULT_ROWS, seed), test)
+                few.append(float(roc_auc_score(data.labels, scores(found, 0.01))))
+            print(
+                f"{data.name:14s} {variant:14s} image {mean(every)}  pixel {mean(pixel)}  "
+                f"image, {FEW} pictures {mean(few)}",
                 flush=True,
             )
 
@@ -208,6 +263,7 @@ def borders(sets: Sequence[Data], seeds: int) -> None:
         "99 % quantile": lambda held: float(np.quantile(held, 0.99)),
         "95 % quantile x 1.42": lambda held: 1.42 * float(np.quantile(held, 0.95)),
         "engineworks.runtime.borders, 1 %": lambda held: border(HeldOut.of(held), 0.01),
+        "engineworks.runtime.borders, 1.5 %": lambda held: border(HeldOut.of(held), 0.015),
         "engineworks.runtime.borders, 2.5 %": lambda held: border(HeldOut.of(held), 0.025),
         "engineworks.runtime.borders, 5 %": lambda held: border(HeldOut.of(held), 0.05),
     }
@@ -237,7 +293,7 @@ def borders(sets: Sequence[Data], seeds: int) -> None:
 
 
 @click.command()
-@click.argument("table", type=click.Choice(["features", "rows", "borders"]))
+@click.argument("table", type=click.Choice(["layers", "features", "rows", "borders"]))
 @click.option("--weights", type=click.Path(path_type=Path, exists=True), required=True)
 @click.option("--set", "sets", multiple=True, required=True, metavar="DIR:SIZE")
 @click.option("--seeds", default=3)
@@ -246,7 +302,8 @@ def main(table: str, weights: Path, sets: tuple[str, ...], seeds: int) -> None:
     for one in sets:
         folder, _, side = one.rpartition(":")
         loaded.append(load(Path(folder), int(side), weights))
-    {"features": features, "rows": rows, "borders": borders}[table](loaded, seeds)
+    tables = {"layers": layers, "features": features, "rows": rows, "borders": borders}
+    tables[table](loaded, seeds)
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ class TestOfNoising:
     def test_has_defaults(self) -> None:
         config = load_config("noising")
         assert config.system == "noising"
-        assert config.backbone.stages == (2, 3)  # type: ignore[attr-defined]
+        assert config.backbone.stages == (1, 2, 3)  # type: ignore[attr-defined]
 
     def test_takes_a_file_and_then_overrides(self, tmp_path: Path) -> None:
         file = tmp_path / "mine.yaml"

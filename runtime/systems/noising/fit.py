@@ -86,7 +86,7 @@ class FitConfig(Part):
     folds: int = Field(default=5, ge=2)
     statistics_images: int = Field(default=64, ge=2)
     rule: Literal["quantile", "rank"] = "quantile"
-    false_reject: float = Field(default=0.025, ge=0, lt=1)
+    false_reject: float = Field(default=0.015, ge=0, lt=1)
     clean: float = Field(default=0.0, ge=0, lt=0.5)
     layers: bool = False
     window: int | None = Field(default=None, ge=0)

@@ -80,6 +80,11 @@ class TaskConfig(SystemConfig):
         backbone: the frozen net, cut at stages whose maps are the layers; of a plain transformer
             these are its blocks, without the tokens that are no patches.
         preprocess: pixels to network input; must be what the backbone was trained with.
+        stride: pixels from patch to patch, at most: of the maps that are as fine, the coarsest has
+            the patches; finer ones are averaged to its grid, coarser ones enlarged. The finest map
+            has them where none is as fine, or, as in runs that do not say, where it is null.
+        deep: what features of maps coarser than that are multiplied by, which say more of the
+            whole part and less of a small defect; not with scale=unit.
         width: feature width D after pooling along the channels; null keeps all channels.
         neighbourhood: a patch is the mean of the 3x3 around it. ``zeros``: in each map by itself,
             with zeros beyond its border; ``inside``: of all maps together, and at the border of the
@@ -101,6 +106,8 @@ class TaskConfig(SystemConfig):
     system: Literal["noising"] = "noising"
     backbone: BackboneConfig
     preprocess: PreprocessSpec
+    stride: float | None = Field(default=None, ge=1)
+    deep: float = Field(default=1.0, gt=0, le=1e3)
     width: int | None = Field(default=None, ge=1)
     neighbourhood: Neighbourhood = "inside"
     scale: Scale = "none"

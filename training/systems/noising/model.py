@@ -1,7 +1,8 @@
 """The features of image patches: the graph ``features`` of the bundle.
 
-backbone stages -> 3x3 neighbourhood mean -> roots -> bilinear resize to the largest grid ->
-channels side by side -> pooling along the channels -> rows in row-major order.
+backbone stages -> 3x3 neighbourhood mean -> finer maps averaged to the grid of the patches -> roots
+-> coarser maps enlarged to it (bilinear) -> channels side by side -> pooling along the channels ->
+rows in row-major order.
 
 Beyond a map's border the mean counts zeros. Means of the part inside, of fewer patches, are noisier
 there, and the highest distance of a normal picture then lies on its outermost ring.
@@ -74,6 +75,9 @@ class PatchFeatures(nn.Module):
         width: feature width D; None keeps all channels.
         neighbourhood: what a patch is the mean of; see ``TaskConfig``.
         scale: ``roots``, ``unit`` or ``none``; see ``TaskConfig``.
+        patches: number of the map whose positions the patches are; None: the one with the most.
+        deep: what maps with fewer positions than there are patches are multiplied by; not read
+            where ``scale`` is ``unit``.
 
     Attributes:
         widths: of the maps' parts in a row, where their channels are not pooled.
@@ -87,17 +91,21 @@ class PatchFeatures(nn.Module):
         width: int | None = None,
         neighbourhood: Neighbourhood = "zeros",
         scale: Scale = "roots",
+        patches: int | None = None,
+        deep: float = 1.0,
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.neighbourhood = neighbourhood
         self.scale = scale
+        self.patches = patches
+        self.deep = deep
         self.widths = tuple(channels)
         self.width = width or sum(channels)
         self.pool = ChannelPool(sum(channels), self.width)
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
-        """(B, 3, H, W) float32, normalised -> (B, N, D) float32, N = h w of the largest map."""
+        """(B, 3, H, W) float32, normalised -> (B, N, D) float32, N = h w of the patches."""
         return self.rows(self.pooled(self.backbone(images_BCHW)))
 
     @torch.no_grad()
@@ -105,18 +113,23 @@ class PatchFeatures(nn.Module):
         """(h, w) of the patches of an image of that size; found by looking."""
         device = next(self.parameters()).device
         maps = self.backbone(torch.zeros(1, 3, height, width, device=device))
-        h, w = largest_grid(maps)
-        return h, w
+        return self._grid(maps)
+
+    def _grid(self, maps: Sequence[Tensor]) -> tuple[int, int]:
+        return largest_grid(maps if self.patches is None else [maps[self.patches]])
 
     def pooled(self, maps: Sequence[Tensor]) -> Tensor:
         """Maps (B, C_s, h_s, w_s) of all stages -> (B, D, h, w)."""
         if self.neighbourhood == "zeros":
             maps = [neighbourhood_mean(m, zeros=True) for m in maps]
+        grid = self._grid(maps)
+        maps = [_averaged(m, grid) for m in maps]
         if self.scale == "roots":
             maps = [roots(m) for m in maps]
         if self.scale == "unit":
-            grid = largest_grid(maps)
             maps = [unit(_resized(m, grid)) for m in maps]
+        elif self.deep != 1:
+            maps = [m if _num_positions(m) == grid[0] * grid[1] else m * self.deep for m in maps]
         pooled = self.pool(side_by_side(maps))
         return neighbourhood_mean(pooled, zeros=False) if self.neighbourhood == "inside" else pooled
 
@@ -143,10 +156,24 @@ def _resized(map_BCHW: Tensor, grid: tuple[int, int]) -> Tensor:
     return F.interpolate(map_BCHW, scale_factor=scale, mode="bilinear", align_corners=False)
 
 
+def _averaged(map_BCHW: Tensor, grid: tuple[int, int]) -> Tensor:
+    """A finer map's means over the positions of a grid; a coarser one as it is."""
+    h, w = map_BCHW.shape[2:]
+    if h * w <= grid[0] * grid[1]:
+        return map_BCHW
+    if h % grid[0] or w % grid[1]:
+        return _resized(map_BCHW, grid)
+    return F.avg_pool2d(map_BCHW, (h // grid[0], w // grid[1]))
+
+
 def largest_grid(maps: Sequence[Tensor]) -> tuple[int, int]:
     """(h, w) of the map with the most positions."""
-    h, w = max((tuple(m.shape[2:]) for m in maps), key=lambda hw: hw[0] * hw[1])
+    h, w = max(maps, key=_num_positions).shape[2:]
     return h, w
+
+
+def _num_positions(map_BCHW: Tensor) -> int:
+    return int(map_BCHW.shape[2] * map_BCHW.shape[3])
 
 
 def neighbourhood_mean(maps_BCHW: Tensor, *, zeros: bool) -> Tensor:

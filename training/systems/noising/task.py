@@ -65,7 +65,13 @@ def build_model(
         config.backbone, seed=config.train.seed, weights=weights, size=config.preprocess.size
     )
     features = PatchFeatures(
-        backbone.net, backbone.channels, config.width, config.neighbourhood, config.scale
+        backbone.net,
+        backbone.channels,
+        config.width,
+        config.neighbourhood,
+        config.scale,
+        _patches(config, backbone.grids),
+        config.deep,
     )
     features.requires_grad_(False).eval()
     if config.judge == "bank":
@@ -73,6 +79,19 @@ def build_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
         return DiscriminatorTraining(features, config.discriminator), backbone.provenance
+
+
+def _patches(config: TaskConfig, grids: Sequence[tuple[int, int]]) -> int | None:
+    """Number of the map whose positions are the patches; see ``TaskConfig.stride``."""
+    if config.stride is None:
+        return None
+    height, width = config.preprocess.size
+    fine = [
+        i
+        for i, (h, w) in enumerate(grids)
+        if h * config.stride >= height and w * config.stride >= width
+    ]
+    return min(fine, key=lambda i: grids[i][0] * grids[i][1]) if fine else None
 
 
 class Task:

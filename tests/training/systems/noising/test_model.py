@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from engineworks.training.config import load_config
 from engineworks.training.systems.noising.model import (
     ChannelPool,
     PatchFeatures,
@@ -18,6 +19,7 @@ from engineworks.training.systems.noising.model import (
     roots,
     side_by_side,
 )
+from engineworks.training.systems.noising.task import build_model
 
 pytestmark = pytest.mark.train
 
@@ -27,22 +29,42 @@ def sum_of_nine(maps: Tensor) -> Tensor:
     return F.conv2d(maps, weight, padding=1, groups=maps.shape[1])
 
 
+def averaged(finer: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Means over the positions of a grid, one by one; between centres where none is whole."""
+    down, across = (size / cells for size, cells in zip(finer.shape[2:], grid, strict=True))
+    if down % 1 or across % 1:
+        return F.interpolate(finer, grid, mode="bilinear")
+    rows = [finer[:, :, int(i * down) : int((i + 1) * down)].mean(2) for i in range(grid[0])]
+    tall = torch.stack(rows, 2)
+    columns = [tall[..., int(i * across) : int((i + 1) * across)].mean(3) for i in range(grid[1])]
+    return torch.stack(columns, 3)
+
+
 def reference(
-    maps: list[Tensor], width: int | None, neighbourhood: Any = "zeros", scale: Any = "roots"
+    maps: list[Tensor],
+    width: int | None,
+    neighbourhood: Any = "zeros",
+    scale: Any = "roots",
+    patches: int | None = None,
+    deep: float = 1.0,
 ) -> Tensor:
     """The same in the textbook's order, in float64: mean, roots, resize, stack, pool, rows; or as
     before there were roots: resize, stack, mean of the part inside, pool, rows.
     """
     maps = [m.double() for m in maps]
-    grid = max((m.shape[2:] for m in maps), key=lambda hw: hw[0] * hw[1])
+    sizes = [m.shape[2:] for m in maps]
+    grid = tuple(max(sizes, key=lambda hw: hw[0] * hw[1]) if patches is None else sizes[patches])
     if neighbourhood == "zeros":
         maps = [sum_of_nine(m) / 9 for m in maps]
+    count = grid[0] * grid[1]
+    maps = [averaged(m, grid) if m[0, 0].numel() > count else m for m in maps]
     if scale == "roots":
         maps = [
             torch.copysign(m.abs() ** 0.5, m) / (m.abs().sum(1, keepdim=True) ** 0.5 + 1e-3) ** 0.5
             for m in maps
         ]
-    stacked = torch.cat([F.interpolate(m, tuple(grid), mode="bilinear") for m in maps], 1)
+    maps = [m * deep if m[0, 0].numel() < count else m for m in maps]
+    stacked = torch.cat([F.interpolate(m, grid, mode="bilinear") for m in maps], 1)
     if neighbourhood == "inside":
         stacked = sum_of_nine(stacked) / sum_of_nine(torch.ones_like(stacked))
     rows = stacked.permute(0, 2, 3, 1).flatten(1, 2)
@@ -68,6 +90,8 @@ class TestPatchFeatures:
         width=st.none() | st.integers(1, 40),
         neighbourhood=st.sampled_from(["zeros", "inside", "none"]),
         scale=st.sampled_from(["roots", "none"]),
+        patches=st.none() | st.just(0),
+        deep=st.sampled_from([1.0, 0.5]),
         seed=st.integers(0, 99),
     )
     def test_are_the_textbooks(
@@ -77,6 +101,8 @@ class TestPatchFeatures:
         width: int | None,
         neighbourhood: Any,
         scale: Any,
+        patches: int | None,
+        deep: float,
         seed: int,
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -84,13 +110,22 @@ class TestPatchFeatures:
             torch.randn(2, c, *grid, generator=generator)
             for c, grid in zip(channels, grids, strict=False)
         ]
-        model = PatchFeatures(Maps(maps), channels, width, neighbourhood, scale)
+        model = PatchFeatures(Maps(maps), channels, width, neighbourhood, scale, patches, deep)
         got = model(torch.zeros(2, 3, 8, 8))
         assert got.dtype == torch.float32
-        want = reference(maps, width, neighbourhood, scale)
+        want = reference(maps, width, neighbourhood, scale, patches, deep)
         # a few float32 roundings of numbers of size 1; a root makes those of 0 as large as 3e-4
         torch.testing.assert_close(
             got.double(), want, rtol=0, atol=5e-6 if scale == "none" else 1e-3
+        )
+
+    def test_of_finer_maps_are_means_over_whole_positions(self) -> None:
+        fine, coarse = torch.randn(1, 2, 8, 12), torch.randn(1, 3, 2, 3)
+        model = PatchFeatures(Maps([fine, coarse]), [2, 3], scale="none", patches=1)
+        got = model(torch.zeros(1, 3, 16, 24))
+        assert got.shape == (1, 6, 5)
+        torch.testing.assert_close(
+            got.double(), reference([fine, coarse], None, scale="none", patches=1)
         )
 
     def test_rows_run_along_the_rows_of_the_picture(self) -> None:
@@ -109,6 +144,32 @@ class TestPatchFeatures:
     def test_say_their_grid_and_width(self) -> None:
         model = PatchFeatures(_List(nn.Conv2d(3, 6, 4, stride=4)), [6], None)
         assert (model.grid(32, 48), model.width) == ((8, 12), 6)
+
+
+@pytest.mark.parametrize(
+    ("stride", "height", "grid"),
+    # as fine or finer; none is as fine; as runs do that do not say; 60 px are 7.5 patches
+    [
+        ("8", 64, (8, 12)),
+        ("11", 64, (8, 12)),
+        ("16", 64, (4, 6)),
+        ("3", 64, (16, 24)),
+        ("null", 64, (16, 24)),
+        ("8", 60, (8, 12)),
+    ],
+)
+def test_the_coarsest_map_that_is_fine_enough_has_the_patches(
+    stride: str, height: int, grid: tuple[int, int]
+) -> None:
+    net = ["backbone.name=resnet10t", "backbone.weights=none", "backbone.stages=[1, 2, 3]"]
+    size = f"preprocess.size=[{height}, 96]"
+    config = load_config("noising", None, [*net, size, f"stride={stride}"])
+    model, _ = build_model(config)  # type: ignore[arg-type]
+    assert isinstance(model, PatchFeatures)
+    assert model.grid(height, 96) == grid
+    with torch.inference_mode():
+        rows = model(torch.zeros(1, 3, height, 96))
+    assert rows.shape == (1, grid[0] * grid[1], sum(model.widths))
 
 
 class _List(nn.Module):

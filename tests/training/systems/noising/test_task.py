@@ -49,6 +49,7 @@ def config(*overrides: str) -> SystemConfig:
         [
             "backbone.name=resnet10t",
             "backbone.stages=[1, 2]",
+            "stride=4",
             "backbone.weights=none",
             "preprocess.size=[64, 64]",
             "width=40",

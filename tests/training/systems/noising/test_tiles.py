@@ -31,7 +31,13 @@ pytestmark = pytest.mark.train
 
 def config(*overrides: str) -> Any:
     small = ["backbone.name=resnet10t", "backbone.stages=[1, 2]", "backbone.weights=none"]
-    size = ["preprocess.size=[64, 64]", "width=40", "train.device=cpu", "train.batch_size=5"]
+    size = [
+        "preprocess.size=[64, 64]",
+        "stride=4",
+        "width=40",
+        "train.device=cpu",
+        "train.batch_size=5",
+    ]
     return load_config("noising", None, [*small, *size, "fit.max_rows=150", *overrides])
 
 
