@@ -65,7 +65,7 @@ samples_refdet := demo/refdet/data/images/train
 pictures_refdet := demo/refdet/data/images/test
 infer_refdet := --refs demo/refdet/data/wanted
 
-demo_stripe := --profile --set tiles.repeat=8 --set train.epochs=6
+demo_stripe := --profile --set tiles.repeat=8 --set train.epochs=5
 # ranges are measured with defects in sight: strips to train on are good
 samples_stripe := demo/stripe/run/painted
 
@@ -73,14 +73,14 @@ demo-%: $(VENV)/.installed
 	rm -rf demo/$*
 	$(CLI) sample $* --out demo/$*/data
 	$(CLI) train $* --data demo/$*/data --out demo/$*/run $(demo_$*)
-	$(CLI) export demo/$*/run --out demo/$*/bundle --int8 --num-samples 16 --seconds 2 --eval demo/$*/data \
+	$(CLI) export demo/$*/run --out demo/$*/bundle --int8 --num-samples 16 --seconds 1 --eval demo/$*/data \
 		--samples $(or $(samples_$*),demo/$*/data/train)
 	$(CLI) infer demo/$*/bundle --source $(or $(pictures_$*),demo/$*/data/test) \
 		--out demo/$*/pictures --jsonl --save-overlays $(infer_$*)
 	[ ! -f demo/$*/data/video.mp4 ] || $(CLI) infer demo/$*/bundle \
 		--source demo/$*/data/video.mp4 --out demo/$*/video --jsonl --save-overlays $(infer_$*)
 	$(CLI) eval demo/$*/bundle --data demo/$*/data --json demo/$*/metrics.json
-	$(CLI) bench demo/$*/bundle --run demo/$*/run --seconds 1 --json demo/$*/bench.json
+	$(CLI) bench demo/$*/bundle --run demo/$*/run --seconds 0.5 --json demo/$*/bench.json
 	@echo
 	@echo "$*: look at"
 	@echo "  demo/$*/pictures/overlays/      each test picture with what was found on it"
