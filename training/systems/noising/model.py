@@ -157,7 +157,9 @@ def _resized(map_BCHW: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def _averaged(map_BCHW: Tensor, grid: tuple[int, int]) -> Tensor:
-    """A finer map's means over the positions of a grid; a coarser one as it is."""
+    """A finer map's means over the positions of a grid, or between its centres where the grid does
+    not divide it; a coarser map as it is.
+    """
     h, w = map_BCHW.shape[2:]
     if h * w <= grid[0] * grid[1]:
         return map_BCHW
